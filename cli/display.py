@@ -1,0 +1,94 @@
+"""Choose how progress is shown on standard error, and show the events of an operation."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console
+
+from lopt_lite.events import Event, Notice
+
+from .plain_display import PlainDisplay
+from .text import one_line
+
+
+class _Progress(Protocol):
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def line(self, text: str) -> None: ...
+    def update(self, event: Event) -> None: ...
+
+
+class Display:
+    """A listener that shows events; use it in a ``with`` block around the operation.
+
+    On a terminal it is one live display, otherwise plain lines; with ``quiet`` only notices are shown.
+
+    Parameters
+    ----------
+    quiet:
+        Show notices only.
+    stream:
+        Where to write; standard error by default.
+    """
+
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self._quiet = quiet
+        self._stream = _Unbreakable(sys.stderr if stream is None else stream)
+        self._progress: _Progress
+        if self._stream.isatty() and not quiet:
+            from .live_display import LiveDisplay  # a fifth of the start-up time, and only needed here
+
+            self._progress = LiveDisplay(Console(file=self._stream, highlight=False))  # type: ignore[arg-type]
+        else:
+            self._progress = PlainDisplay(self._write_line)
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def on_event(self, event: Event) -> None:
+        """Show ``event``."""
+        if isinstance(event, Notice):
+            self._progress.line(f"note: {one_line(event.text)}")
+        elif not self._quiet:
+            self._progress.update(event)
+
+    def _write_line(self, text: str) -> None:
+        self._stream.write(one_line(text) + "\n" if not text.startswith("  ") else f"  {one_line(text)}\n")
+        self._stream.flush()
+
+
+class _Unbreakable:
+    """A text stream whose reader may go away: a long training must not end because nobody looks on any more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._gone = False
+
+    def write(self, text: str) -> int:
+        """Write ``text``, or drop it once the reader has gone."""
+        if not self._gone:
+            try:
+                self._stream.write(text)
+            except OSError:
+                self._gone = True
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, unless the reader has gone."""
+        if not self._gone:
+            try:
+                self._stream.flush()
+            except OSError:
+                self._gone = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

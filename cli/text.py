@@ -1,0 +1,46 @@
+"""Text from outside (data, model names, answers, exceptions) made safe to show on a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+#: Control characters (C0 but tab and newline, DEL, C1), line separators, and marks that turn the direction of text.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def plain(text: str) -> str:
+    """``text`` with everything that could steer a terminal written out visibly, as ``\\x1b``; lines are kept."""
+    return _UNSAFE.sub(_escape, text)
+
+
+def one_line(text: str) -> str:
+    """Like :func:`plain`, and on one line."""
+    return " ".join(plain(text).split())
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def json_document(value: Any) -> str:
+    """``value`` as one JSON document in ASCII, so that no terminal or encoding can trip over it.
+
+    JSON has no infinity and no NaN: they become null.
+    """
+    return json.dumps(_finite(value), indent=2, ensure_ascii=True, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,56 @@
+"""lopt-lite: post-train language models that are larger than your memory, block by block (LoPT).
+
+The operations below are the command line's, from Python::
+
+    import lopt_lite
+    outcome = lopt_lite.train(lopt_lite.TrainSettings(model="model.safetensors", data="data.jsonl"))
+
+They are imported on first use, because torch takes seconds to load.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lopt_lite.settings import EvaluateSettings, ExportSettings, GenerateSettings, QuantizeSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from lopt_lite.checkpoints.build_store import quantize
+    from lopt_lite.results.evaluate import evaluate
+    from lopt_lite.results.export import export
+    from lopt_lite.results.generate import generate
+    from lopt_lite.results.status import status
+    from lopt_lite.training.run import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EvaluateSettings",
+    "ExportSettings",
+    "GenerateSettings",
+    "QuantizeSettings",
+    "TrainSettings",
+    "__version__",
+    "evaluate",
+    "export",
+    "generate",
+    "quantize",
+    "status",
+    "train",
+]
+
+_OPERATIONS = {
+    "evaluate": "lopt_lite.results.evaluate",
+    "export": "lopt_lite.results.export",
+    "generate": "lopt_lite.results.generate",
+    "quantize": "lopt_lite.checkpoints.build_store",
+    "status": "lopt_lite.results.status",
+    "train": "lopt_lite.training.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OPERATIONS:
+        return getattr(importlib.import_module(_OPERATIONS[name]), name)
+    raise AttributeError(f"module 'lopt_lite' has no attribute {name!r}")

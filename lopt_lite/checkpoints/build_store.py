@@ -1,0 +1,384 @@
+"""From the user's checkpoint to a layer store, tensor by tensor.
+
+Only one tensor of the source is in memory at a time (for fused experts: the tensors that make one model tensor).
+Each finished shard is a durable fact in the store's journal, so an interrupted build goes on with the next shard.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lopt_lite import files
+from lopt_lite.checkpoints.locate import ModelFiles, locate_model
+from lopt_lite.checkpoints.names import NF4_SUFFIXES, Recipe, plan_names
+from lopt_lite.checkpoints.nf4 import STATE_SUFFIX, dequantize_matrix, packed_specs, quantize_matrix, state_shape
+from lopt_lite.checkpoints.shard_writer import TensorSpec, aligned_order, write_shard
+from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.checkpoints.store import (
+    EMBEDDING_SHARD,
+    HEAD_SHARD,
+    INDEX_NAME,
+    STORE_VERSION,
+    StoreInfo,
+    layer_shard,
+    store_info,
+)
+from lopt_lite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
+from lopt_lite.devices import choose_device
+from lopt_lite.errors import ModelError, RunDirectoryError
+from lopt_lite.events import Notice, OnEvent, Progress, ignore
+from lopt_lite.journal import Journal
+from lopt_lite.locks import locked
+from lopt_lite.outcomes import QuantizeOutcome
+from lopt_lite.settings import QuantizeSettings
+
+#: (name in the model, tensor) -> the tensor to store, same shape.
+Transform = Callable[[str, torch.Tensor], torch.Tensor]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class _ShardPlan:
+    """One shard to write: its tensors, and how each is made."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.specs: list[TensorSpec] = []
+        self.quantized: set[str] = set()
+
+
+class StoreBuilder:
+    """Writes the store of one model.
+
+    Parameters
+    ----------
+    files_:
+        The model's files.
+    directory:
+        Where the store goes; made if missing.
+    quantize:
+        ``"nf4"`` or ``"none"``.
+    dtype:
+        Type of what stays unquantised, and of dequantised weights.
+    device:
+        Where to quantise.
+    transform:
+        Applied to each tensor (by the model's name) before it is quantised or stored, to merge an adapter, say.
+    check:
+        Called between shards; may raise to stop.
+
+    Raises
+    ------
+    ModelError
+        Tensors are missing, have other shapes than the config says, or are not finite numbers.
+    RunDirectoryError
+        The directory holds the store of another model or of other settings.
+    """
+
+    def __init__(
+        self,
+        files_: ModelFiles,
+        directory: Path,
+        *,
+        quantize: str,
+        dtype: str,
+        device: torch.device,
+        transform: Transform | None = None,
+        check: Callable[[], None] = lambda: None,
+        on_event: OnEvent = ignore,
+    ) -> None:
+        self._files = files_
+        self._directory = directory
+        self._quantize = quantize
+        self._dtype = DTYPES[dtype]
+        # Weights that were 4-bit before, and norms beside them, are kept in bfloat16 whatever is computed in.
+        self._stored_dtype = torch.bfloat16 if quantize == "nf4" else self._dtype
+        self._device = device
+        self._transform = transform
+        self._check = check
+        self._on_event = on_event
+        self._skeleton = Skeleton(files_, dtype=self._dtype)
+        weights = files_.weights
+        self._recipes = plan_names(weights.names(), self._skeleton.model, self._skeleton.state_shapes)
+        self.unquantized: list[str] = []
+        self._check_tensors()
+        self._plans = self._plan_shards()
+
+    def build(self) -> bool:
+        """Write what is missing; returns False when the store was complete before."""
+        files.make_directory(self._directory)
+        with locked(self._directory, what="the store", wait=True, on_event=self._on_event):
+            if self._already_complete():
+                return False
+            self._refuse_strangers()
+            files.remove_stray_temporaries(self._directory)
+            journal = Journal(self._directory / "journal.jsonl")
+            try:
+                self._write(journal)
+            finally:
+                journal.close()
+        return True
+
+    def _already_complete(self) -> bool:
+        info = store_info(self._directory)
+        if info is None:
+            return False
+        self._compare({"quantize": info.quantize, "dtype": info.dtype, "model": info.model_fingerprint})
+        return True
+
+    def _identity(self) -> dict[str, str]:
+        return {
+            "quantize": self._quantize,
+            "dtype": str(self._stored_dtype).removeprefix("torch."),
+            "model": self._files.fingerprint(),
+        }
+
+    def _compare(self, found: dict[str, str]) -> None:
+        wanted = self._identity()
+        for key, value in wanted.items():
+            if found.get(key) != value:
+                raise RunDirectoryError(
+                    f"the store {self._directory} was made with {key} {found.get(key)}",
+                    expected=f"{key} {value}",
+                    fix="use another --store directory, start anew with --fresh, or go back to the old model or value",
+                )
+
+    def _refuse_strangers(self) -> None:
+        """Do not write into a directory that holds something else."""
+        if (self._directory / "journal.jsonl").exists():
+            return
+        others = sorted(p.name for p in self._directory.iterdir() if not p.name.startswith(("lock", ".")))
+        if others:
+            raise RunDirectoryError(
+                f"{self._directory} is not empty and is no store (it holds {others[0]})",
+                fix="name a new or empty directory",
+            )
+
+    # -- what goes where ----------------------------------------------------------------------------------------------
+
+    def _check_tensors(self) -> None:
+        skeleton, recipes = self._skeleton, self._recipes
+        needed = [n for i in range(skeleton.layer_count) for n in self._full_names(i)] + [
+            n for n in skeleton.root_names if n in dict(skeleton.model.named_parameters()) or n == skeleton.head_name
+        ]
+        needed.append(skeleton.embedding_name)
+        missing = [n for n in needed if n not in recipes]
+        if missing:
+            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise ModelError(
+                f"the checkpoint {self._files.origin} lacks {shown}",
+                expected=f"the tensors of {skeleton.architecture}, as config.json describes it",
+                fix="check that config.json belongs to these weights and that every shard is there",
+            )
+        for name, recipe in recipes.items():
+            if recipe.converter is None:
+                self._check_shape(name, recipe.sources[0][0])
+
+    def _check_shape(self, name: str, source: str) -> None:
+        weights, expected = self._files.weights, self._skeleton.state_shapes[name]
+        state = source + STATE_SUFFIX
+        found = state_shape(weights.read(state)) if state in weights else weights.info(source).shape
+        if tuple(found) != expected:
+            raise ModelError(
+                f"tensor {source} has shape {list(found)}",
+                expected=f"{list(expected)}, from config.json",
+                fix="check that config.json belongs to these weights",
+            )
+
+    def _full_names(self, index: int) -> list[str]:
+        prefix = self._skeleton.layer_prefix(index)
+        return [prefix + n for n in self._skeleton.layer_parameters(index)]
+
+    def _plan_shards(self) -> list[_ShardPlan]:
+        skeleton = self._skeleton
+        embedding = _ShardPlan(EMBEDDING_SHARD)
+        self._plan_tensor(embedding, skeleton.embedding_name, quantize=False)
+        plans = [embedding]
+        for index in range(skeleton.layer_count):
+            plan = _ShardPlan(layer_shard(index))
+            prefix = skeleton.layer_prefix(index)
+            linear = {f"{prefix}{n}.weight" for n in skeleton.linear_names(index)}
+            buffers = [prefix + n for n in skeleton.layer_buffer_names(index) if prefix + n in self._recipes]
+            for name in self._full_names(index) + sorted(buffers):
+                self._plan_tensor(plan, name, quantize=name in linear)
+                if index == 0 and self._quantize == "nf4" and name not in linear:
+                    self._note_unquantized(name.removeprefix(prefix), skeleton.state_shapes[name])
+            plans.append(plan)
+        head = _ShardPlan(HEAD_SHARD)
+        for name in skeleton.root_names:
+            if name != skeleton.embedding_name and name in self._recipes:
+                self._plan_tensor(head, name, quantize=False)
+        plans.append(head)
+        for plan in plans:
+            plan.specs = aligned_order(plan.specs)
+        return plans
+
+    def _note_unquantized(self, name: str, shape: tuple[int, ...]) -> None:
+        if len(shape) >= 2 and name.endswith(("weight", "_proj")):
+            self.unquantized.append(name)
+
+    def _plan_tensor(self, plan: _ShardPlan, name: str, *, quantize: bool) -> None:
+        weights, shape = self._files.weights, self._skeleton.state_shapes[name]
+        source = self._recipes[name].sources[0][0]
+        if source + STATE_SUFFIX in weights and self._quantize == "nf4":
+            plan.specs.append(TensorSpec(name, weights.info(source).dtype, weights.info(source).shape))
+            for suffix in NF4_SUFFIXES:
+                if source + suffix in weights:
+                    info = weights.info(source + suffix)
+                    plan.specs.append(TensorSpec(name + suffix, info.dtype, info.shape))
+        elif quantize and self._quantize == "nf4":
+            plan.specs += packed_specs(name, shape)
+            plan.quantized.add(name)
+        else:
+            floating = weights.info(source).dtype.is_floating_point or source + STATE_SUFFIX in weights
+            plan.specs.append(TensorSpec(name, self._stored_dtype if floating else weights.info(source).dtype, shape))
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def _write(self, journal: Journal) -> None:
+        made = journal.last("store")
+        if made is None:
+            journal.add("store", **self._identity())
+        else:
+            self._compare({k: made.get(k, "") for k in ("quantize", "dtype", "model")})
+        done = {f["name"]: f for f in journal.all("shard")}
+        remaining = [p for p in self._plans if not self._shard_stands(p, done)]
+        needed = sum(spec.nbytes for plan in remaining for spec in plan.specs) + (16 << 20)
+        files.require_free_space(self._directory, needed, what="the store")
+        if self.unquantized:
+            self._on_event(
+                Notice(
+                    text=f"{', '.join(self.unquantized)} of each layer cannot be quantised "
+                    f"(not a plain linear layer) and stay in {str(self._stored_dtype).removeprefix('torch.')}"
+                )
+            )
+        task = "quantising" if self._quantize == "nf4" else "preparing"
+        total = len(self._plans)
+        for number, plan in enumerate(remaining, start=total - len(remaining) + 1):
+            self._check()
+            record = write_shard(
+                self._directory / plan.name, plan.specs, self._tensors_of(plan), metadata={"format": "pt"}
+            )
+            journal.add("shard", name=plan.name, bytes=record.bytes, sha256=record.sha256)
+            self._on_event(Progress(task=task, done=number, total=total, unit="shards"))
+        self._write_side_files()
+        shards = {f["name"]: {"bytes": f["bytes"], "sha256": f["sha256"]} for f in journal.all("shard")}
+        self._write_index(shards)
+
+    def _shard_stands(self, plan: _ShardPlan, done: dict[str, dict[str, object]]) -> bool:
+        path = self._directory / plan.name
+        return plan.name in done and path.is_file() and path.stat().st_size == done[plan.name]["bytes"]
+
+    def _tensors_of(self, plan: _ShardPlan) -> Iterator[tuple[str, torch.Tensor]]:
+        ready: dict[str, torch.Tensor] = {}
+        for spec in plan.specs:
+            if spec.name not in ready:
+                ready.update(self._make(plan, spec.name))
+            yield spec.name, ready.pop(spec.name)
+
+    def _make(self, plan: _ShardPlan, name: str) -> dict[str, torch.Tensor]:
+        weights = self._files.weights
+        base = next((name[: -len(s)] for s in NF4_SUFFIXES if name.endswith(s)), name)
+        recipe: Recipe = self._recipes[base]
+        source = recipe.sources[0][0]
+        if source + STATE_SUFFIX in weights and self._quantize == "nf4":
+            return {name: weights.read(source + name[len(base) :])}
+        if source + STATE_SUFFIX in weights:
+            packed = {base + s: weights.read(source + s) for s in ("", *NF4_SUFFIXES) if source + s in weights}
+            made = {base: dequantize_matrix(base, packed, self._device).cpu()}
+        else:
+            made = recipe.make(weights.read, self._skeleton.model)
+        result: dict[str, torch.Tensor] = {}
+        for target, tensor in made.items():
+            if tuple(tensor.shape) != self._skeleton.state_shapes[target]:
+                raise ModelError(f"{target} has shape {list(tensor.shape)} once its parts are put together")
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ModelError(
+                    f"tensor {source} holds values that are not finite numbers (NaN or infinity)",
+                    fix="download the checkpoint again, or ask its authors for a sound one",
+                )
+            if self._transform is not None:
+                tensor = self._transform(target, tensor)
+            if target in plan.quantized:
+                result |= quantize_matrix(target, tensor, dtype=self._stored_dtype, device=self._device)
+            else:
+                result[target] = tensor.to(self._stored_dtype) if tensor.is_floating_point() else tensor
+        return result
+
+    def _write_side_files(self) -> None:
+        config = {k: v for k, v in self._files.config.items() if k not in ("auto_map", "torch_dtype")}
+        config["dtype"] = str(self._stored_dtype).removeprefix("torch.")
+        config["tie_word_embeddings"] = self._skeleton.tied
+        config.pop("quantization_config", None)
+        if self._quantize == "nf4":
+            config["quantization_config"] = {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": True,
+                "load_in_8bit": False,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": str(self._stored_dtype).removeprefix("torch."),
+                "bnb_4bit_quant_storage": "uint8",
+                "llm_int8_skip_modules": self._skeleton.root_linear_names(),
+            }
+        files.write_json(self._directory / "config.json", config)
+        if self._files.generation_config_path is not None:
+            files.copy_file(self._files.generation_config_path, self._directory / "generation_config.json")
+        try:
+            tokenizer = load_tokenizer(self._files)
+        except ModelError as error:
+            self._on_event(Notice(text=f"the store gets no tokenizer: {error.found}"))
+        else:
+            save_tokenizer(tokenizer, self._directory)
+
+    def _write_index(self, shards: dict[str, dict[str, object]]) -> None:
+        info = StoreInfo(
+            version=STORE_VERSION,
+            quantize=self._quantize,
+            dtype=str(self._stored_dtype).removeprefix("torch."),
+            model_fingerprint=self._files.fingerprint(),
+            source=self._files.origin,
+            layers=self._skeleton.layer_count,
+            unquantized=tuple(self.unquantized),
+            shards=shards,
+        )
+        weight_map = {spec.name: plan.name for plan in self._plans for spec in plan.specs}
+        total = sum(spec.nbytes for plan in self._plans for spec in plan.specs)
+        index = {"metadata": {"total_size": total, "lopt_lite": asdict(info)}, "weight_map": weight_map}
+        files.write_json(self._directory / INDEX_NAME, index)
+
+
+def quantize(settings: QuantizeSettings, on_event: OnEvent = ignore) -> QuantizeOutcome:
+    """Make the store of a model (``lopt-lite quantize``).
+
+    Raises
+    ------
+    ModelError
+        The model's files are missing or unsound.
+    RunDirectoryError, DoesNotFitError
+        The store cannot be written.
+    """
+    started = time.monotonic()
+    device = choose_device(settings.device)
+    model = locate_model(settings.model, config_dirs=settings.config, on_event=on_event)
+    directory = Path(settings.store)
+    builder = StoreBuilder(
+        model, directory, quantize=settings.quantize, dtype=settings.dtype, device=device, on_event=on_event
+    )
+    built = builder.build()
+    info = store_info(directory)
+    assert info is not None
+    return QuantizeOutcome(
+        store=str(directory),
+        already_done=not built,
+        shards=len(info.shards),
+        source_bytes=model.weights.total_bytes,
+        store_bytes=sum(int(s["bytes"]) for s in info.shards.values()),
+        unquantized=info.unquantized,
+        seconds=time.monotonic() - started,
+    )

@@ -1,0 +1,151 @@
+"""From what a user writes as MODEL to everything that belongs to the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lopt_lite.checkpoints import hub
+from lopt_lite.checkpoints.model_config import read_config
+from lopt_lite.checkpoints.tensors import TensorFiles
+from lopt_lite.checkpoints.weight_files import INDEX_SUFFIX, WEIGHTS_NAME, WEIGHTS_SUFFIX, find_weights, open_weights
+from lopt_lite.errors import ModelError
+from lopt_lite.events import OnEvent, ignore
+
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+
+#: Files that hold a vocabulary; any one of them makes a directory the tokenizer's.
+TOKENIZER_NAMES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A model as it lies on disk, checked.
+
+    ``origin`` is the hub id, or the absolute directory of the weights: what an adapter names as its base model.
+    ``name`` is short, for people and directory names. ``tokenizer_directory`` is None when no vocabulary was found.
+    """
+
+    origin: str
+    name: str
+    weights: TensorFiles
+    config_path: Path
+    config: dict[str, Any]
+    tokenizer_directory: Path | None
+    generation_config_path: Path | None
+
+    def fingerprint(self) -> str:
+        """A hash that changes with weights or configuration, not with where or how they are stored.
+
+        Raises
+        ------
+        ModelError
+            The weights cannot be read.
+        """
+        canonical = json.dumps(self.config, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(f"{self.weights.fingerprint()} {canonical}".encode()).hexdigest()
+
+
+def locate_model(model: str, *, config_dirs: Sequence[str] = (), on_event: OnEvent = ignore) -> ModelFiles:
+    """Find and check a model's weights, configuration and tokenizer directory.
+
+    Parameters
+    ----------
+    model:
+        A ``.safetensors`` file, an index, a directory, or a hub id when no such path exists.
+    config_dirs:
+        Directories looked through for config.json and tokenizer before the weights' own.
+
+    Raises
+    ------
+    ModelError
+        Something is missing, damaged, unsafe or of an unsupported kind; the message says which.
+    """
+    extra = [_config_directory(text) for text in config_dirs]
+    path = _absolute(model) if model else None
+    try:
+        if path is not None and (path.exists() or path.is_symlink()):
+            given, hub_id = path, None
+        else:
+            given, hub_id = _fetch(model, on_event), model
+        weights_path = find_weights(given)
+        directories = [*extra, weights_path.parent]
+        config_path = _first_with(directories, (CONFIG_NAME,))
+        generation = _first_with(directories, (GENERATION_CONFIG_NAME,))
+        vocabulary = _first_with(directories, TOKENIZER_NAMES)
+    except OSError as error:
+        raise ModelError(f"cannot read {error.filename or model}: {error.strerror or error}") from error
+    if config_path is None:
+        raise ModelError(
+            f"there is no {CONFIG_NAME} beside {weights_path}",
+            expected="the model's configuration, as Hugging Face models have it",
+            fix="put it there, or name its directory with --config DIR",
+        )
+    return ModelFiles(
+        origin=hub_id or str(weights_path.parent),
+        name=hub_id.split("/")[-1] if hub_id else _short_name(given, weights_path),
+        config=read_config(config_path, on_event),
+        weights=open_weights(weights_path, on_event),
+        config_path=config_path,
+        tokenizer_directory=None if vocabulary is None else vocabulary.parent,
+        generation_config_path=generation,
+    )
+
+
+def _absolute(text: str) -> Path:
+    """Absolute, without following symbolic links: what lies beside a link in the hub's cache belongs to it."""
+    try:
+        return Path(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100
+    except RuntimeError as error:
+        raise ModelError(f"{text!r}: there is no such home directory") from error
+
+
+def _config_directory(text: str) -> Path:
+    path = _absolute(text)
+    if not path.is_dir():
+        raise ModelError(f"--config {text}: there is no such directory", expected="a directory with config.json")
+    return path
+
+
+def _fetch(model: str, on_event: OnEvent) -> Path:
+    if model.endswith((WEIGHTS_SUFFIX, ".json")) or not hub.looks_like_hub_id(model):
+        raise ModelError(
+            f"there is no file or directory {model!r}",
+            expected="a .safetensors file, an index, a directory, or a hub id such as organisation/name",
+        )
+    return hub.fetch(model, on_event)
+
+
+def _first_with(directories: list[Path], names: tuple[str, ...]) -> Path | None:
+    for directory in directories:
+        for name in names:
+            if (directory / name).is_file():
+                return directory / name
+    return None
+
+
+def _short_name(given: Path, weights_path: Path) -> str:
+    """The file's own name if it says something, else its directory's, else (in the hub's cache) the repository's."""
+    if not given.is_dir() and given.name not in (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json"):
+        if weights_path.name.endswith(INDEX_SUFFIX) and not given.name.endswith(INDEX_SUFFIX):
+            return weights_path.parent.name  # one shard was named, and stands for the whole
+        return given.name.removesuffix(INDEX_SUFFIX).removesuffix(WEIGHTS_SUFFIX)
+    directory = given if given.is_dir() else given.parent
+    repository = directory.parent.parent.name
+    if directory.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.split("--")[-1]
+    return directory.name or "model"

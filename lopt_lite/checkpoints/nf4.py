@@ -1,0 +1,95 @@
+"""NF4 (QLoRA, arXiv:2305.14314) of one matrix, in the tensors and names that bitsandbytes and transformers use."""
+
+from __future__ import annotations
+
+import json
+
+import bitsandbytes.functional as bnb
+import torch
+
+from lopt_lite.checkpoints.shard_writer import TensorSpec
+from lopt_lite.errors import ModelError
+
+BLOCK_SIZE = 64
+_NESTED_BLOCK_SIZE = 256
+#: The JSON side tensor is padded to a fixed size with spaces, so that a shard's layout is known before its content.
+_STATE_BYTES = 256
+STATE_SUFFIX = ".quant_state.bitsandbytes__nf4"
+
+
+def packed_specs(name: str, shape: tuple[int, ...]) -> list[TensorSpec]:
+    """Names, dtypes and shapes of the tensors that NF4 with double quantisation makes of a matrix ``name``."""
+    elements = shape[0] * shape[1]
+    blocks = -(-elements // BLOCK_SIZE)
+    return [
+        TensorSpec(name, torch.uint8, (-(-elements // 2), 1)),
+        TensorSpec(name + ".absmax", torch.uint8, (blocks,)),
+        TensorSpec(name + ".quant_map", torch.float32, (16,)),
+        TensorSpec(name + ".nested_absmax", torch.float32, (-(-blocks // _NESTED_BLOCK_SIZE),)),
+        TensorSpec(name + ".nested_quant_map", torch.float32, (256,)),
+        TensorSpec(name + STATE_SUFFIX, torch.uint8, (_STATE_BYTES,)),
+    ]
+
+
+def quantize_matrix(
+    name: str, weight: torch.Tensor, *, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Quantise one matrix.
+
+    Parameters
+    ----------
+    weight:
+        [out, in], floating point.
+    dtype:
+        The dtype that dequantisation yields.
+    device:
+        Where to compute.
+
+    Returns
+    -------
+    dict
+        The tensors of :func:`packed_specs`, on the CPU.
+    """
+    packed, state = bnb.quantize_4bit(
+        weight.to(device).contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
+    )
+    state.dtype = dtype
+    tensors = {name: packed}
+    for key, value in state.as_dict(packed=True).items():
+        tensors[f"{name}.{key}"] = value
+    text = bytes(tensors[name + STATE_SUFFIX].tolist())
+    tensors[name + STATE_SUFFIX] = torch.frombuffer(bytearray(text.ljust(_STATE_BYTES)), dtype=torch.uint8)
+    return {key: value.detach().cpu() for key, value in tensors.items()}
+
+
+def state_of(name: str, tensors: dict[str, torch.Tensor], device: torch.device) -> bnb.QuantState:
+    """Rebuild bitsandbytes' quantisation state of matrix ``name`` from its side tensors.
+
+    Raises
+    ------
+    ModelError
+        A side tensor is missing or makes no sense.
+    """
+    sides = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}
+    try:
+        state = bnb.QuantState.from_dict(dict(sides), device=device)
+    except (ValueError, KeyError, AssertionError, TypeError, AttributeError) as error:
+        raise ModelError(f"the NF4 side tensors of {name} are incomplete or damaged: {error}") from error
+    if state.shape is None or len(state.shape) != 2 or state.quant_type != "nf4":
+        raise ModelError(f"the NF4 state of {name} describes {state.quant_type} of shape {state.shape}")
+    elements = state.shape[0] * state.shape[1]
+    blocks = -(-elements // state.blocksize)
+    if tensors[name].numel() * 2 < elements or state.absmax.numel() != blocks:
+        raise ModelError(f"the NF4 tensors of {name} do not have the sizes that its shape {list(state.shape)} needs")
+    return state
+
+
+def dequantize_matrix(name: str, tensors: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The matrix [out, in] that NF4 tensors stand for, in the dtype they were made for, on ``device``."""
+    state = state_of(name, tensors, device)
+    return bnb.dequantize_4bit(tensors[name].to(device), state)
+
+
+def state_shape(state_tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the matrix that a ``quant_state`` side tensor describes."""
+    return tuple(json.loads(bytes(state_tensor.tolist()))["shape"])

@@ -1,0 +1,452 @@
+"""A Hugging Face model without weights, whose own ``forward`` is used for everything around the layers.
+
+The model is built from its config with parameters on the meta device and buffers real. Its decoder layers are replaced
+by proxies of the same number, so that *its* code makes masks, rotary embeddings, embedding scaling, sliding-window
+patterns, soft-capping and per-layer arguments, whatever the architecture. Three things are asked of it:
+
+* :meth:`Skeleton.record`: with which arguments would each layer be called, and what goes into the first one?
+* :meth:`Skeleton.logits`: what do final norm and LM head make of a hidden state?
+* :meth:`Skeleton.layer_template`: a layer module on the meta device, to be filled with weights.
+
+Rows are padded on the right and no attention mask is passed: under causal attention no real token can see a padding
+token that follows it, so the result for real tokens is the same and no dense mask is ever made for padding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lopt_lite.checkpoints.locate import ModelFiles
+from lopt_lite.errors import ModelError
+
+ReadRows = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The arguments of one layer for one batch, without the hidden state.
+
+    ``hidden_keyword`` is None when the hidden state is the first positional argument.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_keyword: str | None
+
+    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Call ``layer`` on ``hidden`` [rows, tokens, hidden]; returns the new hidden state, same shape."""
+        if self.hidden_keyword is None:
+            output = layer(hidden, *self.args, **self.kwargs)
+        else:
+            output = layer(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one batch brings to the layers.
+
+    Attributes
+    ----------
+    hidden:
+        Input of the first layer, [rows, tokens, hidden] in the compute dtype; zeros when embeddings were not asked for.
+    calls:
+        One entry per layer of the model.
+    """
+
+    hidden: torch.Tensor
+    calls: list[LayerCall]
+
+
+class _StopForward(BaseException):
+    """Leaves the model's forward once the last layer's arguments are known. Not an Exception, so nothing catches it."""
+
+
+class _LayerProxy(nn.Module):
+    """Stands in for one layer: notes its arguments and hands the hidden state on."""
+
+    def __init__(self, owner: Skeleton, index: int) -> None:
+        super().__init__()
+        self._note: Callable[..., Any] = owner._layer_called
+        self._index = index
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._note(self._index, args, kwargs)
+
+
+class _RowEmbedding(nn.Module):
+    """The model's input embedding, fed with only the rows a batch needs.
+
+    The embedding module itself runs (some scale their output), on a small matrix of the distinct rows.
+    """
+
+    def __init__(self, module: nn.Embedding, dtype: torch.dtype) -> None:
+        super().__init__()
+        module.padding_idx = None  # matters to gradients only, and would be checked against the small matrix
+        self._module = module
+        self._dtype = dtype
+        self.read_rows: ReadRows | None = None
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.read_rows is None:
+            width = self._module.embedding_dim
+            return torch.zeros(1, 1, 1, dtype=self._dtype, device=input_ids.device).expand(*input_ids.shape, width)
+        distinct, inverse = torch.unique(input_ids, return_inverse=True)
+        rows = self.read_rows(distinct.cpu()).to(input_ids.device, self._dtype)
+        return torch.func.functional_call(self._module, {"weight": rows}, (inverse,))
+
+
+class Skeleton:
+    """A causal language model on the meta device, driven layer by layer.
+
+    Parameters
+    ----------
+    files:
+        The model's files; only the config is read.
+    dtype:
+        Compute dtype of hidden states.
+    attention:
+        An attention implementation of transformers, None for the model's default.
+
+    Raises
+    ------
+    ModelError
+        The architecture is unknown to transformers, is not a causal decoder, or does not fit this way of driving it.
+    """
+
+    def __init__(self, files: ModelFiles, *, dtype: torch.dtype, attention: str | None = None) -> None:
+        self.dtype = dtype
+        self.config = load_config(files)
+        self.model = _empty_model(self.config, dtype, attention)
+        self.architecture = type(self.model).__name__
+        if getattr(self.config, "get_text_config", lambda: self.config)() is not self.config:
+            raise ModelError(
+                f"{self.architecture} is a multimodal model",
+                expected="a text-only causal language model",
+                fix="bring the text model alone (a checkpoint whose config.json describes only the language model)",
+            )
+        self.layers_path, layers = _find_layers(self.model, self.config)
+        self._templates = list(layers)
+        self.layer_count = len(self._templates)
+        self.hidden_size = int(self.config.hidden_size)
+        self._layer_names = [[n for n, _ in layer.named_parameters()] for layer in self._templates]
+        self._layer_shapes = [{n: tuple(p.shape) for n, p in layer.named_parameters()} for layer in self._templates]
+
+        embedding = self.model.get_input_embeddings()
+        head = self.model.get_output_embeddings()
+        if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+            raise ModelError(f"{self.architecture} has no plain input embedding or LM head, which lopt-lite needs")
+        self._head = head
+        self.embedding_name = self._parameter_name(embedding)
+        self.head_name = self._parameter_name(head)
+        self.tied = bool(getattr(self.config, "tie_word_embeddings", False))
+        self.vocabulary_rows = embedding.num_embeddings
+        self.state_shapes = {n: tuple(t.shape) for n, t in self.model.state_dict().items()}
+        self.root_names = [
+            n
+            for n in self.state_shapes
+            if not n.startswith(self.layers_path + ".") and not (self.tied and n == self.head_name)
+        ]
+
+        proxies = nn.ModuleList(_LayerProxy(self, i) for i in range(self.layer_count))
+        _set_module(self.model, self.layers_path, proxies)
+        self._embedding = _RowEmbedding(embedding, dtype)
+        self.model.set_input_embeddings(self._embedding)
+        # Tying would share the (now absent) embedding parameter again whenever the library calls it.
+        self._recorded: list[LayerCall] = []
+        self._first_hidden: torch.Tensor | None = None
+        self._inject: torch.Tensor | None = None
+        self._returns_tuple = False
+        self._returns_tuple = self._find_out_whether_layers_return_tuples()
+
+    # -- what the model is made of ------------------------------------------------------------------------------------
+
+    def layer_prefix(self, index: int) -> str:
+        """Prefix of the names of layer ``index``'s tensors, with its final dot."""
+        return f"{self.layers_path}.{index}."
+
+    def layer_parameters(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Names (within the layer) and shapes of layer ``index``'s parameters."""
+        return dict(self._layer_shapes[index])
+
+    def layer_template(self, index: int) -> nn.Module:
+        """A fresh copy of layer ``index`` with parameters on the meta device and real buffers."""
+        return copy.deepcopy(self._templates[index])
+
+    def layer_buffer_names(self, index: int) -> set[str]:
+        """Names (within the layer) of layer ``index``'s persistent buffers."""
+        return set(self._templates[index].state_dict()) - set(self._layer_names[index])
+
+    def linear_names(self, index: int) -> list[str]:
+        """Names (within the layer) of the ``nn.Linear`` modules of layer ``index``: what NF4 quantises."""
+        return [n for n, m in self._templates[index].named_modules() if isinstance(m, nn.Linear)]
+
+    def adaptable_names(self, index: int) -> list[str]:
+        """Names (within the layer) of modules that can carry a LoRA adapter (``nn.Linear`` and GPT-2's ``Conv1D``)."""
+        return [n for n, m in self._templates[index].named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+
+    def root_linear_names(self) -> list[str]:
+        """Full names of ``nn.Linear`` modules outside the layers (the LM head and, rarely, projections)."""
+        return [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+
+    def _parameter_name(self, module: nn.Module) -> str:
+        for name, candidate in self.model.named_modules():
+            if candidate is module:
+                return f"{name}.weight"
+        raise ModelError(f"{self.architecture}: embedding or LM head is not a submodule of the model")
+
+    # -- weights outside the layers -----------------------------------------------------------------------------------
+
+    def set_embedding_reader(self, read_rows: ReadRows) -> None:
+        """Give the function that reads embedding rows: ids int64 [n] -> [n, hidden] on the CPU."""
+        self._read_rows = read_rows
+
+    def place_root_tensors(self, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+        """Put tensors outside the layers (position embeddings, norms) into the model, on ``device``."""
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != self.state_shapes[name]:
+                raise ModelError(
+                    f"tensor {name} has shape {list(tensor.shape)}",
+                    expected=f"{list(self.state_shapes[name])}, from config.json",
+                )
+            value = tensor.to(device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+            owner_name, _, leaf = name.rpartition(".")
+            owner = self.model.get_submodule(owner_name)
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            else:
+                owner._buffers[leaf] = value
+        for module in self.model.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and buffer.device != device:
+                    module._buffers[leaf] = buffer.to(device)
+
+    def place_head(self, weight: torch.Tensor | None, bias: torch.Tensor | None = None) -> None:
+        """Put the LM head's weight [vocabulary, hidden] on the device, or take it off again (None)."""
+        meta = torch.empty(self._head.out_features, self._head.in_features, device="meta", dtype=self.dtype)
+        self._head._parameters["weight"] = nn.Parameter(meta if weight is None else weight, requires_grad=False)
+        if bias is not None:
+            self._head._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
+
+    # -- driving the model --------------------------------------------------------------------------------------------
+
+    def record(self, input_ids: torch.Tensor, *, embed: bool) -> Recording:
+        """Find out how each layer is called for a batch of right-padded rows.
+
+        Parameters
+        ----------
+        input_ids:
+            int64 [rows, tokens] on the compute device.
+        embed:
+            Whether to gather embedding rows; without, ``Recording.hidden`` is a placeholder of the right shape.
+        """
+        self._recorded, self._first_hidden, self._inject = [], None, None
+        self._embedding.read_rows = self._read_rows if embed else None
+        try:
+            with torch.no_grad():
+                self.model.base_model(input_ids=input_ids, use_cache=False, return_dict=True)
+        except _StopForward:
+            pass
+        if len(self._recorded) != self.layer_count or self._first_hidden is None:
+            raise ModelError(
+                f"{self.architecture} called {len(self._recorded)} of its {self.layer_count} layers, "
+                "so it cannot be driven layer by layer"
+            )
+        recording = Recording(self._first_hidden, self._recorded)
+        self._recorded, self._first_hidden = [], None
+        return recording
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm, LM head, and what the architecture adds to them (soft-capping, scaling).
+
+        Parameters
+        ----------
+        hidden:
+            [tokens, hidden], output of the last layer. Each token is treated as a row of its own, so that no position
+            matters.
+
+        Returns
+        -------
+        torch.Tensor
+            [tokens, vocabulary], in the compute dtype; differentiable in ``hidden``.
+        """
+        ids = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
+        self._embedding.read_rows = None
+        self._inject = hidden[:, None]
+        try:
+            output = self.model(input_ids=ids, use_cache=False, return_dict=True)
+        finally:
+            self._inject, self._recorded, self._first_hidden = None, [], None
+        return output.logits[:, 0]
+
+    def with_layers(self, layers: list[nn.Module]) -> PreTrainedModel:
+        """The whole model with real layers in place of the proxies, for transformers' own generation.
+
+        The skeleton itself cannot record or make logits afterwards.
+        """
+        _set_module(self.model, self.layers_path, nn.ModuleList(layers))
+        self._embedding.read_rows = self._read_rows
+        return self.model
+
+    _read_rows: ReadRows | None = None
+
+    def _layer_called(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call, hidden = _split_hidden(args, kwargs)
+        if self._inject is not None:
+            return self._as_layer_output(self._inject if index == self.layer_count - 1 else hidden)
+        if index == 0:
+            self._first_hidden = hidden
+        self._recorded.append(call)
+        if index == self.layer_count - 1:
+            raise _StopForward
+        return self._as_layer_output(hidden)
+
+    def _as_layer_output(self, hidden: torch.Tensor) -> Any:
+        return (hidden,) if self._returns_tuple else hidden
+
+    def _find_out_whether_layers_return_tuples(self) -> bool:
+        """Try both conventions on a tiny batch and look at what the code after the last layer receives."""
+        for returns_tuple in (False, True):
+            if self._hidden_survives(returns_tuple):
+                return returns_tuple
+        raise ModelError(
+            f"{self.architecture} does not pass one hidden state from layer to layer, so lopt-lite cannot train it"
+        )
+
+    def _hidden_survives(self, returns_tuple: bool) -> bool:
+        shape = (2, 3, self.hidden_size)  # two rows, so that indexing a tensor as if it were a tuple shows
+        seen: list[bool] = []
+        self._returns_tuple = returns_tuple
+
+        def layer_called(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if seen and not seen[-1]:
+                raise _StopForward
+            _, hidden = _split_hidden(args, kwargs)
+            seen.append(isinstance(hidden, torch.Tensor) and tuple(hidden.shape) == shape)
+            return self._as_layer_output(hidden)
+
+        def after_layers(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if len(seen) >= self.layer_count:
+                value = args[0] if args else None
+                seen.append(isinstance(value, torch.Tensor) and tuple(value.shape) == shape)
+                raise _StopForward
+
+        layers = self.model.get_submodule(self.layers_path)
+        for proxy in layers:
+            proxy._note = layer_called
+        leaves = [m for m in self.model.modules() if not isinstance(m, _LayerProxy) and not list(m.children())]
+        hooks = [leaf.register_forward_pre_hook(after_layers) for leaf in leaves]
+        self._embedding.read_rows = None
+        try:
+            with torch.no_grad(), _meta_root_on_cpu(self.model):
+                self.model.base_model(
+                    input_ids=torch.zeros(shape[:2], dtype=torch.long), use_cache=False, return_dict=True
+                )
+        except _StopForward:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for proxy in layers:
+                proxy._note = self._layer_called
+        return len(seen) >= self.layer_count and all(seen)
+
+
+class _meta_root_on_cpu:
+    """For the length of a probe: small parameters outside the layers hold zeros on the CPU instead of being meta.
+
+    Modules before the layers (position embeddings, embedding norms) run in the probe, and cannot on the meta device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._saved: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    def __enter__(self) -> None:
+        for module in self._model.modules():
+            if isinstance(module, nn.Linear) and module is self._model.get_output_embeddings():
+                continue
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    self._saved.append((module, leaf, parameter))
+                    module._parameters[leaf] = nn.Parameter(
+                        torch.zeros(parameter.shape, dtype=parameter.dtype), requires_grad=False
+                    )
+
+    def __exit__(self, *exc: object) -> None:
+        for module, leaf, parameter in self._saved:
+            module._parameters[leaf] = parameter
+
+
+def load_config(files: ModelFiles) -> Any:
+    """The model's transformers config.
+
+    Raises
+    ------
+    ModelError
+        transformers does not know the architecture, or the config's values make no sense to it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(files.config_path.parent, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"transformers cannot read {files.config_path}: {_first_line(error)}",
+            fix="check config.json, or install a transformers release that knows this architecture",
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        # The skeleton is the plain architecture; which tensors are NF4 is told by the files themselves.
+        del config.quantization_config
+    return config
+
+
+def _empty_model(config: Any, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    extra = {} if attention is None else {"attn_implementation": attention}
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **extra)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError, IndexError) as error:
+        raise ModelError(
+            f"no causal language model can be built from the config (model_type {config.model_type!r}): "
+            f"{_first_line(error)}",
+            fix="check config.json; lopt-lite trains decoder-only language models that transformers knows",
+        ) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__} has an encoder", expected="a decoder-only language model")
+    return model.eval()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
+    """The outermost ModuleList with as many entries as the config has hidden layers."""
+    count = getattr(config, "num_hidden_layers", None)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not found or not count:
+        raise ModelError(f"{type(model).__name__} has no list of {count} layers, so it cannot be cut into blocks")
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def _set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LayerCall, Any]:
+    """Separate the hidden state from a layer's other arguments."""
+    if args:
+        return LayerCall(args[1:], dict(kwargs), None), args[0]
+    rest = dict(kwargs)
+    hidden = rest.pop("hidden_states", None)
+    return LayerCall((), rest, "hidden_states"), hidden

@@ -1,0 +1,144 @@
+"""Finds the answers in a rendered conversation: which tokens are trained on.
+
+No marker is ever searched for in text. An answer is found, in this order,
+
+1. by the template's own generation marks,
+2. by comparing renderings: the messages before the answer with a generation prompt, and the messages through the
+   answer, are both prefixes of the whole conversation's text; the answer lies between their ends,
+3. where a template rewrites earlier turns (as those that drop earlier reasoning do) and such a prefix breaks: by
+   rendering the conversation once more with another content in that turn; the answer is what changed,
+
+and then, on tokens, the end-of-turn token that follows is taken in, and blank text after it left out. A turn that
+cannot be found so is not trained on, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lopt_lite.data.formats import Conversation, Message
+from lopt_lite.data.templates import ChatTemplate, Span, TemplateRefusedError
+from lopt_lite.data.tokenization import Encoded, token_range
+
+
+@dataclass(frozen=True)
+class RenderedConversation:
+    """A conversation's text, the character ranges of its answers, and what had to be done to get them."""
+
+    text: str
+    answers: tuple[Span, ...]
+    unlocated: int
+    system_merged: bool
+
+
+def render_conversation(template: ChatTemplate, conversation: Conversation) -> RenderedConversation:
+    """Render a conversation and find its answers.
+
+    A system message that the template refuses is put in front of the first user message.
+
+    Raises
+    ------
+    TemplateRefusedError
+        The template cannot express the conversation.
+    """
+    try:
+        return _render(template, conversation, system_merged=False)
+    except TemplateRefusedError:
+        merged = _merge_system(conversation)
+        if merged is None:
+            raise
+        try:
+            return _render(template, merged, system_merged=True)
+        except TemplateRefusedError:
+            pass  # the system message was not the reason: the first refusal is the one to tell
+        raise
+
+
+def answer_mask(template: ChatTemplate, encoded: Encoded, answers: Sequence[Span]) -> np.ndarray:
+    """Which tokens are to be predicted: bool [tokens]. The first token never is: nothing comes before it."""
+    ids = encoded.ids
+    mask = np.zeros(len(ids), dtype=bool)
+    for start, end in answers:
+        first, last = token_range(template.tokenizer, encoded, start, end)
+        # Blank text that the template puts after the end-of-turn token is not the model's to write.
+        kept = last
+        while kept > first and template.is_blank(ids[kept - 1]):
+            kept -= 1
+        if kept > first and template.is_control(ids[kept - 1]):
+            last = kept
+        else:
+            following = last
+            while following < len(ids) and template.is_blank(ids[following]):
+                following += 1
+            if following < len(ids) and ids[following] == template.end_of_turn_id:
+                last = following + 1
+        mask[first:last] = True
+    mask[:1] = False
+    return mask
+
+
+def _render(template: ChatTemplate, conversation: Conversation, *, system_merged: bool) -> RenderedConversation:
+    messages = conversation.messages
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= conversation.first_trained]
+    spans: list[Span] = []
+    unlocated = 0
+    if template.has_generation_marks and conversation.first_trained == 0:
+        text, spans = template.render_with_marks(messages)
+    else:
+        text = template.render(messages)
+    if not any(start < end for start, end in spans):
+        located = _locate(template, messages, turns, text)
+        spans = [span for span in located if span is not None]
+        unlocated = len(located) - len(spans)
+    if template.appends_eos and turns and turns[-1] == len(messages) - 1:
+        # Tokenised, it directly follows the last answer, where answer_mask takes it in as the end of the turn.
+        text += template.tokenizer.eos_token
+    return RenderedConversation(text, tuple(spans), unlocated, system_merged)
+
+
+def _locate(template: ChatTemplate, messages: Sequence[Message], turns: Sequence[int], text: str) -> list[Span | None]:
+    located: list[Span | None] = []
+    floor = 0
+    for turn in turns:
+        span = _locate_turn(template, messages, turn, text)
+        if span is not None and span[0] >= floor:
+            floor = span[1]
+            located.append(span)
+        else:
+            located.append(None)
+    return located
+
+
+def _locate_turn(template: ChatTemplate, messages: Sequence[Message], turn: int, text: str) -> Span | None:
+    start = _prefix_length(template, messages[:turn], text, add_generation_prompt=True) if turn else None
+    is_last = turn == len(messages) - 1
+    end = len(text) if is_last else _prefix_length(template, messages[: turn + 1], text, add_generation_prompt=False)
+    if start is not None and end is not None and start <= end:
+        return start, end
+    content = template.content_range(messages, turn, text)
+    if content is None:
+        return None
+    first = content[0] if start is None else min(start, content[0])
+    last = content[1] if end is None else max(end, content[1])
+    return first, last
+
+
+def _prefix_length(
+    template: ChatTemplate, messages: Sequence[Message], text: str, *, add_generation_prompt: bool
+) -> int | None:
+    try:
+        prefix = template.render(messages, add_generation_prompt=add_generation_prompt)
+    except TemplateRefusedError:
+        return None
+    return len(prefix) if text.startswith(prefix) else None
+
+
+def _merge_system(conversation: Conversation) -> Conversation | None:
+    messages = conversation.messages
+    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
+        return None
+    user = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return Conversation((user, *messages[2:]), first_trained=max(0, conversation.first_trained - 1))

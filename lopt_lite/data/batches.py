@@ -1,0 +1,81 @@
+"""Which examples share a batch: plain lists of indices, decided from lengths and a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lopt_lite.data.seeding import SeedParts, permutation
+
+#: Examples are sorted by length within this many batches: little padding, and still nearly random batches.
+BUCKET_BATCHES = 32
+
+Lengths = torch.Tensor | Sequence[int]
+
+
+def epoch_batches(lengths: Lengths, *, batch_size: int, seed: SeedParts) -> list[list[int]]:
+    """One epoch in a shuffled order, every example exactly once, examples of similar length together.
+
+    Parameters
+    ----------
+    lengths:
+        Tokens of every example: int64 [examples].
+    batch_size:
+        Examples per batch; one batch of the epoch may have fewer.
+    seed:
+        Numbers and words that name the epoch, e.g. ``(seed, "block", 0, "epoch", 1)``.
+    """
+    sizes = _as_list(lengths)
+    shuffled = permutation(len(sizes), (*seed, "examples")).tolist()
+    batches: list[list[int]] = []
+    bucket_size = batch_size * BUCKET_BATCHES
+    for begin in range(0, len(shuffled), bucket_size):
+        bucket = sorted(shuffled[begin : begin + bucket_size], key=sizes.__getitem__)
+        batches.extend(bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size))
+    return [batches[i] for i in permutation(len(batches), (*seed, "batches")).tolist()]
+
+
+def length_sorted_batches(lengths: Lengths, *, max_tokens: int, max_rows: int) -> list[list[int]]:
+    """All examples from short to long, for passes without training: rows times longest stays within ``max_tokens``.
+
+    An example longer than ``max_tokens`` is a batch of its own.
+    """
+    sizes = _as_list(lengths)
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    batches: list[list[int]] = []
+    for index in order:
+        # Sorted ascending: the newcomer is the longest of the batch.
+        current = batches[-1] if batches else []
+        if current and len(current) < max_rows and (len(current) + 1) * sizes[index] <= max_tokens:
+            current.append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def micro_batches(indices: Sequence[int], lengths: Lengths, *, max_tokens: int) -> list[list[int]]:
+    """Split one step's examples into groups from long to short, each with rows times longest within ``max_tokens``.
+
+    Parameters
+    ----------
+    indices:
+        The step's examples.
+    lengths:
+        Tokens of every example of the *data set*: int64 [examples]; ``lengths[i]`` for i in ``indices`` is read.
+    max_tokens:
+        Bound on rows times longest; an example longer than it is a group of its own.
+    """
+    sizes = {i: int(lengths[i]) for i in indices}
+    groups: list[list[int]] = []
+    for index in sorted(indices, key=lambda i: -sizes[i]):
+        current = groups[-1] if groups else []
+        if current and (len(current) + 1) * sizes[current[0]] <= max_tokens:
+            current.append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _as_list(lengths: Lengths) -> list[int]:
+    return [int(n) for n in (lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths)]

@@ -1,0 +1,159 @@
+"""Tokenised examples without padding, and rectangular batches of them.
+
+Examples are never packed: a row of a batch holds one example, padded on the right, so that under causal attention
+nothing can leak from one example to another and positions start at 0 in each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lopt_lite.data.seeding import permutation
+from lopt_lite.errors import DataError
+
+#: Label at positions without a target; what torch's cross-entropy ignores.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TokenizedDataset:
+    """All examples, one after the other.
+
+    Attributes
+    ----------
+    tokens:
+        int32 [total tokens].
+    is_target:
+        bool [total tokens]: True where the token is to be predicted. Never at an example's first token.
+    offsets:
+        int64 [examples + 1]: example i is ``tokens[offsets[i]:offsets[i + 1]]``.
+    """
+
+    tokens: torch.Tensor
+    is_target: torch.Tensor
+    offsets: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each example: int64 [examples]."""
+        return self.offsets.diff()
+
+    @property
+    def target_counts(self) -> torch.Tensor:
+        """Tokens to be predicted in each example: int64 [examples]."""
+        before = torch.zeros(self.is_target.numel() + 1, dtype=torch.int64)
+        torch.cumsum(self.is_target, 0, dtype=torch.int64, out=before[1:])
+        return before[self.offsets].diff()
+
+    def example(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of one example's tokens (int32) and targets (bool), both [length]."""
+        begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        return self.tokens[begin:end], self.is_target[begin:end]
+
+    def select(self, indices: Sequence[int] | torch.Tensor) -> TokenizedDataset:
+        """The examples named, in that order."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        lengths = self.lengths[chosen]
+        offsets = torch.zeros(chosen.numel() + 1, dtype=torch.int64)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        positions = torch.arange(int(offsets[-1])) + (self.offsets[chosen] - offsets[:-1]).repeat_interleave(lengths)
+        return TokenizedDataset(self.tokens[positions], self.is_target[positions], offsets)
+
+    @staticmethod
+    def concat(a: TokenizedDataset, b: TokenizedDataset) -> TokenizedDataset:
+        """The examples of ``a``, then those of ``b``."""
+        return TokenizedDataset(
+            torch.cat([a.tokens, b.tokens]),
+            torch.cat([a.is_target, b.is_target]),
+            torch.cat([a.offsets, b.offsets[1:] + a.offsets[-1]]),
+        )
+
+    def fingerprint(self) -> str:
+        """sha256 (hexadecimal) over tokens, targets and offsets: equal for equal data on any machine."""
+        digest = hashlib.sha256()
+        for tensor, kind in ((self.tokens, "<i4"), (self.is_target, "|u1"), (self.offsets, "<i8")):
+            digest.update(f"{tensor.numel()}{kind}".encode())
+            digest.update(np.ascontiguousarray(tensor.numpy().astype(kind, copy=False)).tobytes())
+        return digest.hexdigest()
+
+    def split(self, fraction: float, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:
+        """Training and validation part; ``fraction`` of the examples, at least one on each side, are held out.
+
+        Both keep the order of the data; which are held out depends on ``seed`` and the number of examples alone.
+
+        Raises
+        ------
+        DataError
+            There are fewer than two examples.
+        """
+        count = len(self)
+        if count < 2:
+            raise DataError(
+                f"the data has {count} example, which cannot be split for validation",
+                fix="give more examples, a validation file, or leave --validation out",
+            )
+        held_out = min(max(round(count * fraction), 1), count - 1)
+        order = permutation(count, (seed, "validation split"))
+        train, validation = np.sort(order[held_out:]), np.sort(order[:held_out])
+        return self.select(torch.from_numpy(train)), self.select(torch.from_numpy(validation))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples side by side, one per row, padded on the right.
+
+    Attributes
+    ----------
+    examples:
+        int64 [rows]: indices into the data set.
+    input_ids:
+        int64 [rows, longest].
+    lengths:
+        int64 [rows]: real tokens of each row.
+    targets:
+        int64 [rows, longest], already shifted: ``targets[r, t]`` is token t + 1 of the row if that one is to be
+        predicted, else -100.
+    """
+
+    examples: torch.Tensor
+    input_ids: torch.Tensor
+    lengths: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def real(self) -> torch.Tensor:
+        """bool [rows, longest]: True at real tokens, False at padding."""
+        return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+    @property
+    def tokens(self) -> int:
+        """Number of real tokens."""
+        return int(self.lengths.sum())
+
+    @property
+    def answer_tokens(self) -> int:
+        """Number of tokens to be predicted."""
+        return int((self.targets != IGNORED).sum())
+
+
+def collate(dataset: TokenizedDataset, indices: Sequence[int] | torch.Tensor, pad_token_id: int) -> Batch:
+    """The batch of the examples named (at least one), in that order."""
+    examples = torch.as_tensor(indices, dtype=torch.int64)
+    chosen = dataset.select(examples)
+    lengths = chosen.lengths
+    rows, longest = len(chosen), int(lengths.max())
+    real = torch.arange(longest) < lengths[:, None]
+    tokens = chosen.tokens.to(torch.int64)
+    input_ids = torch.full((rows, longest), pad_token_id, dtype=torch.int64)
+    input_ids[real] = tokens
+    labels = torch.full((rows, longest + 1), IGNORED, dtype=torch.int64)
+    labels[:, :-1][real] = torch.where(chosen.is_target, tokens, IGNORED)
+    return Batch(examples=examples, input_ids=input_ids, lengths=lengths, targets=labels[:, 1:].contiguous())

@@ -1,0 +1,186 @@
+"""The shapes a line of data may have, and how each becomes a conversation.
+
+================================  ==========================================================
+keys of the line                  meaning
+================================  ==========================================================
+``messages``                      list of ``{"role", "content"}``; roles system, user, assistant, tool
+``conversations``                 list of ``{"from", "value"}``; from: system, human, gpt, tool, ...
+``prompt``, ``completion``        two strings, or two lists as in ``messages``
+``instruction``, ``output``       with an optional ``input``, appended to the instruction after an empty line
+``question``, ``answer``          strings
+``query``, ``response``           strings
+``problem``, ``solution``         strings
+``text``                          plain text; every token is trained on
+================================  ==========================================================
+
+The first shape of this table whose keys a line has is the line's. Other keys are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lopt_lite.data.json_lines import json_type
+
+Message = dict[str, Any]
+
+#: Names that data files use for the four roles a template knows.
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+}
+
+
+class BadRecordError(Exception):
+    """A line's content cannot be used; the text says why and is caught in this room."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages with roles system, user, assistant or tool; assistant turns from ``first_trained`` on are trained."""
+
+    messages: tuple[Message, ...]
+    first_trained: int = 0
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """Text without roles, trained on as a whole."""
+
+    text: str
+
+
+Example = Conversation | PlainText
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table above."""
+
+    name: str
+    keys: tuple[str, ...]
+    parse: Callable[[dict[str, Any]], Example]
+
+
+def detect_format(record: dict[str, Any]) -> Format | None:
+    """The format whose keys ``record`` has, or None."""
+    return next((known for known in FORMATS if has_keys(record, known)), None)
+
+
+def has_keys(record: dict[str, Any], known: Format) -> bool:
+    """Whether ``record`` has all keys that ``known`` asks for."""
+    return all(key in record for key in known.keys)
+
+
+def describe_formats() -> str:
+    """All formats in one line, for messages."""
+    return "; ".join("+".join(known.keys) for known in FORMATS)
+
+
+def _string(record: dict[str, Any], key: str) -> str:
+    value = record[key]
+    if not isinstance(value, str):
+        raise BadRecordError(f"{key!r} is a JSON {json_type(value)}, not a string")
+    return value
+
+
+def _pair(user: str, assistant: str) -> Conversation:
+    return Conversation(({"role": "user", "content": user}, {"role": "assistant", "content": assistant}))
+
+
+def _pair_parser(prompt_key: str, answer_key: str) -> Callable[[dict[str, Any]], Example]:
+    return lambda record: _pair(_string(record, prompt_key), _string(record, answer_key))
+
+
+def _parse_instruction(record: dict[str, Any]) -> Example:
+    instruction = _string(record, "instruction")
+    # A missing or null input is what data files have where there is none.
+    extra = _string(record, "input") if record.get("input") is not None else ""
+    return _pair(f"{instruction}\n\n{extra}" if extra else instruction, _string(record, "output"))
+
+
+def _parse_prompt_completion(record: dict[str, Any]) -> Example:
+    if isinstance(record["prompt"], str) and isinstance(record["completion"], str):
+        return _pair(record["prompt"], record["completion"])
+    if not (isinstance(record["prompt"], list) and isinstance(record["completion"], list)):
+        kinds = f"{json_type(record['prompt'])} and {json_type(record['completion'])}"
+        raise BadRecordError(f"'prompt' and 'completion' are JSON {kinds}, not two strings or two lists of messages")
+    prompt, completion = _parse_list(record, "prompt"), _parse_list(record, "completion")
+    return Conversation((*prompt, *completion), first_trained=len(prompt))
+
+
+def _parse_list(
+    record: dict[str, Any], key: str, role_key: str = "role", content_key: str = "content"
+) -> list[Message]:
+    turns = record[key]
+    if not isinstance(turns, list):
+        raise BadRecordError(f"{key!r} is a JSON {json_type(turns)}, not a list of messages")
+    if not turns:
+        raise BadRecordError(f"{key!r} is an empty list")
+    return [_message(turn, f"{key}[{i}]", role_key, content_key) for i, turn in enumerate(turns)]
+
+
+def _message(turn: Any, where: str, role_key: str, content_key: str) -> Message:
+    if not isinstance(turn, dict):
+        raise BadRecordError(f"{where} is a JSON {json_type(turn)}, not an object")
+    name = turn.get(role_key)
+    if not isinstance(name, str):
+        raise BadRecordError(f"{where} has no string {role_key!r}")
+    role = ROLES.get(name)
+    if role is None:
+        raise BadRecordError(f"{where} has {role_key!r} {name!r}; known are {', '.join(ROLES)}")
+    # What a template may want besides the text (tool_calls, name, reasoning_content, ...) goes to it as it is.
+    rest = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
+    content = turn.get(content_key)
+    if content is None and rest.get("tool_calls"):
+        content = ""
+    return {**rest, "role": role, "content": _content(content, f"{where}.{content_key}")}
+
+
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadRecordError(
+            f"{where} is {'missing or ' if content is None else 'a JSON '}{json_type(content)}, not text"
+        )
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            kind = part.get("type") if isinstance(part, dict) else json_type(part)
+            raise BadRecordError(f"{where} has a part of type {kind!r}; only text parts can be used")
+    return "".join(texts)
+
+
+FORMATS = (
+    Format("messages", ("messages",), lambda record: Conversation(tuple(_parse_list(record, "messages")))),
+    Format(
+        "conversations",
+        ("conversations",),
+        lambda record: Conversation(tuple(_parse_list(record, "conversations", "from", "value"))),
+    ),
+    Format("prompt+completion", ("prompt", "completion"), _parse_prompt_completion),
+    Format("instruction+output", ("instruction", "output"), _parse_instruction),
+    Format("question+answer", ("question", "answer"), _pair_parser("question", "answer")),
+    Format("query+response", ("query", "response"), _pair_parser("query", "response")),
+    Format("problem+solution", ("problem", "solution"), _pair_parser("problem", "solution")),
+    Format("text", ("text",), lambda record: PlainText(_string(record, "text"))),
+)

@@ -1,0 +1,133 @@
+"""Reads JSON Lines one line at a time, in bounded memory, and says what is wrong with a line that cannot be used.
+
+Nothing is raised for a bad line: whether it stops the run or is dropped is decided by :mod:`lopt_lite.data.load`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lopt_lite.errors import DataError
+
+#: A longer line is refused without being read into memory.
+MAX_LINE_BYTES = 64 * 2**20
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_DISCARD_CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line that is not blank: either ``record`` or ``problem`` is set.
+
+    Attributes
+    ----------
+    number:
+        Counted from 1, blank lines included.
+    end_byte:
+        Bytes of the file up to and including this line.
+    record:
+        The parsed JSON object.
+    problem:
+        What is wrong with the line, as the rest of a sentence that names it.
+    """
+
+    number: int
+    end_byte: int
+    record: dict[str, Any] | None
+    problem: str | None
+
+
+def read_json_lines(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
+    """Yield every line of ``path`` that is not blank; a byte order mark and CRLF line ends are accepted.
+
+    Raises
+    ------
+    DataError
+        The file does not exist, is not a regular file, or cannot be read.
+    """
+    check_is_data_file(path)
+    try:
+        with open(path, "rb") as file:
+            number = 0
+            while raw := file.readline(max_line_bytes + 1):
+                number += 1
+                if len(raw) > max_line_bytes and not raw.endswith(b"\n"):
+                    _discard_rest_of_line(file)
+                    problem = f"the line is longer than {max_line_bytes / 2**20:g} MiB"
+                    yield Line(number, file.tell(), None, problem)
+                    continue
+                raw = raw.removeprefix(_BYTE_ORDER_MARK).strip()
+                if raw:
+                    record, problem_or_none = parse_line(raw)
+                    yield Line(number, file.tell(), record, problem_or_none)
+    except OSError as error:
+        raise DataError(f"cannot read the data file {path}: {error.strerror or error}") from error
+
+
+def check_is_data_file(path: Path) -> None:
+    """Refuse what is not a regular file.
+
+    Raises
+    ------
+    DataError
+        Nothing is there, or it is a directory or a device.
+    """
+    if path.is_dir():
+        raise DataError(f"the data file {path} is a directory", expected="a JSON Lines file")
+    if not path.exists():
+        raise DataError(f"the data file {path} does not exist", fix="check the path")
+    if not path.is_file():
+        raise DataError(f"the data file {path} is not a regular file", expected="a JSON Lines file")
+
+
+def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    """Parse one line; returns the object and None, or None and what is wrong."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        hint = " (it looks like UTF-16: save the file as UTF-8)" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        return None, f"the line is not UTF-8 text, at its byte {error.start + 1}{hint}"
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        return None, "the JSON is nested too deeply"
+    except json.JSONDecodeError as error:
+        hint = " (JSON Lines has one object per line, not one array)" if text.startswith("[") else ""
+        return None, f"the line is not valid JSON: {error.msg} at column {error.colno}{hint}"
+    except ValueError as error:  # an integer of more digits than Python converts
+        return None, f"the line is not usable JSON: {error}"
+    if not isinstance(value, dict):
+        return None, f"the line is a JSON {json_type(value)}, not an object"
+    # Only an escape can smuggle in half of a surrogate pair; it has no UTF-8 form, so no tokenizer takes it.
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return None, "the line has half of a surrogate pair (a lone \\ud800 to \\udfff), which is not a character"
+        except RecursionError:
+            return None, "the JSON is nested too deeply"
+    return value, None
+
+
+def json_type(value: Any) -> str:
+    """The JSON name of a parsed value's type."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, str):
+        return "string"
+    if isinstance(value, int | float):
+        return "number"
+    return "array" if isinstance(value, list) else "object"
+
+
+def _discard_rest_of_line(file: BinaryIO) -> None:
+    while chunk := file.readline(_DISCARD_CHUNK_BYTES):
+        if chunk.endswith(b"\n"):
+            return

@@ -1,0 +1,317 @@
+"""A data file to a tokenised data set: the whole way, and an account of what was cut, dropped or skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lopt_lite.data.answers import RenderedConversation, answer_mask, render_conversation
+from lopt_lite.data.dataset import TokenizedDataset
+from lopt_lite.data.formats import (
+    BadRecordError,
+    Example,
+    Format,
+    PlainText,
+    describe_formats,
+    detect_format,
+    has_keys,
+)
+from lopt_lite.data.json_lines import Line, check_is_data_file, read_json_lines
+from lopt_lite.data.templates import ChatTemplate, TemplateRefusedError
+from lopt_lite.data.tokenization import default_bos, encode_batch
+from lopt_lite.errors import DataError
+from lopt_lite.events import Notice, OnEvent, Progress
+
+#: Texts are tokenised together: at most so many examples, and about so many characters.
+_CHUNK_EXAMPLES = 512
+_CHUNK_CHARACTERS = 4 * 2**20
+
+_LINES_NAMED = 5
+
+
+@dataclass
+class LoadReport:
+    """What became of the lines of a data file.
+
+    Attributes
+    ----------
+    format:
+        Name of the format found, such as ``messages`` or ``question+answer``.
+    lines:
+        Lines that are not blank.
+    examples:
+        Examples to train on.
+    bad_lines:
+        Lines dropped because they cannot be used (only with ``skip_bad_lines``).
+    cut:
+        Examples shortened to ``max_length``.
+    dropped:
+        Examples left out because no token of them can be trained on.
+    system_merged:
+        Conversations whose system message went into the first user message, because the template refuses it.
+    unlocated_turns:
+        Assistant turns that could not be found in the template's output and are not trained on.
+    first_bad_lines:
+        Numbers of the first few bad lines.
+    """
+
+    format: str = ""
+    lines: int = 0
+    examples: int = 0
+    bad_lines: int = 0
+    cut: int = 0
+    dropped: int = 0
+    system_merged: int = 0
+    unlocated_turns: int = 0
+    first_bad_lines: list[int] = field(default_factory=list)
+
+
+def load_dataset(
+    path: str | Path, tokenizer: Any, *, max_length: int, skip_bad_lines: bool, on_event: OnEvent
+) -> tuple[TokenizedDataset, LoadReport]:
+    """Read, render, tokenise and label a JSON Lines file.
+
+    Parameters
+    ----------
+    path:
+        The file; :mod:`lopt_lite.data.formats` lists what its lines may hold.
+    tokenizer:
+        A transformers tokenizer.
+    max_length:
+        Most tokens of an example. Of a longer one the front of the prompt is cut (all tokens before the first
+        answer but the beginning-of-sequence token and the last), and if that is not enough, the end.
+    skip_bad_lines:
+        Drop and count lines that cannot be used instead of raising.
+    on_event:
+        Told how far a long file is, and in sentences what was cut, dropped, merged or skipped.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read, a line cannot be used or has another format than the file, or nothing in the file
+        can be trained on.
+    ModelError
+        The tokenizer's chat template is broken.
+    """
+    path = Path(path)
+    check_is_data_file(path)
+    loader = _Loader(path, tokenizer, max_length, skip_bad_lines)
+    total_bytes = path.stat().st_size
+    for end_byte in loader.run():
+        on_event(Progress(task=f"Reading {path.name}", done=end_byte, total=max(total_bytes, end_byte), unit="bytes"))
+    dataset = loader.dataset()
+    for text in loader.notices():
+        on_event(Notice(text=text))
+    return dataset, loader.report
+
+
+class _Loader:
+    def __init__(self, path: Path, tokenizer: Any, max_length: int, skip_bad_lines: bool) -> None:
+        self.path = path
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.skip_bad_lines = skip_bad_lines
+        self.report = LoadReport()
+        self.template = ChatTemplate(tokenizer)
+        self.default_bos = default_bos(tokenizer)
+        self.format: Format | None = None
+        self.format_line = 0
+        self.first_problem: str | None = None
+        self.ids: list[np.ndarray] = []
+        self.masks: list[np.ndarray] = []
+
+    def run(self) -> Iterator[int]:
+        """Work through the file; yields the bytes done after each chunk but the last."""
+        pending: list[RenderedConversation | PlainText] = []
+        characters = 0
+        for line in read_json_lines(self.path):
+            self.report.lines += 1
+            try:
+                rendered = self._render(self._parse(line))
+            except (BadRecordError, TemplateRefusedError) as error:
+                self._bad_line(line.number, str(error))
+                continue
+            pending.append(rendered)
+            characters += len(rendered.text)
+            if len(pending) >= _CHUNK_EXAMPLES or characters >= _CHUNK_CHARACTERS:
+                self._tokenize(pending)
+                pending, characters = [], 0
+                yield line.end_byte
+        self._tokenize(pending)
+
+    def dataset(self) -> TokenizedDataset:
+        report = self.report
+        if report.lines == 0:
+            raise DataError(f"{self.path} is empty", expected="a JSON Lines file: one JSON object per line")
+        if report.lines == report.bad_lines:
+            raise DataError(f"none of the {report.lines} lines of {self.path} can be used; {self.first_problem}")
+        if not self.ids:
+            raise DataError(
+                f"none of the {report.dropped} examples of {self.path} has a token to train on",
+                expected="an assistant message that the chat template shows, within --max-length "
+                f"({self.max_length} tokens)",
+                fix="check that the conversations have assistant messages, raise --max-length, or check the "
+                "tokenizer's chat template",
+            )
+        offsets = np.zeros(len(self.ids) + 1, dtype=np.int64)
+        np.cumsum([len(ids) for ids in self.ids], out=offsets[1:])
+        return TokenizedDataset(
+            tokens=torch.from_numpy(np.concatenate(self.ids)),
+            is_target=torch.from_numpy(np.concatenate(self.masks)),
+            offsets=torch.from_numpy(offsets),
+        )
+
+    def notices(self) -> Iterator[str]:
+        report, name, template = self.report, self.path.name, self.template
+        if report.bad_lines:
+            numbers = ", ".join(map(str, report.first_bad_lines))
+            more = ", ..." if report.bad_lines > len(report.first_bad_lines) else ""
+            yield (
+                f"{name}: {report.bad_lines} of {report.lines} lines cannot be used and were dropped "
+                f"(lines {numbers}{more}); {self.first_problem}."
+            )
+        if report.format != "text":
+            if template.is_plain:
+                yield "The tokenizer has no chat template; a plain one is used (### Instruction: / ### Response:)."
+            if template.appends_eos and not template.is_plain:
+                yield (
+                    "The chat template ends an answer without a control token; "
+                    f"{self.tokenizer.eos_token!r} is added after the last answer of each conversation."
+                )
+            if template.pins_date:
+                yield "The chat template prints the date; 1 January 2025 is used, so that resumed runs see the same."
+        if self.tokenizer.eos_token_id is None:
+            yield "The tokenizer has no end-of-sequence token; the model may not learn where to stop."
+        if report.system_merged:
+            yield (
+                f"{name}: the chat template refuses system messages; in {report.system_merged} conversations the "
+                "system message was put in front of the first user message."
+            )
+        if report.unlocated_turns:
+            yield (
+                f"{name}: {report.unlocated_turns} assistant turns could not be found in what the chat template "
+                "makes of them, and are not trained on."
+            )
+        if report.cut:
+            yield f"{name}: {report.cut} examples were cut to {self.max_length} tokens (--max-length)."
+        if report.dropped:
+            yield f"{name}: {report.dropped} examples were dropped, because no token of them can be trained on."
+
+    def _parse(self, line: Line) -> Example:
+        if line.record is None:
+            raise BadRecordError(line.problem or "the line cannot be used")
+        known = self.format
+        if known is None:
+            known = detect_format(line.record)
+            if known is None:
+                raise BadRecordError(
+                    f"no known format has the keys {_shorten(line.record)}; known are {describe_formats()}"
+                )
+        elif not has_keys(line.record, known):
+            other = detect_format(line.record)
+            if other is None:
+                raise BadRecordError(
+                    f"the format {known.name!r} (line {self.format_line}) needs {known.keys}, and the "
+                    f"line has the keys {_shorten(line.record)}"
+                )
+            raise BadRecordError(
+                f"the line has the format {other.name!r}, and the file has {known.name!r} (line {self.format_line})"
+            )
+        example = known.parse(line.record)
+        if self.format is None:
+            # The first usable line decides.
+            self.format, self.format_line, self.report.format = known, line.number, known.name
+        return example
+
+    def _render(self, example: Example) -> RenderedConversation | PlainText:
+        if isinstance(example, PlainText):
+            return example
+        try:
+            rendered = render_conversation(self.template, example)
+        except TemplateRefusedError as error:
+            raise TemplateRefusedError(f"the chat template refuses the conversation: {error}") from error
+        self.report.system_merged += rendered.system_merged
+        self.report.unlocated_turns += rendered.unlocated
+        return rendered
+
+    def _bad_line(self, number: int, problem: str) -> None:
+        if not self.skip_bad_lines:
+            raise DataError(
+                f"{self.path}, line {number}: {problem}",
+                fix="correct the line, or drop such lines with --skip-bad-lines",
+            )
+        self.report.bad_lines += 1
+        if len(self.report.first_bad_lines) < _LINES_NAMED:
+            self.report.first_bad_lines.append(number)
+        if self.first_problem is None:
+            self.first_problem = f"line {number}: {problem}"
+
+    def _tokenize(self, pending: list[RenderedConversation | PlainText]) -> None:
+        eos = self.tokenizer.eos_token_id
+        for rendered, encoded in zip(
+            pending, encode_batch(self.tokenizer, [item.text for item in pending]), strict=True
+        ):
+            if isinstance(rendered, PlainText):
+                ids = encoded.ids
+                if ids[:1] != self.default_bos:
+                    ids = self.default_bos + ids
+                if eos is not None and ids[-1:] != [eos]:
+                    ids = [*ids, eos]
+                mask = np.ones(len(ids), dtype=bool)
+                mask[:1] = False
+            else:
+                ids = encoded.ids
+                mask = answer_mask(self.template, encoded, rendered.answers)
+            self._keep(np.array(ids, dtype=np.int32), mask)
+
+    def _keep(self, ids: np.ndarray, mask: np.ndarray) -> None:
+        length = _length_through_last_target(mask)
+        is_cut = length > self.max_length
+        ids, mask = shorten(ids[:length], mask[:length], self.max_length, self.tokenizer.bos_token_id)
+        if not mask.any():
+            self.report.dropped += 1
+            return
+        self.report.cut += is_cut
+        self.report.examples += 1
+        self.ids.append(ids)
+        self.masks.append(mask)
+
+
+def shorten(
+    ids: np.ndarray, is_target: np.ndarray, max_length: int, bos_token_id: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut one example to ``max_length`` tokens, keeping answer tokens where possible, and after its last target.
+
+    Parameters
+    ----------
+    ids, is_target:
+        int32 and bool [tokens].
+    bos_token_id:
+        If the first token is this one, it is kept.
+    """
+    excess = len(ids) - max_length
+    if excess > 0 and is_target.any():
+        first_target = int(is_target.argmax())
+        begin = 1 if ids[0] == bos_token_id else 0
+        # The token just before the answer stays: it is the end of the head of the answer, what the model goes on from.
+        end = begin + max(0, min(excess, first_target - 1 - begin))
+        ids = np.concatenate([ids[:begin], ids[end:]])[:max_length]
+        is_target = np.concatenate([is_target[:begin], is_target[end:]])[:max_length]
+    # What follows the last target influences nothing.
+    length = _length_through_last_target(is_target)
+    return ids[:length], is_target[:length]
+
+
+def _length_through_last_target(is_target: np.ndarray) -> int:
+    targets = np.flatnonzero(is_target)
+    return int(targets[-1]) + 1 if len(targets) else 0
+
+
+def _shorten(record: dict[str, Any]) -> str:
+    keys = [repr(key[:40]) for key in list(record)[:8]]
+    return (", ".join(keys) or "(none)") + (", ..." if len(record) > 8 else "")

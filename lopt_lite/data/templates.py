@@ -1,0 +1,246 @@
+"""Conversations to text by the tokenizer's chat template, or by a plain one where it has none.
+
+The plain template, for base models, is (with the tokenizer's end-of-sequence token for ``EOS``)::
+
+    SYSTEM TEXT
+
+    ### Instruction:
+    USER TEXT
+
+    ### Response:
+    ASSISTANT TEXT EOS
+
+with one ``### Instruction:`` / ``### Response:`` pair for each turn, ``### Tool:`` for a tool's result, and the
+beginning-of-sequence token in front if the tokenizer puts one there by itself. With a chat template, such a token is
+there if and only if the template writes it, as in transformers.
+
+Templates come from strangers; transformers renders them in a sandbox.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lopt_lite.data.formats import Message
+from lopt_lite.data.tokenization import default_bos, encode_batch, token_range
+from lopt_lite.errors import ModelError
+
+_PLAIN_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['tool_calls'] -%}"
+    "{{- raise_exception('the tokenizer has no chat template, and the plain one cannot express tool calls') -}}"
+    "{%- elif message['role'] == 'system' -%}{{- message['content'] + '\\n\\n' -}}"
+    "{%- elif message['role'] == 'user' -%}{{- '### Instruction:\\n' + message['content'] + '\\n\\n' -}}"
+    "{%- elif message['role'] == 'tool' -%}{{- '### Tool:\\n' + message['content'] + '\\n\\n' -}}"
+    "{%- else -%}{{- '### Response:\\n' -}}"
+    "{%- generation -%}{{- message['content'] + (eos_token or '') -}}{%- endgeneration -%}{{- '\\n\\n' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '### Response:\\n' -}}{%- endif -%}"
+)
+
+#: Put before a template that prints today's date: tokens must not change when a run is resumed tomorrow.
+_PINNED_DATE = (
+    "{% macro strftime_now(format) %}"
+    "{{ format|replace('%-d','1')|replace('%d','01')|replace('%B','January')|replace('%b','Jan')|replace('%-m','1')"
+    "|replace('%m','01')|replace('%Y','2025')|replace('%y','25')|replace('%A','Wednesday')|replace('%a','Wed')"
+    "|replace('%H','00')|replace('%M','00')|replace('%S','00') }}"
+    "{% endmacro %}\n"
+)
+
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+#: What a template may raise on messages it was not written for: its own refusal, or Python's operators inside it.
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
+
+Span = tuple[int, int]
+
+
+class TemplateRefusedError(Exception):
+    """The template cannot render these messages; the text is the template's reason. Caught in this room."""
+
+
+class ChatTemplate:
+    """How one tokenizer writes conversations.
+
+    Attributes
+    ----------
+    source:
+        The template in use, as Jinja text.
+    is_plain:
+        Whether it is the plain one of this module.
+    has_generation_marks:
+        Whether it says itself what is an answer (``{% generation %}``).
+    pins_date:
+        Whether it prints the date; it is then always given 1 January 2025.
+    end_of_turn_id:
+        The control token after an answer, None if there is none.
+    appends_eos:
+        Whether the template ends an answer without a control token, so that the end-of-sequence token is to be
+        added after the last one; without that, a model never learns to stop.
+
+    Raises
+    ------
+    ModelError
+        The tokenizer's template is not valid Jinja, or it has several and none is the default.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.is_plain = not tokenizer.chat_template
+        if self.is_plain:
+            self.source = ("{{- bos_token -}}" if default_bos(tokenizer) else "") + _PLAIN_TEMPLATE
+        else:
+            try:
+                self.source = tokenizer.get_chat_template()
+            except ValueError as error:
+                raise ModelError(
+                    f"the tokenizer's chat template cannot be chosen: {error}",
+                    fix="give it one template named 'default' in chat_template.jinja or tokenizer_config.json",
+                ) from error
+        self.pins_date = "strftime_now" in self.source
+        if self.pins_date:
+            self.source = _PINNED_DATE + self.source
+        self.has_generation_marks = _GENERATION_MARK.search(self.source) is not None
+        self._control_ids = frozenset(tokenizer.all_special_ids) | {
+            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()
+        }
+        self.is_blank = functools.lru_cache(maxsize=None)(self._is_blank)
+        self.end_of_turn_id: int | None = None
+        self.appends_eos = False
+        self._find_end_of_turn()
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The text of ``messages`` (at least one).
+
+        Raises
+        ------
+        TemplateRefusedError
+            The template cannot express them.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except _TEMPLATE_ERRORS as error:
+            raise TemplateRefusedError(str(error)) from error
+
+    def render_with_marks(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        """The text of ``messages``, and the character ranges that the template marks as generated.
+
+        Raises
+        ------
+        TemplateRefusedError
+            The template cannot express them.
+        """
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=self.source,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except _TEMPLATE_ERRORS as error:
+            raise TemplateRefusedError(str(error)) from error
+        return texts[0], spans[0]
+
+    def content_range(self, messages: Sequence[Message], turn: int, text: str) -> Span | None:
+        """Where the content of ``messages[turn]`` lies in their ``text``: what changes when the content does.
+
+        None when the template does not show the content, or cannot be asked.
+        """
+        content = messages[turn]["content"]
+        # A character that the content does not have, so that the first and the last character differ.
+        stand_in = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in content)
+        changed = [*messages[:turn], {**messages[turn], "content": stand_in}, *messages[turn + 1 :]]
+        try:
+            other = self.render(changed)
+        except TemplateRefusedError:
+            return None
+        if other == text:
+            return None
+        start = common_prefix_length(text, other)
+        room = min(len(text), len(other)) - start
+        tail = common_prefix_length(text[: -room - 1 : -1], other[: -room - 1 : -1]) if room else 0
+        return start, len(text) - tail
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether a token is one of the tokenizer's special or added ones (``<|im_end|>``), not a piece of text."""
+        return token_id in self._control_ids
+
+    def _is_blank(self, token_id: int) -> bool:
+        return not self.is_control(token_id) and not self.tokenizer.decode([token_id]).strip()
+
+    def _find_end_of_turn(self) -> None:
+        # Asked from the template, not looked up by name: the first control token after the content of a last answer.
+        probe: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"}]
+        try:
+            text = self.render(probe)
+        except TemplateRefusedError as error:
+            if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+                raise ModelError(
+                    f"the tokenizer's chat template is not valid Jinja: {error}",
+                    fix="repair chat_template.jinja (or chat_template in tokenizer_config.json)",
+                ) from error
+            self.end_of_turn_id = self.tokenizer.eos_token_id
+            return
+        content = self.content_range(probe, 1, text)
+        if content is not None:
+            encoded = encode_batch(self.tokenizer, [text])[0]
+            _, after = token_range(self.tokenizer, encoded, *content)
+            while after < len(encoded.ids) and self.is_blank(encoded.ids[after]):
+                after += 1
+            if after < len(encoded.ids) and self.is_control(encoded.ids[after]):
+                self.end_of_turn_id = encoded.ids[after]
+                return
+        self.end_of_turn_id = self.tokenizer.eos_token_id
+        self.appends_eos = self.tokenizer.eos_token_id is not None
+
+
+def load_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids that ask the model to answer ``prompt``: one user turn and the head of an answer, as in training.
+
+    Raises
+    ------
+    ModelError
+        The tokenizer's template is broken or refuses a plain user turn.
+    """
+    template = ChatTemplate(tokenizer)
+    try:
+        text = template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    except TemplateRefusedError as error:
+        raise ModelError(f"the tokenizer's chat template refuses the prompt: {error}") from error
+    return encode_batch(tokenizer, [text])[0].ids
+
+
+def stop_token_ids(tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the template's end-of-turn token and the end-of-sequence token, without repeats.
+
+    Raises
+    ------
+    ModelError
+        The tokenizer's template is broken.
+    """
+    found = (ChatTemplate(tokenizer).end_of_turn_id, tokenizer.eos_token_id)
+    return list(dict.fromkeys(token_id for token_id in found if token_id is not None))
+
+
+def common_prefix_length(a: str, b: str) -> int:
+    """How many characters two strings share at their start (bisection, so that long texts are compared quickly)."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,86 @@
+"""What can go wrong, as types a caller can act on.
+
+Each class carries the exit code of the command line (``exit_code``). A message has up to three parts: what was found,
+what was expected, and what to change; :class:`LoptError` joins them so that no caller formats errors by hand.
+"""
+
+from __future__ import annotations
+
+
+class LoptError(Exception):
+    """Base of every error lopt-lite raises on purpose.
+
+    Parameters
+    ----------
+    found:
+        What is wrong, naming the file, line, option or tensor concerned.
+    expected:
+        What would have been right, if that is not obvious.
+    fix:
+        What the user can change.
+    """
+
+    exit_code = 1
+
+    def __init__(self, found: str, *, expected: str | None = None, fix: str | None = None) -> None:
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+        parts = [found]
+        if expected:
+            parts.append(f"Expected: {expected}")
+        if fix:
+            parts.append(f"To fix: {fix}")
+        super().__init__("\n".join(parts))
+
+    def to_json(self) -> dict[str, object]:
+        """The error as plain JSON values, for ``--json``."""
+        return {
+            "error": type(self).__name__,
+            "exit_code": self.exit_code,
+            "found": self.found,
+            "expected": self.expected,
+            "fix": self.fix,
+        }
+
+
+class SettingsError(LoptError):
+    """An option has a value that cannot be used (exit code 2)."""
+
+    exit_code = 2
+
+
+class ModelError(LoptError):
+    """The model's files are missing, broken, unsafe or of an unsupported kind (exit code 3)."""
+
+    exit_code = 3
+
+
+class DataError(LoptError):
+    """The data file is missing, broken or holds nothing to train on (exit code 3)."""
+
+    exit_code = 3
+
+
+class DoesNotFitError(LoptError):
+    """Not enough memory or disk for what was asked (exit code 4)."""
+
+    exit_code = 4
+
+
+class RunDirectoryError(LoptError):
+    """The run directory or store is in use, unreadable, or belongs to other settings (exit code 5)."""
+
+    exit_code = 5
+
+
+class DivergedError(LoptError):
+    """The loss stopped being a finite number (exit code 6)."""
+
+    exit_code = 6
+
+
+class StoppedError(LoptError):
+    """Stopped on time or by a signal; the same command again continues (exit code 75)."""
+
+    exit_code = 75

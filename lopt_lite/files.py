@@ -1,0 +1,232 @@
+"""Durable files: every byte that must survive a crash is written here.
+
+A durable file appears whole or not at all: it is written under a temporary name in its own directory, flushed,
+fsynced, renamed, and the directory is fsynced. A crash leaves the old state or the new one, plus at most a stray
+temporary (``.*.tmp``) that :func:`remove_stray_temporaries` deletes at the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lopt_lite.errors import DoesNotFitError, LoptError, RunDirectoryError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+#: Characters that some file systems refuse in names.
+_UNSAFE_IN_NAMES = '/\\:*?"<>|'
+
+
+def temporary_name(path: Path) -> Path:
+    """The temporary name under which ``path`` is written, in the same directory."""
+    return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+
+
+def safe_name(text: str) -> str:
+    """``text`` with characters that file systems refuse replaced, for use as one path component."""
+    cleaned = "".join("-" if c in _UNSAFE_IN_NAMES or not c.isprintable() or c.isspace() else c for c in text)
+    return cleaned.strip(".-") or "unnamed"
+
+
+def explain_os_error(error: OSError, path: Path, doing: str) -> LoptError:
+    """Translate an operating-system error met while ``doing`` something with ``path`` into one a user can act on."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = "unknown"
+        with contextlib.suppress(OSError):
+            free = f"{shutil.disk_usage(existing_parent(path)).free:,}"
+        return DoesNotFitError(
+            f"the disk is full: cannot {doing} {path} (free: {free} bytes)",
+            fix="free some space, then give the same command again; everything finished so far is kept",
+        )
+    reason = error.strerror or str(error)
+    return RunDirectoryError(
+        f"cannot {doing} {path}: {reason}",
+        fix="check that the directory exists, is writable and its disk is healthy, or choose another with --output",
+    )
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest ancestor of ``path`` (or itself) that exists."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def make_directory(path: Path) -> None:
+    """Create ``path`` and its parents durably; an existing directory is fine.
+
+    Raises
+    ------
+    RunDirectoryError, DoesNotFitError
+        The directory cannot be made or written.
+    """
+    missing = []
+    probe = path
+    while not probe.exists() and probe != probe.parent:
+        missing.append(probe)
+        probe = probe.parent
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            fsync_directory(made.parent)
+    except OSError as error:
+        raise explain_os_error(error, path, "create the directory") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise RunDirectoryError(f"the directory {path} is not writable", fix="choose another one, or change its rights")
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames and creations inside ``path`` durable (a no-op where directories cannot be opened)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """Open ``path`` for an atomic, durable replacement; the file appears when the block ends without an error.
+
+    Raises
+    ------
+    DoesNotFitError
+        The disk is full.
+    RunDirectoryError
+        Any other failure of the file system.
+    """
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise explain_os_error(error, path, "write") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``, atomically and durably."""
+    with atomic_writer(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace ``path`` by ``value`` as indented JSON, atomically and durably."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path, *, what: str, error: type[LoptError]) -> Any:
+    """Parse a JSON file; failures become ``error`` naming ``what`` the file is."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as cause:
+        raise error(f"cannot read {what} {path}: {cause.strerror or cause}") from cause
+    except UnicodeDecodeError as cause:
+        raise error(f"{what} {path} is not UTF-8 text (byte {cause.start})") from cause
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{what} {path} is not valid JSON: {cause}") from cause
+
+
+def append_line(file: BinaryIO, value: Any, *, durable: bool = True) -> None:
+    """Append ``value`` as one line of JSON to an open file; with ``durable`` it is fsynced before the return."""
+    path = Path(str(file.name))
+    try:
+        file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise explain_os_error(error, path, "append to") from error
+
+
+def truncate(path: Path, size_bytes: int) -> None:
+    """Cut ``path`` to ``size_bytes`` and make that durable (used to drop a line that a crash cut short)."""
+    try:
+        with open(path, "r+b") as file:
+            file.truncate(size_bytes)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise explain_os_error(error, path, "repair") from error
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy one regular file atomically and durably; the content only, not the rights."""
+    try:
+        with open(source, "rb") as reader, atomic_writer(target) as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+    except OSError as error:
+        raise explain_os_error(error, source, "copy") from error
+
+
+def remove_file(path: Path) -> None:
+    """Delete ``path`` if it is there, durably."""
+    try:
+        path.unlink(missing_ok=True)
+        if path.parent.exists():
+            fsync_directory(path.parent)
+    except OSError as error:
+        raise explain_os_error(error, path, "delete") from error
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory and all it holds, if it is there."""
+    try:
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(path)
+    except OSError as error:
+        raise explain_os_error(error, path, "delete") from error
+
+
+def remove_stray_temporaries(directory: Path) -> int:
+    """Delete what an interrupted :func:`atomic_writer` left anywhere below ``directory``; returns how many."""
+    count = 0
+    for stray in directory.rglob(f".*{TEMPORARY_SUFFIX}"):
+        if stray.is_file() and not stray.is_symlink():
+            remove_file(stray)
+            count += 1
+    return count
+
+
+def directory_bytes(path: Path) -> int:
+    """Bytes of all regular files below ``path`` (0 when it does not exist)."""
+    if not path.exists():
+        return 0
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+def require_free_space(path: Path, needed_bytes: int, *, what: str) -> None:
+    """Refuse work that the disk below ``path`` cannot hold.
+
+    Raises
+    ------
+    DoesNotFitError
+        Fewer than ``needed_bytes`` are free.
+    """
+    free = shutil.disk_usage(existing_parent(path)).free
+    if free < needed_bytes:
+        raise DoesNotFitError(
+            f"{what} needs {needed_bytes:,} bytes on the disk of {path}, and {free:,} are free",
+            fix="free some space, or put it on another disk with --output (or --store)",
+        )

@@ -1,0 +1,89 @@
+"""The journal: an append-only file of durable facts, the only source of "what is done".
+
+One line of JSON is one fact. A line is appended and fsynced *after* the file it speaks of is durable, so a fact in the
+journal can be relied on. A crash can cut the last line short; such a tail is dropped when the journal is opened.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lopt_lite import files
+from lopt_lite.errors import RunDirectoryError
+
+Fact = dict[str, Any]
+
+
+def read_facts(path: Path) -> tuple[list[Fact], int]:
+    """Facts of a journal and the byte length of its whole lines, without changing the file.
+
+    Raises
+    ------
+    RunDirectoryError
+        A line other than a cut-short last one is not a JSON object with a ``fact``.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise RunDirectoryError(f"cannot read the journal {path}: {error.strerror or error}") from error
+    facts: list[Fact] = []
+    length = 0
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            fact = json.loads(line)
+            if not isinstance(fact, dict) or not isinstance(fact.get("fact"), str):
+                raise ValueError("not an object with a 'fact'")
+        except (ValueError, RecursionError) as error:
+            raise RunDirectoryError(
+                f"the journal {path} is damaged at line {number}: {error}",
+                fix="start anew with --fresh, or restore the journal from a backup",
+            ) from error
+        facts.append(fact)
+        length += len(line) + 1
+    return facts, length
+
+
+class Journal:
+    """An open journal.
+
+    Parameters
+    ----------
+    path:
+        The file; made when it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.facts, whole_bytes = read_facts(path)
+        if path.exists() and path.stat().st_size > whole_bytes:
+            files.truncate(path, whole_bytes)
+        try:
+            self._file = open(path, "ab")
+            files.fsync_directory(path.parent)
+        except OSError as error:
+            raise files.explain_os_error(error, path, "open") from error
+
+    def add(self, fact: str, **values: Any) -> None:
+        """Append a fact; durable on return."""
+        entry = {"fact": fact, **values}
+        files.append_line(self._file, entry)
+        self.facts.append(entry)
+
+    def last(self, fact: str, **match: Any) -> Fact | None:
+        """The newest fact of this name whose values equal ``match``, or None."""
+        for entry in reversed(self.facts):
+            if entry["fact"] == fact and all(entry.get(k) == v for k, v in match.items()):
+                return entry
+        return None
+
+    def all(self, fact: str, **match: Any) -> list[Fact]:
+        """All facts of this name whose values equal ``match``, oldest first."""
+        return [e for e in self.facts if e["fact"] == fact and all(e.get(k) == v for k, v in match.items())]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

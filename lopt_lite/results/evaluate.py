@@ -1,0 +1,77 @@
+"""Held-out loss and perplexity of the base and the tuned model, one block on the device at a time."""
+
+from __future__ import annotations
+
+import math
+
+from lopt_lite import devices
+from lopt_lite.checkpoints.tokenizer import pad_token_id
+from lopt_lite.data.load import load_dataset
+from lopt_lite.events import OnEvent, ignore
+from lopt_lite.outcomes import EvaluateOutcome
+from lopt_lite.residency.block_major import held_out_losses
+from lopt_lite.residency.choices import afford_dequantised
+from lopt_lite.results.open_run import open_run
+from lopt_lite.settings import EvaluateSettings
+
+_TOKENS_PER_ROW = 512
+
+
+def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> EvaluateOutcome:
+    """Compare base and tuned model on held-out examples (``lopt-lite evaluate``).
+
+    Both models run side by side through each loaded block, so every layer is loaded once.
+
+    Raises
+    ------
+    RunDirectoryError
+        The run is not finished.
+    DataError
+        The data cannot be used.
+    """
+    device = devices.choose_device(settings.device)
+    run = open_run(settings.run, device)
+    try:
+        dataset, report = load_dataset(
+            settings.data,
+            run.tokenizer,
+            max_length=settings.max_length or run.settings.max_length,
+            skip_bad_lines=settings.skip_bad_lines,
+            on_event=on_event,
+        )
+        ranges = [(b.first, b.end) for b in run.blocks]
+        base, tuned = held_out_losses(
+            run.store,
+            run.skeleton,
+            dataset,
+            ranges,
+            device=device,
+            dequantize=run.settings.quantize == "nf4" and afford_dequantised(run.skeleton, ranges, device),
+            pad_token_id=pad_token_id(run.tokenizer),
+            max_tokens=settings.batch_size * _TOKENS_PER_ROW,
+            max_rows=settings.batch_size,
+            variants=2,
+            on_layer=run.on_layer,
+            select=lambda layers, variant: run.select(layers, variant == 1),
+            on_event=on_event,
+        )
+    finally:
+        run.close()
+    return EvaluateOutcome(
+        run=settings.run,
+        data=settings.data,
+        examples=len(dataset),
+        answer_tokens=int(dataset.target_counts.sum()),
+        base_loss=base,
+        base_perplexity=_perplexity(base),
+        tuned_loss=tuned,
+        tuned_perplexity=_perplexity(tuned),
+    )
+
+
+def _perplexity(loss: float) -> float:
+    """exp(loss), infinite where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

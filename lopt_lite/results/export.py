@@ -1,0 +1,106 @@
+"""Taking the result elsewhere: the PEFT adapter, or a merged Hugging Face checkpoint written layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lopt_lite import devices, files
+from lopt_lite.checkpoints.build_store import StoreBuilder
+from lopt_lite.checkpoints.locate import locate_model
+from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.errors import ModelError, RunDirectoryError
+from lopt_lite.events import OnEvent, ignore
+from lopt_lite.outcomes import ExportOutcome
+from lopt_lite.results.open_run import OpenRun, open_run
+from lopt_lite.settings import ExportSettings
+from lopt_lite.training.run_directory import read_settings
+
+#: Files that only building needs, not part of what is handed out.
+_BUILD_FILES = ("journal.jsonl", "lock", "lock.pid")
+
+
+def export(settings: ExportSettings, on_event: OnEvent = ignore) -> ExportOutcome:
+    """Write the adapter or a merged checkpoint (``lopt-lite export``).
+
+    Raises
+    ------
+    RunDirectoryError
+        The run is not finished, or OUT is not empty.
+    ModelError
+        The original model is gone or has changed.
+    """
+    device = devices.choose_device(settings.device)
+    out = Path(settings.out)
+    run = open_run(settings.run, device)
+    try:
+        if settings.format == "adapter":
+            _copy_adapter(run, out)
+        else:
+            _write_merged(run, out, settings, on_event)
+    finally:
+        run.close()
+    return ExportOutcome(
+        out=str(out),
+        format=settings.format,
+        onto=settings.onto if settings.format == "merged" else None,
+        bytes=files.directory_bytes(out),
+    )
+
+
+def _copy_adapter(run: OpenRun, out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunDirectoryError(f"{out} exists and is not an empty directory", fix="name a new directory")
+    files.make_directory(out)
+    for path in sorted(run.paths.adapter.iterdir()):
+        files.copy_file(path, out / path.name)
+
+
+def _write_merged(run: OpenRun, out: Path, settings: ExportSettings, on_event: OnEvent) -> None:
+    """Stream the base weights through ``base + adapter`` into a new checkpoint."""
+    if settings.onto == "quantized":
+        source = locate_model(str(run.store.directory), on_event=on_event)
+    else:
+        given = read_settings(run.paths)["model"]
+        where = settings.model or run.settings.model
+        source = locate_model(where, config_dirs=run.settings.config, on_event=on_event)
+        if source.fingerprint() != given["fingerprint"]:
+            raise ModelError(
+                f"the model at {where} is not the one this run was trained from",
+                fix="name the original with --model, or merge with --onto quantized",
+            )
+    StoreBuilder(
+        source,
+        out,
+        quantize="none",
+        dtype="bfloat16",
+        device=run.device,
+        transform=lambda name, tensor: _merge(run, name, tensor),
+        on_event=on_event,
+    ).build()
+    for name in _BUILD_FILES:
+        files.remove_file(out / name)
+
+
+def _merge(run: OpenRun, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Add the adapter's product to a weight, in float32: W + (alpha / r) B A (LoRA, arXiv:2106.09685)."""
+    layer, local = _layer_of(run.skeleton, name)
+    adapter = run.adapters.get(layer, {})
+    module = local.removesuffix(".weight")
+    a, b = adapter.get(f"{module}.lora_A.weight"), adapter.get(f"{module}.lora_B.weight")
+    if a is None or b is None or not local.endswith(".weight"):
+        return tensor
+    delta = (b.float() @ a.float()) * (run.settings.lora_alpha / run.settings.lora_r)
+    is_linear = isinstance(run.skeleton.layer_template(layer).get_submodule(module), nn.Linear)
+    return tensor.float() + (delta if is_linear else delta.T)
+
+
+def _layer_of(skeleton: Skeleton, name: str) -> tuple[int, str]:
+    """(layer, name within it) of a full tensor name; (-1, name) outside the layers."""
+    prefix = skeleton.layers_path + "."
+    if not name.startswith(prefix):
+        return -1, name
+    index, _, local = name.removeprefix(prefix).partition(".")
+    return int(index), local

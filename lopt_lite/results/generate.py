@@ -1,0 +1,91 @@
+"""Trying the tuned model: one answer, with a key-value cache, by transformers' own generation loop."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import GenerationConfig
+
+from lopt_lite import devices
+from lopt_lite.checkpoints.tokenizer import pad_token_id
+from lopt_lite.data.templates import load_prompt
+from lopt_lite.events import OnEvent, ignore
+from lopt_lite.outcomes import GenerateOutcome
+from lopt_lite.residency.choices import afford_dequantised
+from lopt_lite.residency.head import place_head
+from lopt_lite.residency.pool import ResidentLayers
+from lopt_lite.results.open_run import OpenRun, open_run
+from lopt_lite.settings import GenerateSettings
+
+
+def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> GenerateOutcome:
+    """Answer a prompt (``lopt-lite generate``).
+
+    Raises
+    ------
+    RunDirectoryError
+        The run is not finished.
+    """
+    device = devices.choose_device(settings.device)
+    run = open_run(settings.run, device)
+    try:
+        return _answer(run, settings)
+    finally:
+        run.close()
+
+
+@torch.no_grad()
+def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
+    skeleton = run.skeleton
+    whole = [(0, skeleton.layer_count)]
+    dequantize = run.settings.quantize == "nf4" and afford_dequantised(skeleton, whole, run.device)
+    place_head(skeleton, run.store, run.device)
+    prompt = load_prompt(run.tokenizer, settings.prompt)
+    ids = torch.as_tensor([list(prompt)], dtype=torch.long, device=run.device)
+    with ResidentLayers(
+        run.store,
+        skeleton,
+        0,
+        skeleton.layer_count,
+        device=run.device,
+        dequantize=dequantize,
+        on_layer=None if settings.base else run.on_layer,
+    ) as pool:
+        model = skeleton.with_layers(pool.layers)
+        ends = _end_tokens(run)
+        choices = GenerationConfig(
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=settings.temperature > 0,
+            temperature=settings.temperature or None,
+            top_p=settings.top_p if settings.temperature > 0 else None,
+            top_k=0 if settings.temperature > 0 else None,
+            eos_token_id=ends or None,
+            pad_token_id=pad_token_id(run.tokenizer),
+        )
+        torch.manual_seed(settings.seed)
+        started = time.monotonic()
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=choices)
+        devices.synchronize(run.device)
+        seconds = time.monotonic() - started
+    new = output[0, ids.shape[1] :].tolist()
+    finished = bool(new) and new[-1] in ends
+    return GenerateOutcome(
+        prompt=settings.prompt,
+        text=run.tokenizer.decode(new, skip_special_tokens=True).strip(),
+        tokens=len(new),
+        tokens_per_s=len(new) / max(seconds, 1e-9),
+        finished=finished,
+    )
+
+
+def _end_tokens(run: OpenRun) -> list[int]:
+    """Tokens that end an answer: the tokenizer's end of sequence, and those that the model's makers list."""
+    ends = set()
+    path = run.store.directory / "generation_config.json"
+    if path.is_file():
+        listed = GenerationConfig.from_pretrained(run.store.directory).eos_token_id
+        ends |= set(listed if isinstance(listed, list) else [listed]) - {None}
+    if run.tokenizer.eos_token_id is not None:
+        ends.add(run.tokenizer.eos_token_id)
+    return sorted(ends)

@@ -1,0 +1,107 @@
+"""Opening a finished run for reading: its store, skeleton, tokenizer and adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lopt_lite.checkpoints.build_store import DTYPES
+from lopt_lite.checkpoints.locate import locate_model
+from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.checkpoints.store import Store
+from lopt_lite.checkpoints.tokenizer import load_tokenizer
+from lopt_lite.errors import RunDirectoryError, SettingsError
+from lopt_lite.journal import read_facts
+from lopt_lite.settings import TrainSettings
+from lopt_lite.training.adapter_result import layer_adapters
+from lopt_lite.training.adapters import attach_adapter, enable_adapter, load_adapter, set_training
+from lopt_lite.training.block_plan import Block, plan_blocks
+from lopt_lite.training.run_directory import RunPaths, read_settings
+
+
+def stored_settings(content: dict[str, Any]) -> TrainSettings:
+    """The settings a run was started with, from the content of its settings.json."""
+    values = dict(content["settings"])
+    try:
+        return TrainSettings(
+            model=content["model"]["given"],
+            data=content["data"]["given"],
+            config=tuple(content.get("config", ())),
+            **values,
+        )
+    except (TypeError, KeyError, SettingsError) as error:
+        raise RunDirectoryError(
+            f"the run's settings.json cannot be used: {error}", fix="use the release of lopt-lite that made the run"
+        ) from error
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run's parts, ready to compute with."""
+
+    paths: RunPaths
+    settings: TrainSettings
+    origin: str
+    store: Store
+    skeleton: Skeleton
+    tokenizer: Any
+    blocks: list[Block]
+    adapters: dict[int, dict[str, torch.Tensor]]
+    device: torch.device
+
+    def on_layer(self, index: int, layer: nn.Module) -> None:
+        """Put the trained adapter on a layer that was just loaded, ready to evaluate."""
+        if index in self.adapters:
+            attach_adapter(layer, index, skeleton=self.skeleton, settings=self.settings)
+            load_adapter(layer, self.adapters[index])
+            set_training(layer, False)
+
+    def select(self, layers: list[nn.Module], tuned: bool) -> None:
+        """Let the layers compute with their adapters, or as the untouched base model."""
+        for layer in layers:
+            enable_adapter(layer, tuned)
+
+    def close(self) -> None:
+        """Close the store's files."""
+        self.store.close()
+
+
+def open_run(run: str, device: torch.device) -> OpenRun:
+    """Open a finished run.
+
+    Raises
+    ------
+    RunDirectoryError
+        It is no run, is not finished, or its store or adapter is gone.
+    """
+    paths = RunPaths(Path(run))
+    content = read_settings(paths)
+    facts, _ = read_facts(paths.journal)
+    if not any(fact["fact"] == "adapter" for fact in facts):
+        raise RunDirectoryError(
+            f"the run in {run} is not finished", fix=f"see 'lopt-lite status {run}', and continue it with lopt-lite train"
+        )
+    if not (paths.adapter / "adapter_model.safetensors").is_file():
+        raise RunDirectoryError(f"the adapter of the run in {run} is gone", fix="train again with --fresh")
+    settings = stored_settings(content)
+    store_directory = paths.store if paths.store.is_dir() else Path(content["store"])
+    store = Store(store_directory)
+    model = locate_model(str(store_directory))
+    skeleton = Skeleton(model, dtype=DTYPES[settings.dtype])
+    skeleton.set_embedding_reader(lambda ids: store.embedding_rows(skeleton, ids))
+    skeleton.place_root_tensors(store.root(skeleton), device)
+    return OpenRun(
+        paths=paths,
+        settings=settings,
+        origin=str(content["model"]["origin"]),
+        store=store,
+        skeleton=skeleton,
+        tokenizer=load_tokenizer(model),
+        blocks=plan_blocks(skeleton.layer_count, settings.objectives()),
+        adapters=layer_adapters(paths.adapter, skeleton),
+        device=device,
+    )

@@ -1,0 +1,424 @@
+"""Every option, once: its name, default, unit and meaning.
+
+The command line and the YAML file are both generated from and checked against these dataclasses. A field made with
+:func:`option` becomes ``--its-name``; its ``help`` text is what ``--help`` shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from lopt_lite.errors import SettingsError
+
+GIB = 2**30
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Dtype = Literal["bfloat16", "float32"]
+Quantize = Literal["nf4", "none"]
+Schedule = Literal["sequential"]
+Tune = Literal["lora"]
+ExportFormat = Literal["adapter", "merged"]
+Onto = Literal["original", "quantized"]
+
+OBJECTIVES = ("reconstruct", "task", "none")
+
+
+def option(default: Any, help: str, *, repeat: bool = False) -> Any:
+    """A dataclass field that is also a command-line option with this help text."""
+    metadata = {"help": help, "repeat": repeat}
+    return field(default=default, metadata=metadata)
+
+
+def argument(help: str, *, default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field that is a positional argument of the command."""
+    metadata = {"help": help, "positional": True}
+    if default is dataclasses.MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Everything ``lopt-lite train`` can be told."""
+
+    model: str = argument(
+        "The model: a .safetensors file (config.json and tokenizer beside it), an index file, a directory, "
+        "a store made by 'lopt-lite quantize', or a hub id."
+    )
+    data: str = argument("Training examples: a JSON Lines file.")
+    output: str | None = option(None, "Run directory. Default: runs/MODEL-DATA.")
+    fresh: bool = option(False, "Delete what an earlier run left in the run directory and start anew.")
+    config: tuple[str, ...] = option(
+        (),
+        "A YAML file with any of these options (the command line wins), or the directory with config.json and "
+        "tokenizer when they are not beside MODEL. May be given twice, for one of each.",
+        repeat=True,
+    )
+    validation: str | None = option(
+        None,
+        "Held-out examples: a JSON Lines file, or the fraction of DATA to hold out (e.g. 0.05). Their loss is shown "
+        "before training, after each epoch of the last block, and at the end. Default: none.",
+    )
+    blocks: int = option(
+        2, "Number of blocks between gradient boundaries. 1 is ordinary end-to-end tuning; more need less memory."
+    )
+    schedule: Schedule = option("sequential", "sequential: train block after block on cached activations.")
+    objective: str = option(
+        "reconstruct",
+        "What the blocks before the last one learn: reconstruct (predict the block's input from its output), "
+        "task (the training task itself, read out early through the model's own head) or none (left as they are; "
+        "fastest). One word, or one per block separated by commas. The last block always learns the task.",
+    )
+    tune: Tune = option("lora", "What is trained: lora (a PEFT adapter on the linear layers).")
+    quantize: Quantize = option("nf4", "Storage of the frozen weights: nf4 (4 bits) or none (in --dtype).")
+    dtype: Dtype = option("bfloat16", "Type to compute in; with --quantize none also the type of stored weights.")
+    store: str | None = option(
+        None, "Directory of the prepared weights; runs may share one. Default: RUN/store, or MODEL if it is a store."
+    )
+    epochs: int = option(1, "Passes over the data for each block.")
+    lr: float = option(4e-4, "Peak learning rate of the last block (cosine to 0 after 3 % linear warm-up).")
+    lr_early: float | None = option(None, "Peak learning rate of the blocks before the last. Default: a tenth of --lr.")
+    head_fit_epochs: int = option(
+        1,
+        "Epochs for which the reconstruction head is first fitted on the untouched block, so that training starts "
+        "from a useful signal. 0 starts from a random head, as in the paper.",
+    )
+    batch_size: int = option(8, "Examples per optimiser step.")
+    max_length: int = option(1024, "Longest example, in tokens; longer ones are cut at the front of the prompt.")
+    lora_r: int = option(16, "Rank of the adapter.")
+    lora_alpha: float = option(32.0, "Scale of the adapter (its output is multiplied by alpha / rank).")
+    lora_dropout: float = option(0.0, "Dropout on the adapter's input while training, 0 to below 1.")
+    lora_targets: str = option(
+        "all-linear",
+        "Modules of a layer that get an adapter: all-linear, or names separated by commas (e.g. q_proj,v_proj).",
+    )
+    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.")
+    seed: int = option(0, "Seed of shuffling, splitting, adapter start and dropout.")
+    skip_bad_lines: bool = option(False, "Drop lines of DATA that cannot be used, and count them, instead of stopping.")
+    checkpoint_every: str = option(
+        "5m", "Longest time between checkpoints within a block: e.g. 30s, 5m, 1h; a bare number is seconds."
+    )
+    max_hours: float | None = option(None, "Stop after this many hours with a checkpoint (exit code 75).")
+    deadline: str | None = option(None, "Stop before this time of day, HH:MM, with a checkpoint (exit code 75).")
+    quiet: bool = option(False, "Only warnings, errors and the final summary.")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _at_least(self, 1, "blocks", "epochs", "batch_size", "lora_r")
+        _at_least(self, 0, "head_fit_epochs", "seed")
+        _at_least(self, 2, "max_length")
+        _positive(self, "lr", "lr_early", "lora_alpha", "max_hours")
+        if not 0 <= self.lora_dropout < 1:
+            raise SettingsError(f"--lora-dropout is {self.lora_dropout}", expected="at least 0 and below 1")
+        if self.seed >= 2**63:
+            raise SettingsError(f"--seed is {self.seed}", expected="a number below 2**63")
+        if not self.target_names and self.lora_targets != "all-linear":
+            raise SettingsError(f"--lora-targets is {self.lora_targets!r}", expected="all-linear, or module names")
+        if self.validation is not None and not self.validation.strip():
+            raise SettingsError("--validation is empty", expected="a file, or a fraction such as 0.05")
+        parse_duration_s(self.checkpoint_every, "--checkpoint-every")
+        if self.deadline is not None:
+            parse_time_of_day(self.deadline, "--deadline")
+        self.objectives()
+        self.validation_fraction()
+
+    def objectives(self) -> tuple[str, ...]:
+        """The objective of each block, first to last; the last is always ``task``.
+
+        Raises
+        ------
+        SettingsError
+            An unknown objective, or a list that does not have one name for each early block.
+        """
+        names = [name.strip() for name in self.objective.split(",")]
+        for name in names:
+            if name not in OBJECTIVES:
+                raise SettingsError(f"--objective names {name!r}", expected=f"one of {', '.join(OBJECTIVES)}")
+        early = self.blocks - 1
+        if len(names) == 1:
+            names = names * early
+        if len(names) != early:
+            raise SettingsError(
+                f"--objective names {len(names)} objectives, and there are {early} blocks before the last",
+                expected="one name for all of them, or one for each",
+            )
+        return (*names, "task")
+
+    def validation_fraction(self) -> float | None:
+        """The fraction of DATA to hold out, or None when ``validation`` is absent or names a file."""
+        if self.validation is None:
+            return None
+        try:
+            fraction = float(self.validation)
+        except ValueError:
+            return None
+        if Path(self.validation).is_file():
+            return None
+        if not 0 < fraction < 1:
+            raise SettingsError(f"--validation is {self.validation}", expected="a file, or a fraction between 0 and 1")
+        return fraction
+
+    @property
+    def early_lr(self) -> float:
+        """Peak learning rate of the blocks before the last."""
+        return self.lr / 10 if self.lr_early is None else self.lr_early
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The module names of ``lora_targets``, empty for ``all-linear``."""
+        if self.lora_targets == "all-linear":
+            return ()
+        return tuple(name.strip() for name in self.lora_targets.split(",") if name.strip())
+
+    @property
+    def checkpoint_every_s(self) -> float:
+        """Seconds between checkpoints within a block."""
+        return parse_duration_s(self.checkpoint_every, "--checkpoint-every")
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that decide the result's bytes: what a resumed run must share with the one it continues."""
+        values = dataclasses.asdict(self)
+        for name in _FREE_TO_CHANGE:
+            del values[name]
+        values["lr_early"] = self.early_lr
+        return values
+
+
+#: Options that may differ when a run is continued: they change when it stops, or where things lie, not its result.
+#: The model and the data are compared by fingerprint instead, so that a moved file does not matter.
+_FREE_TO_CHANGE = (
+    "model",
+    "data",
+    "output",
+    "fresh",
+    "config",
+    "store",
+    "device",
+    "checkpoint_every",
+    "max_hours",
+    "deadline",
+    "quiet",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeSettings:
+    """Everything ``lopt-lite quantize`` can be told."""
+
+    model: str = argument("The model: a .safetensors file, an index file, a directory, or a hub id.")
+    store: str = argument("Directory to write. It is an ordinary Hugging Face checkpoint that transformers can load.")
+    config: tuple[str, ...] = option(
+        (), "The directory with config.json and tokenizer when they are not beside MODEL.", repeat=True
+    )
+    quantize: Quantize = option("nf4", "nf4 (4 bits, double quantisation, block size 64) or none.")
+    dtype: Dtype = option("bfloat16", "Type of what stays unquantised.")
+    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """Everything ``lopt-lite evaluate`` can be told."""
+
+    run: str = argument("Run directory.")
+    data: str = argument("Held-out examples: a JSON Lines file.")
+    batch_size: int = option(8, "Examples per batch.")
+    max_length: int | None = option(None, "Longest example, in tokens. Default: the run's.")
+    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.")
+    skip_bad_lines: bool = option(False, "Drop lines that cannot be used, and count them, instead of stopping.")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _at_least(self, 1, "batch_size")
+        _at_least(self, 2, "max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings:
+    """Everything ``lopt-lite generate`` can be told."""
+
+    run: str = argument("Run directory.")
+    prompt: str = option("", "The user's message; a chat template is applied as in training.")
+    max_new_tokens: int = option(256, "Longest answer, in tokens.")
+    temperature: float = option(0.0, "0 takes the likeliest token each time; higher is more varied.")
+    top_p: float = option(1.0, "With a temperature: sample from the smallest set of tokens with this probability.")
+    seed: int = option(0, "Seed of the sampling.")
+    base: bool = option(False, "Answer with the untouched base model instead.")
+    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _at_least(self, 1, "max_new_tokens")
+        if not self.prompt:
+            raise SettingsError("--prompt is empty", expected="the text to answer")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise SettingsError(f"--temperature is {self.temperature}", expected="0 or more")
+        if not 0 < self.top_p <= 1:
+            raise SettingsError(f"--top-p is {self.top_p}", expected="above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Everything ``lopt-lite export`` can be told."""
+
+    run: str = argument("Run directory.")
+    out: str = argument("Directory to write; it must not exist yet, or be empty.")
+    format: ExportFormat = option(
+        "adapter", "adapter: a PEFT adapter; merged: a whole Hugging Face checkpoint in bfloat16."
+    )
+    onto: Onto = option(
+        "original",
+        "For merged. original: add the adapter to the weights you brought (best quality; differs a little from what "
+        "was evaluated, which had 4-bit weights). quantized: add it to the dequantised 4-bit weights it was trained "
+        "against (the evaluated model, up to bfloat16 rounding).",
+    )
+    model: str | None = option(None, "Where the original model is now, if it has moved since training.")
+    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+Settings = TypeVar("Settings")
+
+
+def load_yaml(path: Path, settings: type[Any]) -> dict[str, Any]:
+    """Read option values from a YAML file; names may use ``-`` or ``_``.
+
+    Returns
+    -------
+    dict
+        Values by field name of the dataclass ``settings``, not yet checked for type.
+
+    Raises
+    ------
+    SettingsError
+        The file cannot be read, is not a mapping, or names an unknown option.
+    """
+    import yaml  # only needed with --config
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot read --config {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config {path} is not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"--config {path} holds a {type(content).__name__}", expected="option: value lines")
+    known = {f.name: f for f in dataclasses.fields(settings) if f.name != "config"}
+    hints = typing.get_type_hints(settings)
+    values = {}
+    for key, value in content.items():
+        name = str(key).lstrip("-").replace("-", "_")
+        if name not in known:
+            raise SettingsError(
+                f"--config {path} sets {str(key)!r}, which is no option", expected=f"one of {', '.join(sorted(known))}"
+            )
+        values[name] = _from_yaml(value, hints[name])
+    return values
+
+
+def _from_yaml(value: Any, hint: Any) -> Any:
+    """Adapt what YAML parses (``4e-4`` is text to it, ``0.05`` a number) to the field's type where that is exact."""
+    members = typing.get_args(hint)
+    if isinstance(value, bool):
+        return value
+    if (hint is float or float in members) and isinstance(value, (int, str)):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if (hint is str or str in members) and isinstance(value, (int, float)):
+        return str(value)
+    return value
+
+
+def _check_types(settings: Any) -> None:
+    """Check every field against its annotation, since values may come from YAML or from Python callers."""
+    hints = typing.get_type_hints(type(settings))
+    for f in dataclasses.fields(settings):
+        value, hint = getattr(settings, f.name), hints[f.name]
+        if not _matches(value, hint):
+            flag = "--" + f.name.replace("_", "-") if not f.metadata.get("positional") else f.name.upper()
+            raise SettingsError(f"{flag} is {value!r}", expected=_describe(hint))
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in members
+    if origin is tuple:
+        return isinstance(value, tuple) and all(isinstance(v, members[0]) for v in value)
+    if members:
+        return any(_matches(value, member) for member in members)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, members))
+    if members:
+        return " or ".join(_describe(member) for member in members if member is not type(None))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return names.get(hint, str(hint))
+
+
+def _at_least(settings: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise SettingsError(f"--{name.replace('_', '-')} is {value}", expected=f"at least {least}")
+
+
+def _positive(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise SettingsError(f"--{name.replace('_', '-')} is {value}", expected="a finite number above 0")
+
+
+_DURATION_UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+def parse_duration_s(text: str, flag: str) -> float:
+    """Seconds of ``30s``, ``5m``, ``1.5h`` or a bare number of seconds.
+
+    Raises
+    ------
+    SettingsError
+        Anything else, naming ``flag``.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|m|h|)\s*", text)
+    if match is None:
+        raise SettingsError(f"{flag} is {text!r}", expected="a time such as 30s, 5m or 1h")
+    return float(match[1]) * _DURATION_UNITS_S[match[2]]
+
+
+def parse_time_of_day(text: str, flag: str) -> datetime.time:
+    """The time of day of ``HH:MM``.
+
+    Raises
+    ------
+    SettingsError
+        Anything else, naming ``flag``.
+    """
+    match = re.fullmatch(r"\s*(\d{1,2}):(\d{2})\s*", text)
+    if match is None or int(match[1]) > 23 or int(match[2]) > 59:
+        raise SettingsError(f"{flag} is {text!r}", expected="a time of day, HH:MM, such as 07:30")
+    return datetime.time(int(match[1]), int(match[2]))

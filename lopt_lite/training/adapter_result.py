@@ -1,0 +1,89 @@
+"""The result: one PEFT adapter directory, put together from the blocks' adapters."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lopt_lite import files
+from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.checkpoints.tokenizer import save_tokenizer
+from lopt_lite.errors import RunDirectoryError
+from lopt_lite.settings import TrainSettings
+from lopt_lite.training.adapters import lora_config, target_names
+from lopt_lite.training.block_plan import Block
+from lopt_lite.training.checkpoint import load_tensors, save_tensors
+from lopt_lite.training.run_directory import RunPaths
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
+
+
+def write_adapter(
+    paths: RunPaths, skeleton: Skeleton, blocks: list[Block], settings: TrainSettings, *, origin: str, tokenizer: object
+) -> str:
+    """Write ``RUN/adapter`` for ``PeftModel.from_pretrained``; returns the sha256 of the weights file.
+
+    Parameters
+    ----------
+    origin:
+        Directory or hub id of the base model, for ``base_model_name_or_path``.
+    """
+    files.make_directory(paths.adapter)
+    tensors: dict[str, torch.Tensor] = {}
+    trained: list[str] = []
+    for block in blocks:
+        if block.objective == "none":
+            continue
+        for name, tensor in load_tensors(paths.block_adapter(block.index)).items():
+            layer, _, rest = name.partition(".")
+            tensors[_PEFT_PREFIX + skeleton.layer_prefix(int(layer)) + rest] = tensor
+        for index in range(block.first, block.end):
+            trained += [skeleton.layer_prefix(index) + n for n in target_names(skeleton, index, settings)]
+    _write_config(paths.adapter / CONFIG_NAME, skeleton, settings, trained, origin)
+    save_tokenizer(tokenizer, paths.adapter)
+    return save_tensors(paths.adapter / WEIGHTS_NAME, tensors, {"format": "pt"})
+
+
+def _write_config(path: Path, skeleton: Skeleton, settings: TrainSettings, trained: list[str], origin: str) -> None:
+    config = lora_config(settings, _shortest_names(skeleton, trained))
+    config.base_model_name_or_path = origin
+    config.inference_mode = True
+    template = skeleton.layer_template(0)
+    config.fan_in_fan_out = any(
+        not isinstance(template.get_submodule(n), nn.Linear) for n in target_names(skeleton, 0, settings)
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch)
+        content = files.read_json(Path(scratch) / CONFIG_NAME, what="PEFT's config", error=RunDirectoryError)
+    content["target_modules"] = sorted(content["target_modules"])
+    files.write_json(path, content)
+
+
+def _shortest_names(skeleton: Skeleton, trained: list[str]) -> list[str]:
+    """Module names for PEFT: last parts (``q_proj``) when they name exactly the trained modules, else full names.
+
+    PEFT adapts every module whose name ends in a listed one, anywhere in the model.
+    """
+    endings = sorted({name.rpartition(".")[2] for name in trained})
+    everywhere = [
+        skeleton.layer_prefix(i) + name for i in range(skeleton.layer_count) for name in skeleton.adaptable_names(i)
+    ] + [name for name in skeleton.root_linear_names() if name + ".weight" != skeleton.head_name]
+    matched = {name for name in everywhere if name.rpartition(".")[2] in endings}
+    return endings if matched == set(trained) else sorted(trained)
+
+
+def layer_adapters(path: Path, skeleton: Skeleton) -> dict[int, dict[str, torch.Tensor]]:
+    """Read an adapter directory's weights by layer: {layer: {name within the layer: tensor}}."""
+    by_layer: dict[int, dict[str, torch.Tensor]] = {}
+    tensors = load_tensors(path / WEIGHTS_NAME)
+    for index in range(skeleton.layer_count):
+        prefix = _PEFT_PREFIX + skeleton.layer_prefix(index)
+        found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if found:
+            by_layer[index] = found
+    return by_layer

@@ -1,0 +1,111 @@
+"""LoRA adapters on single layers, by PEFT."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.errors import SettingsError
+from lopt_lite.seeds import derive_seed
+from lopt_lite.settings import TrainSettings
+
+_ADAPTER = "default"
+
+
+def target_names(skeleton: Skeleton, index: int, settings: TrainSettings) -> list[str]:
+    """Names within layer ``index`` of the modules that get an adapter.
+
+    Raises
+    ------
+    SettingsError
+        ``--lora-targets`` names a module that no layer has.
+    """
+    adaptable = skeleton.adaptable_names(index)
+    if not settings.target_names:
+        return adaptable
+    wanted = settings.target_names
+    everywhere = {n for i in range(skeleton.layer_count) for n in skeleton.adaptable_names(i)}
+    for name in wanted:
+        if not any(_is_called(n, name) for n in everywhere):
+            choices = sorted({n.rpartition(".")[2] for n in everywhere})
+            raise SettingsError(
+                f"--lora-targets names {name!r}, which no layer of {skeleton.architecture} has",
+                expected=f"all-linear, or some of {', '.join(choices)}",
+            )
+    return [n for n in adaptable if any(_is_called(n, name) for name in wanted)]
+
+
+def _is_called(full: str, name: str) -> bool:
+    return full == name or full.endswith("." + name)
+
+
+def lora_config(settings: TrainSettings, targets: list[str]) -> LoraConfig:
+    """PEFT's description of the adapter on modules called ``targets``."""
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def attach_adapter(layer: nn.Module, index: int, *, skeleton: Skeleton, settings: TrainSettings) -> None:
+    """Put a new adapter on a layer; its start depends on (seed, layer) alone.
+
+    Parameters are float32 whatever the layer's dtype, because updates of a small learning rate would be lost in
+    bfloat16. Nothing else of the layer is trainable afterwards.
+    """
+    targets = target_names(skeleton, index, settings)
+    if not targets:
+        return
+    # PEFT chooses its 4-bit LoRA class by this attribute of the module that it is given.
+    if any(isinstance(m, bnb.nn.Linear4bit) for m in layer.modules()):
+        layer.is_loaded_in_4bit = True
+    config = lora_config(settings, targets)
+    config.fan_in_fan_out = any(not isinstance(layer.get_submodule(t), nn.Linear) for t in targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(settings.seed, "adapter", index))
+        inject_adapter_in_model(config, layer, adapter_name=_ADAPTER)
+    adapter = {id(p) for p in adapter_parameters(layer).values()}
+    for parameter in layer.parameters():
+        if id(parameter) in adapter:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        else:
+            parameter.requires_grad_(False)
+
+
+def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """A layer's adapter parameters by PEFT's file name within the layer (``self_attn.q_proj.lora_A.weight``)."""
+    return {
+        name.replace(f".{_ADAPTER}.", "."): parameter
+        for name, parameter in layer.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+
+
+def load_adapter(layer: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy saved values into the adapter of a layer; names as :func:`adapter_parameters`."""
+    for name, parameter in adapter_parameters(layer).items():
+        parameter.data.copy_(tensors[name])
+
+
+def enable_adapter(layer: nn.Module, enabled: bool) -> None:
+    """Switch a layer between itself with its adapter and itself without."""
+    for module in layer.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(enabled)
+
+
+def set_training(layer: nn.Module, training: bool) -> None:
+    """Turn the adapter's dropout on or off; the model's own dropout stays off."""
+    for module in layer.modules():
+        if isinstance(module, BaseTunerLayer):
+            for dropout in module.lora_dropout.values():
+                dropout.train(training)

@@ -1,0 +1,306 @@
+"""Training one block on its inputs, with only this block on the device.
+
+Read :meth:`BlockTrainer.run` from top to bottom: load, go on where a checkpoint stands, fit the reconstruction head,
+train, write the block's adapter.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lopt_lite import devices, files
+from lopt_lite.data.batches import epoch_batches, length_sorted_batches, micro_batches
+from lopt_lite.data.dataset import Batch, collate
+from lopt_lite.errors import DivergedError
+from lopt_lite.events import BlockDone, BlockStarted, CheckpointSaved, Notice, Progress, Step, Validation
+from lopt_lite.residency.head import answer_loss_backward, answer_loss_sum, place_head
+from lopt_lite.residency.pool import MicroBatch, ResidentLayers
+from lopt_lite.seeds import derive_seed
+from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_training
+from lopt_lite.training.block_inputs import BlockInputs
+from lopt_lite.training.block_plan import Block
+from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_cursor, restore_checkpoint, save_tensors
+from lopt_lite.training.objectives import ReconstructionHead, reconstruction_loss
+from lopt_lite.training.optimisation import learning_rate, make_optimizer, optimizer_step
+from lopt_lite.training.stopping import stopped
+from lopt_lite.training.workbench import FORWARD_ROWS, FORWARD_TOKENS, MICRO_BATCH_TOKENS, Workbench
+
+PHASES = ("head-fit", "train")
+HEAD_FIT_LR = 1e-3
+_STEPS_WITHOUT_FINITE_LOSS = 5
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """A stretch of training with one optimiser: which parameters, for how long, how fast."""
+
+    name: str
+    epochs: int
+    peak_lr: float
+    parameters: dict[str, nn.Parameter]
+
+
+class BlockTrainer:
+    """Trains one block from its inputs to its adapter file.
+
+    Parameters
+    ----------
+    bench:
+        The run's parts.
+    block:
+        Which layers, and what they learn.
+    inputs:
+        Makes the block's input for a batch.
+    """
+
+    def __init__(self, bench: Workbench, block: Block, inputs: BlockInputs) -> None:
+        self._bench, self._block, self._inputs = bench, block, inputs
+        self._is_last = block.index == len(bench.blocks) - 1
+        self._checkpoints = CheckpointDirectory(bench.paths.block(block.index) / "checkpoint")
+        self._peak = devices.PeakMemory(bench.device)
+        self._lengths = bench.dataset.lengths
+        self._steps_per_epoch = math.ceil(bench.train_count / bench.settings.batch_size)
+        self._last_checkpoint_s = time.monotonic()
+        self._not_finite = 0
+        self._head: ReconstructionHead | None = None
+
+    def run(self) -> None:
+        """Train the block, from the last checkpoint if there is one, until its adapter is durable.
+
+        Raises
+        ------
+        StoppedError
+            A signal or a time limit came; a checkpoint stands.
+        DivergedError
+            The loss was not a finite number for several steps in a row.
+        """
+        bench, block = self._bench, self._block
+        if block.objective == "task":
+            place_head(bench.skeleton, bench.store, bench.device)
+        with ResidentLayers(
+            bench.store,
+            bench.skeleton,
+            block.first,
+            block.end,
+            device=bench.device,
+            dequantize=bench.dequantize,
+            on_layer=lambda i, layer: attach_adapter(layer, i, skeleton=bench.skeleton, settings=bench.settings),
+        ) as pool:
+            self._pool = pool
+            adapter = {
+                f"{index}.{name}": parameter
+                for index, layer in enumerate(pool.layers, start=block.first)
+                for name, parameter in adapter_parameters(layer).items()
+            }
+            phases = self._plan_phases(adapter)
+            cursor = self._cursor()
+            for phase in phases[[p.name for p in phases].index(cursor.phase) :]:
+                self._run_phase(phase, cursor if phase.name == cursor.phase else Cursor(phase.name, 0))
+            files.make_directory(bench.paths.block(block.index))
+            digest = save_tensors(bench.paths.block_adapter(block.index), dict(adapter))
+        bench.journal.add("block", block=block.index, sha256=digest)
+        self._checkpoints.keep_only(None)
+        bench.on_event(BlockDone(block=block.index, blocks=len(bench.blocks)))
+
+    # -- the stretches of training ------------------------------------------------------------------------------------
+
+    def _plan_phases(self, adapter: dict[str, nn.Parameter]) -> list[_Phase]:
+        settings = self._bench.settings
+        peak = settings.lr if self._is_last else settings.early_lr
+        self._trainable = dict(adapter)
+        if self._block.objective != "reconstruct":
+            return [_Phase("train", settings.epochs, peak, dict(adapter))]
+        seed = derive_seed(settings.seed, "block", self._block.index)
+        self._head = ReconstructionHead(self._bench.skeleton.hidden_size, seed=seed).to(self._bench.device)
+        head = {f"head.{name}": parameter for name, parameter in self._head.named_parameters()}
+        self._trainable |= head
+        phases = [_Phase("train", settings.epochs, peak, {**adapter, **head})]
+        if settings.head_fit_epochs:
+            phases.insert(0, _Phase("head-fit", settings.head_fit_epochs, HEAD_FIT_LR, head))
+        return phases
+
+    def _cursor(self) -> Cursor:
+        """Where to begin: at the last journalled checkpoint, or at the first phase."""
+        fact = self._bench.journal.last("checkpoint", block=self._block.index)
+        first = "head-fit" if self._head is not None and self._bench.settings.head_fit_epochs else "train"
+        self._restore_name = None if fact is None else str(fact["name"])
+        self._checkpoints.keep_only(self._restore_name)
+        if self._restore_name is None:
+            return Cursor(first, 0)
+        return read_cursor(self._checkpoints.path(self._restore_name))
+
+    def _run_phase(self, phase: _Phase, cursor: Cursor) -> None:
+        bench, block = self._bench, self._block
+        optimizer = make_optimizer(phase.parameters.values())
+        if self._restore_name is not None and cursor.step > 0:
+            restore_checkpoint(self._checkpoints.path(self._restore_name), self._trainable, optimizer)
+        bench.metrics.forget_undone(block.index, PHASES, phase.name, cursor.step)
+        steps = phase.epochs * self._steps_per_epoch
+        bench.on_event(
+            BlockStarted(
+                block=block.index,
+                blocks=len(bench.blocks),
+                objective=block.objective if phase.name == "train" else "fit the reconstruction head",
+                first_layer=block.first,
+                end_layer=block.end,
+                step=cursor.step,
+                steps=steps,
+            )
+        )
+        self._last_checkpoint_s = time.monotonic()
+        for epoch in range(cursor.step // self._steps_per_epoch, phase.epochs):
+            batches = epoch_batches(
+                self._lengths[: bench.train_count],
+                batch_size=bench.settings.batch_size,
+                seed=(bench.settings.seed, "block", block.index, phase.name, epoch),
+            )
+            for number, indices in enumerate(batches, start=epoch * self._steps_per_epoch):
+                if number < cursor.step:
+                    continue
+                self._stop_or_checkpoint(phase, number, optimizer, needed_s=0.0)
+                took_s = self._step(phase, optimizer, epoch, number, steps, indices)
+                self._stop_or_checkpoint(phase, number + 1, optimizer, needed_s=took_s)
+            self._validate(phase, epoch + 1)
+
+    def _step(
+        self, phase: _Phase, optimizer: torch.optim.AdamW, epoch: int, number: int, steps: int, indices: list[int]
+    ) -> float:
+        """One optimiser step on the examples ``indices``; returns the seconds it took."""
+        bench = self._bench
+        started = time.monotonic()
+        batches = [
+            collate(bench.dataset, part, bench.pad_token_id)
+            for part in micro_batches(indices, self._lengths, max_tokens=MICRO_BATCH_TOKENS)
+        ]
+        loss = self._accumulate(phase, batches, number)
+        lr = learning_rate(number, steps, phase.peak_lr)
+        norm = optimizer_step(optimizer, lr=lr) if math.isfinite(loss) else math.nan
+        if not math.isfinite(norm):
+            optimizer.zero_grad(set_to_none=True)
+        devices.synchronize(bench.device)
+        took_s = time.monotonic() - started
+        tokens = sum(batch.tokens for batch in batches)
+        step = Step(
+            block=self._block.index,
+            phase=phase.name,
+            epoch=epoch + 1,
+            step=number + 1,
+            steps=steps,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens=tokens,
+            tokens_per_s=tokens / max(took_s, 1e-9),
+            device_peak_bytes=self._peak.read(),
+            host_rss_bytes=devices.host_rss_bytes(),
+            time=time.time(),
+        )
+        bench.metrics.add(step)
+        bench.on_event(step)
+        self._watch_for_divergence(math.isfinite(loss) and math.isfinite(norm), number + 1)
+        return took_s
+
+    def _accumulate(self, phase: _Phase, batches: list[Batch], number: int) -> float:
+        """The gradients of one step, from all its micro-batches; returns the step's loss."""
+        bench, settings = self._bench, self._bench.settings
+        tokens = sum(batch.tokens for batch in batches)
+        answer_tokens = sum(batch.answer_tokens for batch in batches)
+        made: list[MicroBatch] = []
+
+        def micro_batches_of_step():  # type: ignore[no-untyped-def]
+            for part, batch in enumerate(batches):
+                made.append(self._inputs.micro_batch(batch))
+                if settings.lora_dropout:
+                    torch.manual_seed(derive_seed(settings.seed, "dropout", self._block.index, phase.name, number, part))
+                yield made[-1]
+
+        def loss_backward(part: int, output: torch.Tensor) -> float:
+            batch = batches[part]
+            if self._head is None:
+                return answer_loss_backward(
+                    bench.skeleton, output, batch.targets.to(bench.device), answer_tokens=answer_tokens
+                )
+            real = batch.real.to(bench.device)
+            loss = reconstruction_loss(self._head, output, made[part].hidden, real, tokens=tokens)
+            loss.backward()
+            return float(loss.detach())
+
+        for layer in self._pool.layers:
+            set_training(layer, phase.name == "train")
+        # Fitting the head needs no graph through the block, which is still as the user brought it.
+        self._adapter_requires_grad(phase.name == "train")
+        return self._pool.accumulate(micro_batches_of_step(), loss_backward)
+
+    def _adapter_requires_grad(self, required: bool) -> None:
+        for layer in self._pool.layers:
+            for parameter in adapter_parameters(layer).values():
+                parameter.requires_grad_(required)
+
+    def _watch_for_divergence(self, finite: bool, step: int) -> None:
+        if finite:
+            self._not_finite = 0
+            return
+        self._not_finite += 1
+        if self._not_finite >= _STEPS_WITHOUT_FINITE_LOSS:
+            raise DivergedError(
+                f"block {self._block.index + 1}: the loss or its gradient was not a finite number for "
+                f"{self._not_finite} steps in a row, up to step {step}",
+                fix="lower --lr (and --lr-early) and start anew with --fresh; the last good checkpoint is kept",
+            )
+        self._bench.on_event(Notice(text=f"step {step}: the loss or its gradient is not finite; the step is skipped"))
+
+    # -- between steps ------------------------------------------------------------------------------------------------
+
+    def _stop_or_checkpoint(
+        self, phase: _Phase, step: int, optimizer: torch.optim.AdamW, *, needed_s: float
+    ) -> None:
+        """Checkpoint when it is time to, or when there is a reason to stop; then stop."""
+        bench = self._bench
+        reason = bench.stop.reason(needed_s=needed_s)
+        due = time.monotonic() - self._last_checkpoint_s >= bench.settings.checkpoint_every_s
+        if (reason is not None or due) and step > 0 and self._not_finite == 0:
+            self._checkpoint(phase, step, optimizer)
+        if reason is not None:
+            steps = phase.epochs * self._steps_per_epoch
+            raise stopped(
+                f"{reason} in block {self._block.index + 1} of {len(bench.blocks)}, after step {step} of {steps}"
+            )
+
+    def _checkpoint(self, phase: _Phase, step: int, optimizer: torch.optim.AdamW) -> None:
+        bench, started = self._bench, time.monotonic()
+        name = self._checkpoints.save(Cursor(phase.name, step), self._trainable, optimizer)
+        newest = bench.journal.last("checkpoint", block=self._block.index)
+        if newest is None or newest["name"] != name:
+            bench.journal.add("checkpoint", block=self._block.index, name=name)
+        self._checkpoints.keep_only(name)
+        self._last_checkpoint_s = time.monotonic()
+        seconds = self._last_checkpoint_s - started
+        bench.on_event(CheckpointSaved(block=self._block.index, step=step, seconds=seconds))
+
+    def _validate(self, phase: _Phase, epoch: int) -> None:
+        """Held-out loss after an epoch of the last block, once per epoch however often the run is resumed."""
+        bench = self._bench
+        if not self._is_last or not bench.held_out_count or bench.journal.last("validation", epoch=epoch):
+            return
+        held_out = range(bench.train_count, len(bench.dataset))
+        batches = length_sorted_batches(
+            self._lengths[bench.train_count :], max_tokens=FORWARD_TOKENS, max_rows=FORWARD_ROWS
+        )
+        for layer in self._pool.layers:
+            set_training(layer, False)
+        total, answer_tokens = 0.0, 0
+        for number, part in enumerate(batches, start=1):
+            batch = collate(bench.dataset, [held_out[i] for i in part], bench.pad_token_id)
+            with torch.no_grad():
+                output = self._pool.forward(self._inputs.micro_batch(batch))
+            total += answer_loss_sum(bench.skeleton, output, batch.targets.to(bench.device))
+            answer_tokens += batch.answer_tokens
+            bench.on_event(Progress(task="held-out loss", done=number, total=len(batches), unit="batches"))
+        loss = total / answer_tokens
+        bench.journal.add("validation", epoch=epoch, loss=loss, answer_tokens=answer_tokens)
+        bench.on_event(Validation(epoch=epoch, epochs=phase.epochs, loss=loss, answer_tokens=answer_tokens))

@@ -1,0 +1,64 @@
+"""metrics.jsonl: one line per optimiser step.
+
+A record for people and plots, not a source of truth: lines are not fsynced. Steps that a crash made undone are cut off
+when the run goes on, so that the lines of an interrupted run, put together, are those of a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lopt_lite import files
+from lopt_lite.events import Step
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a torn or damaged line is left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+class Metrics:
+    """The open metrics file of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = open(path, "ab")
+        except OSError as error:
+            raise files.explain_os_error(error, path, "open") from error
+
+    def add(self, step: Step) -> None:
+        """Append one step."""
+        record = step.to_json()
+        del record["event"]
+        files.append_line(self._file, record, durable=False)
+
+    def forget_undone(self, block: int, phase_order: tuple[str, ...], phase: str, step: int) -> None:
+        """Drop the lines of ``block`` that lie after ``step`` steps of ``phase``, and of any later block."""
+        done = (block, phase_order.index(phase), step)
+
+        def place(record: dict[str, Any]) -> tuple[int, int, int]:
+            return int(record["block"]), phase_order.index(record["phase"]), int(record["step"])
+
+        kept = [r for r in read_metrics(self._path) if place(r) <= done]
+        self._file.close()
+        files.write_bytes(self._path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        self._file = open(self._path, "ab")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

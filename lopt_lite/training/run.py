@@ -1,0 +1,320 @@
+"""A training run from settings to adapter: ``lopt_lite.train``."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lopt_lite import devices, files
+from lopt_lite.checkpoints.build_store import DTYPES, StoreBuilder
+from lopt_lite.checkpoints.locate import ModelFiles, locate_model
+from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.checkpoints.store import Store, store_info
+from lopt_lite.checkpoints.tokenizer import check_vocabulary, load_tokenizer, pad_token_id
+from lopt_lite.data.dataset import TokenizedDataset
+from lopt_lite.data.load import load_dataset
+from lopt_lite.errors import RunDirectoryError, SettingsError
+from lopt_lite.events import Notice, OnEvent, RunStarted, Validation, ignore
+from lopt_lite.journal import Journal
+from lopt_lite.locks import locked
+from lopt_lite.outcomes import TrainOutcome
+from lopt_lite.residency.block_major import held_out_losses
+from lopt_lite.residency.choices import afford_dequantised
+from lopt_lite.settings import TrainSettings
+from lopt_lite.training.adapter_result import write_adapter
+from lopt_lite.training.adapters import target_names
+from lopt_lite.training.block_plan import Block, plan_blocks
+from lopt_lite.training.metrics import Metrics, read_metrics
+from lopt_lite.training.run_directory import RunIdentity, RunPaths, claim, start_fresh
+from lopt_lite.training.sequential import train_sequentially
+from lopt_lite.training.stopping import Stopper
+from lopt_lite.training.workbench import FORWARD_ROWS, FORWARD_TOKENS, Workbench
+
+RUNS_DIRECTORY = "runs"
+
+
+def train(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
+    """Train, or continue: the same settings again go on after the last durable fact.
+
+    Parameters
+    ----------
+    settings:
+        What to do.
+    on_event:
+        Told what happens, see :mod:`lopt_lite.events`.
+
+    Raises
+    ------
+    SettingsError, ModelError, DataError
+        Something given cannot be used; nothing was written except, at most, an empty run directory.
+    RunDirectoryError
+        The run directory is in use, not writable, or belongs to other settings.
+    DoesNotFitError, DivergedError, StoppedError
+        See their classes. Finished work is kept.
+    """
+    started = time.monotonic()
+    device = devices.choose_device(settings.device)
+    with Stopper(max_hours=settings.max_hours, deadline=settings.deadline) as stop:
+        given = _read_inputs(settings, on_event)
+        paths = RunPaths(_run_directory(settings, given.model))
+        files.make_directory(paths.root)
+        with locked(paths.root, what="the run directory"):
+            if settings.fresh:
+                start_fresh(paths)
+            files.remove_stray_temporaries(paths.root)
+            store_directory = _store_directory(settings, given.model, paths)
+            for remark in claim(paths, given.identity(settings, store_directory, device)):
+                on_event(Notice(text=remark))
+            with _open_bench(settings, given, paths, store_directory, device, stop, on_event) as bench:
+                already_done = _adapter_stands(bench)
+                _announce(bench, given)
+                if not already_done:
+                    _work(bench, given)
+                return _outcome(bench, already_done=already_done, seconds=time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the user brought, read and checked."""
+
+    model: ModelFiles
+    skeleton: Skeleton
+    blocks: list[Block]
+    tokenizer: Any
+    train: TokenizedDataset
+    held_out: TokenizedDataset | None
+
+    def identity(self, settings: TrainSettings, store: Path, device: torch.device) -> RunIdentity:
+        return RunIdentity(
+            settings=settings,
+            model_origin=self.model.origin,
+            model_fingerprint=self.model.fingerprint(),
+            data_fingerprint=self.train.fingerprint(),
+            validation_fingerprint=None if self.held_out is None else self.held_out.fingerprint(),
+            store=str(store.absolute()),
+            device=device.type,
+        )
+
+
+def _read_inputs(settings: TrainSettings, on_event: OnEvent) -> _Given:
+    """Read everything that can be wrong with the model and the data before anything is written."""
+    model = locate_model(settings.model, config_dirs=settings.config, on_event=on_event)
+    skeleton = Skeleton(model, dtype=DTYPES[settings.dtype])
+    blocks = plan_blocks(skeleton.layer_count, settings.objectives())
+    if not any(target_names(skeleton, index, settings) for index in range(skeleton.layer_count)):
+        raise SettingsError(f"{skeleton.architecture} has no linear layers that an adapter could go on")
+    tokenizer = load_tokenizer(model)
+    check_vocabulary(tokenizer, skeleton.vocabulary_rows)
+
+    def load(path: str) -> TokenizedDataset:
+        dataset, _ = load_dataset(
+            path,
+            tokenizer,
+            max_length=settings.max_length,
+            skip_bad_lines=settings.skip_bad_lines,
+            on_event=on_event,
+        )
+        return dataset
+
+    training = load(settings.data)
+    held_out = None
+    fraction = settings.validation_fraction()
+    if fraction is not None:
+        training, held_out = training.split(fraction, settings.seed)
+    elif settings.validation is not None:
+        held_out = load(settings.validation)
+    return _Given(model, skeleton, blocks, tokenizer, training, held_out)
+
+
+def _run_directory(settings: TrainSettings, model: ModelFiles) -> Path:
+    if settings.output is not None:
+        return Path(settings.output)
+    name = f"{files.safe_name(model.name)}-{files.safe_name(Path(settings.data).stem)}"
+    return Path(RUNS_DIRECTORY) / name
+
+
+def _store_directory(settings: TrainSettings, model: ModelFiles, paths: RunPaths) -> Path:
+    """``--store``; or MODEL itself when it is a store of the kind asked for; or RUN/store."""
+    if settings.store is not None:
+        return Path(settings.store)
+    given = model.config_path.parent
+    info = store_info(given)
+    if info is not None and info.quantize == settings.quantize:
+        stored = "bfloat16" if settings.quantize == "nf4" else settings.dtype
+        if info.dtype == stored:
+            return given
+    return paths.store
+
+
+@contextlib.contextmanager
+def _open_bench(
+    settings: TrainSettings,
+    given: _Given,
+    paths: RunPaths,
+    store_directory: Path,
+    device: torch.device,
+    stop: Stopper,
+    on_event: OnEvent,
+) -> Iterator[Workbench]:
+    """Open the journal, make the store if it is not there, and put the run's parts on the bench."""
+    with contextlib.ExitStack() as stack:
+        journal = Journal(paths.journal)
+        stack.callback(journal.close)
+        metrics = Metrics(paths.metrics)
+        stack.callback(metrics.close)
+        skeleton = given.skeleton
+        if store_directory != given.model.config_path.parent:
+            StoreBuilder(
+                given.model,
+                store_directory,
+                quantize=settings.quantize,
+                dtype=settings.dtype,
+                device=device,
+                check=stop.check,
+                on_event=on_event,
+            ).build()
+        store = Store(store_directory)
+        stack.callback(store.close)
+        if journal.last("store-ready") is None:
+            journal.add("store-ready")
+        if journal.last("started") is None:
+            journal.add("started", examples=len(given.train))
+        skeleton.set_embedding_reader(lambda ids: store.embedding_rows(skeleton, ids))
+        skeleton.place_root_tensors(store.root(skeleton), device)
+        dataset = given.train if given.held_out is None else TokenizedDataset.concat(given.train, given.held_out)
+        yield Workbench(
+            settings=settings,
+            paths=paths,
+            journal=journal,
+            metrics=metrics,
+            store=store,
+            skeleton=skeleton,
+            tokenizer=given.tokenizer,
+            pad_token_id=pad_token_id(given.tokenizer),
+            dataset=dataset,
+            train_count=len(given.train),
+            blocks=given.blocks,
+            device=device,
+            dequantize=_decide_dequantised(journal, skeleton, given.blocks, device, settings, on_event),
+            stop=stop,
+            on_event=on_event,
+        )
+
+
+def _decide_dequantised(
+    journal: Journal,
+    skeleton: Skeleton,
+    blocks: list[Block],
+    device: torch.device,
+    settings: TrainSettings,
+    on_event: OnEvent,
+) -> bool:
+    """Decide once per run, so that a resumed run computes as the first part did."""
+    if settings.quantize == "none":
+        return False
+    fact = journal.last("residency", device=device.type)
+    if fact is None:
+        dequantize = afford_dequantised(skeleton, [(b.first, b.end) for b in blocks], device)
+        journal.add("residency", device=device.type, dequantize=dequantize)
+    else:
+        dequantize = bool(fact["dequantize"])
+    if dequantize:
+        on_event(Notice(text=f"memory allows the block in work to be dequantised once to {settings.dtype}: faster"))
+    return dequantize
+
+
+def _announce(bench: Workbench, given: _Given) -> None:
+    training = given.train
+    bench.on_event(
+        RunStarted(
+            run=str(bench.paths.root),
+            model=given.model.name,
+            data=bench.settings.data,
+            examples=len(training),
+            validation_examples=bench.held_out_count,
+            tokens=int(training.lengths.sum()),
+            answer_tokens=int(training.target_counts.sum()),
+            blocks=len(bench.blocks),
+            layers=bench.skeleton.layer_count,
+            device=bench.device.type,
+            resumed=bench.journal.last("announced") is not None,
+        )
+    )
+    if bench.journal.last("announced") is None:
+        bench.journal.add("announced")
+
+
+def _work(bench: Workbench, given: _Given) -> None:
+    _measure_untouched_model(bench)
+    train_sequentially(bench)
+    digest = write_adapter(
+        bench.paths,
+        bench.skeleton,
+        bench.blocks,
+        bench.settings,
+        origin=given.model.origin,
+        tokenizer=bench.tokenizer,
+    )
+    bench.journal.add("adapter", sha256=digest)
+
+
+def _measure_untouched_model(bench: Workbench) -> None:
+    """Held-out loss before training, once per run."""
+    if not bench.held_out_count or bench.journal.last("validation", epoch=0):
+        return
+    held_out = bench.held_out()
+    (loss,) = held_out_losses(
+        bench.store,
+        bench.skeleton,
+        held_out,
+        [(b.first, b.end) for b in bench.blocks],
+        device=bench.device,
+        dequantize=bench.dequantize,
+        pad_token_id=bench.pad_token_id,
+        max_tokens=FORWARD_TOKENS,
+        max_rows=FORWARD_ROWS,
+        check=bench.stop.check,
+        on_event=bench.on_event,
+        task="held-out loss before",
+    )
+    answer_tokens = int(held_out.target_counts.sum())
+    bench.journal.add("validation", epoch=0, loss=loss, answer_tokens=answer_tokens)
+    bench.on_event(Validation(epoch=0, epochs=bench.settings.epochs, loss=loss, answer_tokens=answer_tokens))
+
+
+def _adapter_stands(bench: Workbench) -> bool:
+    if bench.journal.last("adapter") is None:
+        return False
+    if not (bench.paths.adapter / "adapter_model.safetensors").is_file():
+        raise RunDirectoryError(
+            f"the run in {bench.paths.root} is done, but its adapter is gone",
+            fix="restore RUN/adapter from a backup, or train again with --fresh",
+        )
+    return True
+
+
+def _outcome(bench: Workbench, *, already_done: bool, seconds: float) -> TrainOutcome:
+    before = bench.journal.last("validation", epoch=0)
+    after = bench.journal.last("validation", epoch=bench.settings.epochs)
+    steps = read_metrics(bench.paths.metrics)
+    finite = [r["loss"] for r in steps if r["block"] == len(bench.blocks) - 1 and math.isfinite(r["loss"])]
+    recent = finite[-10:]
+    return TrainOutcome(
+        run=str(bench.paths.root),
+        adapter=str(bench.paths.adapter),
+        already_done=already_done,
+        examples=bench.train_count,
+        steps=len(steps),
+        loss_before=before["loss"] if before else None,
+        loss_after=after["loss"] if after else None,
+        final_train_loss=sum(recent) / len(recent) if recent else None,
+        seconds=seconds,
+        device_peak_bytes=max((r["device_peak_bytes"] for r in steps), default=0),
+    )

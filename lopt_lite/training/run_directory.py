@@ -1,0 +1,176 @@
+"""A run directory: where its parts lie, and whether it belongs to the settings it is asked to continue with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lopt_lite import files
+from lopt_lite.errors import RunDirectoryError
+from lopt_lite.settings import TrainSettings
+
+_OWNED = ("settings.json", "journal.jsonl", "metrics.jsonl", "store", "cache", "blocks", "adapter")
+_PACKAGES = ("lopt-lite", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The parts of a run directory."""
+
+    root: Path
+
+    @property
+    def settings(self) -> Path:
+        """Resolved settings, fingerprints and versions."""
+        return self.root / "settings.json"
+
+    @property
+    def journal(self) -> Path:
+        """Durable facts."""
+        return self.root / "journal.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """One line per optimiser step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def store(self) -> Path:
+        """The default place of the layer store."""
+        return self.root / "store"
+
+    @property
+    def adapter(self) -> Path:
+        """The result."""
+        return self.root / "adapter"
+
+    def cache(self, block: int) -> Path:
+        """Inputs of block ``block``."""
+        return self.root / "cache" / f"block-{block:02d}"
+
+    def block(self, block: int) -> Path:
+        """What belongs to block ``block``: its adapter, and checkpoints while it trains."""
+        return self.root / "blocks" / f"block-{block:02d}"
+
+    def block_adapter(self, block: int) -> Path:
+        """The trained adapter of a block."""
+        return self.block(block) / "adapter.safetensors"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run is: settings that decide its result, and fingerprints of what it reads."""
+
+    settings: TrainSettings
+    model_origin: str
+    model_fingerprint: str
+    data_fingerprint: str
+    validation_fingerprint: str | None
+    store: str
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of settings.json."""
+        return {
+            "settings": self.settings.result_settings(),
+            "model": {"given": self.settings.model, "origin": self.model_origin, "fingerprint": self.model_fingerprint},
+            "data": {"given": self.settings.data, "fingerprint": self.data_fingerprint},
+            "validation": {"given": self.settings.validation, "fingerprint": self.validation_fingerprint},
+            "config": list(self.settings.config),
+            "store": self.store,
+            "device": self.device,
+            "versions": versions(),
+        }
+
+
+def read_settings(paths: RunPaths) -> dict[str, Any]:
+    """The content of a run's settings.json.
+
+    Raises
+    ------
+    RunDirectoryError
+        The directory is no run, or the file is damaged.
+    """
+    if not paths.settings.is_file():
+        raise RunDirectoryError(
+            f"{paths.root} is not a run directory (it has no settings.json)",
+            expected="a directory that 'lopt-lite train' made",
+        )
+    content = files.read_json(paths.settings, what="the settings file", error=RunDirectoryError)
+    needed = ("settings", "model", "data", "store", "device")
+    if not isinstance(content, dict) or any(key not in content for key in needed):
+        raise RunDirectoryError(f"{paths.settings} is damaged", fix="start anew with --fresh")
+    return content
+
+
+def start_fresh(paths: RunPaths) -> None:
+    """Delete what a run owns in its directory, settings last, so that a crash half-way still looks like a run."""
+    for name in reversed(_OWNED):
+        files.remove_tree(paths.root / name)
+
+
+def claim(paths: RunPaths, identity: RunIdentity) -> list[str]:
+    """Make the directory this run's, or check that it is already.
+
+    Returns
+    -------
+    list of str
+        Remarks for the user about differences that do not forbid going on (device, versions).
+
+    Raises
+    ------
+    RunDirectoryError
+        The directory holds something else, or a run whose result would differ.
+    """
+    wanted = identity.to_json()
+    if not paths.settings.exists():
+        others = sorted(p.name for p in paths.root.iterdir() if not p.name.startswith((".", "lock")))
+        if others:
+            raise RunDirectoryError(
+                f"{paths.root} is not empty and is no run directory (it holds {others[0]})",
+                fix="choose another directory with --output",
+            )
+        files.write_json(paths.settings, wanted)
+        return []
+    found = read_settings(paths)
+    differences = _differences(found, wanted)
+    if differences:
+        raise RunDirectoryError(
+            f"the run in {paths.root} was started with " + "; ".join(f"{n} {a}, not {b}" for n, a, b in differences),
+            fix="go back to the old value to continue it, start anew with --fresh, or choose another --output",
+        )
+    remarks = []
+    if found["device"] != wanted["device"]:
+        remarks.append(f"the run was started on {found['device']} and continues on {wanted['device']}: bytes may differ")
+    old, new = found.get("versions", {}), wanted["versions"]
+    changed = [f"{n} {old[n]} -> {new[n]}" for n in new if n in old and old[n] != new[n]]
+    if changed:
+        remarks.append(f"versions changed since the run was started ({', '.join(changed)}): bytes may differ")
+    return remarks
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    differences = []
+    for name, value in wanted["settings"].items():
+        old = found["settings"].get(name)
+        if isinstance(value, (tuple, list)):
+            value = list(value)
+        if old != value:
+            differences.append((f"--{name.replace('_', '-')}", old, value))
+    for part, name in (("model", "MODEL"), ("data", "DATA"), ("validation", "--validation")):
+        if found.get(part, {}).get("fingerprint") != wanted[part]["fingerprint"]:
+            differences.append((f"{name} content", str(found.get(part, {}).get("given")), str(wanted[part]["given"])))
+    return differences

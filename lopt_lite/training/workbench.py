@@ -1,0 +1,58 @@
+"""What every part of a run works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.checkpoints.store import Store
+from lopt_lite.data.dataset import TokenizedDataset
+from lopt_lite.events import OnEvent
+from lopt_lite.journal import Journal
+from lopt_lite.settings import TrainSettings
+from lopt_lite.training.block_plan import Block
+from lopt_lite.training.metrics import Metrics
+from lopt_lite.training.run_directory import RunPaths
+from lopt_lite.training.stopping import Stopper
+
+#: Padded tokens that go through a block at once, forward and backward; a longer single example goes alone.
+MICRO_BATCH_TOKENS = 2048
+#: The same for passes without gradients, which keep one layer's activations only.
+FORWARD_TOKENS = 4096
+FORWARD_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """The parts of one run that do not change while it works.
+
+    ``dataset`` holds the training examples first (``train_count`` of them) and the held-out ones after them.
+    """
+
+    settings: TrainSettings
+    paths: RunPaths
+    journal: Journal
+    metrics: Metrics
+    store: Store
+    skeleton: Skeleton
+    tokenizer: Any
+    pad_token_id: int
+    dataset: TokenizedDataset
+    train_count: int
+    blocks: list[Block]
+    device: torch.device
+    dequantize: bool
+    stop: Stopper
+    on_event: OnEvent
+
+    @property
+    def held_out_count(self) -> int:
+        """Number of held-out examples."""
+        return len(self.dataset) - self.train_count
+
+    def held_out(self) -> TokenizedDataset:
+        """The held-out examples."""
+        return self.dataset.select(torch.arange(self.train_count, len(self.dataset)))
