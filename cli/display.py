@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -24,7 +25,7 @@ class _Progress(Protocol):
 class Display:
     """A listener that shows events; use it in a ``with`` block around the operation.
 
-    On a terminal it is one live display, otherwise plain lines; with ``quiet`` only notices are shown.
+    On a terminal that can be drawn on it is one live display, otherwise plain lines; with ``quiet`` only notices.
 
     Parameters
     ----------
@@ -38,7 +39,7 @@ class Display:
         self._quiet = quiet
         self._stream = _Unbreakable(sys.stderr if stream is None else stream)
         self._progress: _Progress
-        if self._stream.isatty() and not quiet:
+        if self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") and not quiet:
             from .live_display import LiveDisplay  # a fifth of the start-up time, and only needed here
 
             self._progress = LiveDisplay(Console(file=self._stream, highlight=False))  # type: ignore[arg-type]

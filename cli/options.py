@@ -35,7 +35,8 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     if field.metadata.get("positional"):
         how = typer.Argument(None, metavar=field.name.upper(), help=text, show_default=False)
     else:
-        how = typer.Option(None, flag(field.name), help=text, show_default=False)
+        metavar = "PATH" if field.metadata.get("repeat") else None
+        how = typer.Option(None, flag(field.name), metavar=metavar, help=text, show_default=False)
     kind = list[str] if field.metadata.get("repeat") else hint
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=how, annotation=Optional[kind])  # noqa: UP045
 

@@ -7,7 +7,8 @@ import math
 import re
 from typing import Any
 
-#: Control characters (C0 but tab and newline, DEL, C1), line separators, and marks that turn the direction of text.
+#: Control characters (C0 but tab and newline, DEL, C1), line separators, marks that turn
+#: the direction of text, and halves of surrogate pairs (which no file or terminal can hold).
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )

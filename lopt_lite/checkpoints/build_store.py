@@ -324,7 +324,7 @@ class StoreBuilder:
                 "bnb_4bit_use_double_quant": True,
                 "bnb_4bit_compute_dtype": str(self._stored_dtype).removeprefix("torch."),
                 "bnb_4bit_quant_storage": "uint8",
-                "llm_int8_skip_modules": self._skeleton.root_linear_names(),
+                "llm_int8_skip_modules": self._skeleton.root_linear_names() + self._skeleton.unquantizable_names(),
             }
         files.write_json(self._directory / "config.json", config)
         if self._files.generation_config_path is not None:

@@ -140,11 +140,10 @@ def _first_with(directories: list[Path], names: tuple[str, ...]) -> Path | None:
 
 def _short_name(given: Path, weights_path: Path) -> str:
     """The file's own name if it says something, else its directory's, else (in the hub's cache) the repository's."""
-    if not given.is_dir() and given.name not in (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json"):
-        if weights_path.name.endswith(INDEX_SUFFIX) and not given.name.endswith(INDEX_SUFFIX):
-            return weights_path.parent.name  # one shard was named, and stands for the whole
+    # They differ when a directory was given, or a shard that stands for the whole.
+    if given == weights_path and given.name not in (WEIGHTS_NAME, WEIGHTS_NAME + ".index.json"):
         return given.name.removesuffix(INDEX_SUFFIX).removesuffix(WEIGHTS_SUFFIX)
-    directory = given if given.is_dir() else given.parent
+    directory = weights_path.parent
     repository = directory.parent.parent.name
     if directory.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.split("--")[-1]

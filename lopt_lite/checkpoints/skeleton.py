@@ -194,6 +194,10 @@ class Skeleton:
         """Names (within the layer) of modules that can carry a LoRA adapter (``nn.Linear`` and GPT-2's ``Conv1D``)."""
         return [n for n, m in self._templates[index].named_modules() if isinstance(m, (nn.Linear, Conv1D))]
 
+    def unquantizable_names(self) -> list[str]:
+        """Last name parts of matrix modules that stay unquantised: GPT-2's ``Conv1D``."""
+        return sorted({n.rpartition(".")[2] for t in self._templates for n, m in t.named_modules() if isinstance(m, Conv1D)})
+
     def root_linear_names(self) -> list[str]:
         """Full names of ``nn.Linear`` modules outside the layers (the LM head and, rarely, projections)."""
         return [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]

@@ -176,9 +176,7 @@ def _read_index(index: Path, on_event: OnEvent) -> dict[str, Header]:
         path = index.parent / file
         if not path.exists():
             what = "is a symbolic link to nothing" if path.is_symlink() else "is not there"
-            raise ModelError(
-                f"the index {index} names {file}, which {what}", fix="get the missing file"
-            )
+            raise ModelError(f"the index {index} names {file}, which {what}", fix="get the missing file")
         headers[file] = read_header(path)
         for name in headers[file].tensors:
             if name in holder:

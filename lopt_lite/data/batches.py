@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 
@@ -11,7 +12,7 @@ from lopt_lite.data.seeding import SeedParts, permutation
 #: Examples are sorted by length within this many batches: little padding, and still nearly random batches.
 BUCKET_BATCHES = 32
 
-Lengths = torch.Tensor | Sequence[int]
+Lengths: TypeAlias = torch.Tensor | Sequence[int]
 
 
 def epoch_batches(lengths: Lengths, *, batch_size: int, seed: SeedParts) -> list[list[int]]:

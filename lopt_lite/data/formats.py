@@ -155,9 +155,8 @@ def _content(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise BadRecordError(
-            f"{where} is {'missing or ' if content is None else 'a JSON '}{json_type(content)}, not text"
-        )
+        found = "missing or null" if content is None else f"a JSON {json_type(content)}"
+        raise BadRecordError(f"{where} is {found}, not text")
     texts = []
     for part in content:
         if isinstance(part, str):

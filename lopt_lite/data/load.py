@@ -24,6 +24,7 @@ from lopt_lite.data.formats import (
 from lopt_lite.data.json_lines import Line, check_is_data_file, read_json_lines
 from lopt_lite.data.templates import ChatTemplate, TemplateRefusedError
 from lopt_lite.data.tokenization import default_bos, encode_batch
+from lopt_lite.data.truncation import length_through_last_target, shorten
 from lopt_lite.errors import DataError
 from lopt_lite.events import Notice, OnEvent, Progress
 
@@ -102,8 +103,11 @@ def load_dataset(
     check_is_data_file(path)
     loader = _Loader(path, tokenizer, max_length, skip_bad_lines)
     total_bytes = path.stat().st_size
-    for end_byte in loader.run():
-        on_event(Progress(task=f"Reading {path.name}", done=end_byte, total=max(total_bytes, end_byte), unit="bytes"))
+    done_bytes = 0
+    for done_bytes in loader.run():
+        on_event(Progress(task=f"Reading {path.name}", done=done_bytes, total=total_bytes, unit="bytes"))
+    if 0 < done_bytes < total_bytes:
+        on_event(Progress(task=f"Reading {path.name}", done=total_bytes, total=total_bytes, unit="bytes"))
     dataset = loader.dataset()
     for text in loader.notices():
         on_event(Notice(text=text))
@@ -210,14 +214,14 @@ class _Loader:
             known = detect_format(line.record)
             if known is None:
                 raise BadRecordError(
-                    f"no known format has the keys {_shorten(line.record)}; known are {describe_formats()}"
+                    f"no known format has the keys {_name_keys(line.record)}; known are {describe_formats()}"
                 )
         elif not has_keys(line.record, known):
             other = detect_format(line.record)
             if other is None:
                 raise BadRecordError(
                     f"the format {known.name!r} (line {self.format_line}) needs {known.keys}, and the "
-                    f"line has the keys {_shorten(line.record)}"
+                    f"line has the keys {_name_keys(line.record)}"
                 )
             raise BadRecordError(
                 f"the line has the format {other.name!r}, and the file has {known.name!r} (line {self.format_line})"
@@ -270,7 +274,7 @@ class _Loader:
             self._keep(np.array(ids, dtype=np.int32), mask)
 
     def _keep(self, ids: np.ndarray, mask: np.ndarray) -> None:
-        length = _length_through_last_target(mask)
+        length = length_through_last_target(mask)
         is_cut = length > self.max_length
         ids, mask = shorten(ids[:length], mask[:length], self.max_length, self.tokenizer.bos_token_id)
         if not mask.any():
@@ -282,36 +286,6 @@ class _Loader:
         self.masks.append(mask)
 
 
-def shorten(
-    ids: np.ndarray, is_target: np.ndarray, max_length: int, bos_token_id: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cut one example to ``max_length`` tokens, keeping answer tokens where possible, and after its last target.
-
-    Parameters
-    ----------
-    ids, is_target:
-        int32 and bool [tokens].
-    bos_token_id:
-        If the first token is this one, it is kept.
-    """
-    excess = len(ids) - max_length
-    if excess > 0 and is_target.any():
-        first_target = int(is_target.argmax())
-        begin = 1 if ids[0] == bos_token_id else 0
-        # The token just before the answer stays: it is the end of the head of the answer, what the model goes on from.
-        end = begin + max(0, min(excess, first_target - 1 - begin))
-        ids = np.concatenate([ids[:begin], ids[end:]])[:max_length]
-        is_target = np.concatenate([is_target[:begin], is_target[end:]])[:max_length]
-    # What follows the last target influences nothing.
-    length = _length_through_last_target(is_target)
-    return ids[:length], is_target[:length]
-
-
-def _length_through_last_target(is_target: np.ndarray) -> int:
-    targets = np.flatnonzero(is_target)
-    return int(targets[-1]) + 1 if len(targets) else 0
-
-
-def _shorten(record: dict[str, Any]) -> str:
+def _name_keys(record: dict[str, Any]) -> str:
     keys = [repr(key[:40]) for key in list(record)[:8]]
     return (", ".join(keys) or "(none)") + (", ..." if len(record) > 8 else "")

@@ -193,16 +193,17 @@ class ChatTemplate:
                 ) from error
             self.end_of_turn_id = self.tokenizer.eos_token_id
             return
-        content = self.content_range(probe, 1, text)
-        if content is not None:
-            encoded = encode_batch(self.tokenizer, [text])[0]
-            _, after = token_range(self.tokenizer, encoded, *content)
-            while after < len(encoded.ids) and self.is_blank(encoded.ids[after]):
-                after += 1
-            if after < len(encoded.ids) and self.is_control(encoded.ids[after]):
-                self.end_of_turn_id = encoded.ids[after]
-                return
         self.end_of_turn_id = self.tokenizer.eos_token_id
+        content = self.content_range(probe, 1, text)
+        if content is None:
+            return
+        encoded = encode_batch(self.tokenizer, [text])[0]
+        _, after = token_range(self.tokenizer, encoded, *content)
+        while after < len(encoded.ids) and self.is_blank(encoded.ids[after]):
+            after += 1
+        if after < len(encoded.ids) and self.is_control(encoded.ids[after]):
+            self.end_of_turn_id = encoded.ids[after]
+            return
         self.appends_eos = self.tokenizer.eos_token_id is not None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one text; ``starts`` and ``ends`` (int64 [tokens]) are character offsets where the tokenizer has them."""
+    """Token ids of one text, and their character offsets (int64 [tokens]) if the tokenizer gives them."""
 
     text: str
     ids: list[int]

@@ -8,6 +8,8 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -63,7 +65,7 @@ def test_a_hub_that_never_answers_does_not_hold_the_user_up(monkeypatch: pytest.
 
 
 def _answers() -> Iterator[tuple[Exception, str]]:
-    response = hub_errors.Response(404)
+    response: Any = SimpleNamespace(headers={}, request=None, status_code=404)
     yield hub_errors.GatedRepoError("gated", response=response), "login(.|\n)*terms"
     yield hub_errors.RepositoryNotFoundError("none", response=response), "no public model"
     yield hub_errors.HfHubHTTPError("500 Server Error", response=response), "500 Server Error"

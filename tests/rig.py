@@ -1,0 +1,60 @@
+"""A tiny model opened the way a run opens it, for tests that drive layers directly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lopt_lite.checkpoints.build_store import DTYPES, StoreBuilder
+from lopt_lite.checkpoints.locate import locate_model
+from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.checkpoints.store import Store
+from lopt_lite.residency.head import place_head
+from lopt_lite.residency.pool import MicroBatch, ResidentLayers
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Rig:
+    """An open store and its skeleton, head and root tensors placed."""
+
+    store: Store
+    skeleton: Skeleton
+    builder: StoreBuilder
+
+    def layers(self, first: int = 0, end: int | None = None, *, dequantize: bool = False, **kwargs: Any) -> ResidentLayers:
+        """A resident range of layers; the whole model by default."""
+        stop = self.skeleton.layer_count if end is None else end
+        return ResidentLayers(self.store, self.skeleton, first, stop, device=CPU, dequantize=dequantize, **kwargs)
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Logits [rows, tokens, vocabulary] by our own layer-by-layer pass."""
+        recording = self.skeleton.record(ids, embed=True)
+        with self.layers(**kwargs) as pool:
+            hidden = pool.forward(MicroBatch(recording.hidden, recording.calls))
+        return torch.stack([self.skeleton.logits(row) for row in hidden])
+
+
+def open_rig(model: Path, store: Path, *, quantize: str, dtype: str, attention: str | None = None) -> Rig:
+    """Build the store of ``model`` and open it."""
+    builder = StoreBuilder(locate_model(str(model)), store, quantize=quantize, dtype=dtype, device=CPU)
+    builder.build()
+    skeleton = Skeleton(locate_model(str(store)), dtype=DTYPES[dtype], attention=attention)
+    opened = Store(store)
+    skeleton.set_embedding_reader(lambda ids: opened.embedding_rows(skeleton, ids))
+    skeleton.place_root_tensors(opened.root(skeleton), CPU)
+    place_head(skeleton, opened, CPU)
+    return Rig(opened, skeleton, builder)
+
+
+def plain_kernels(model: torch.nn.Module) -> torch.nn.Module:
+    """Keep bitsandbytes from repacking weights for a second CPU kernel with other rounding."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
