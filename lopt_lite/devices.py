@@ -56,10 +56,8 @@ class PeakMemory:
         """Look at the device now and return the peak in bytes."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
-        if self._device.type == "mps":
-            now = int(torch.mps.current_allocated_memory())
-        else:
-            now = host_rss_bytes()
+        on_mps = self._device.type == "mps"
+        now = int(torch.mps.current_allocated_memory()) if on_mps else host_rss_bytes()
         self._peak_bytes = max(self._peak_bytes, now)
         return self._peak_bytes
 

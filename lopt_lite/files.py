@@ -132,18 +132,18 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path, *, what: str, error: type[LoptError]) -> Any:
-    """Parse a JSON file; failures become ``error`` naming ``what`` the file is."""
+def read_json(path: Path, *, what: str, error: type[LoptError], fix: str | None = None) -> Any:
+    """Parse a JSON file; failures become ``error`` naming ``what`` the file is, with the advice ``fix``."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as cause:
-        raise error(f"cannot read {what} {path}: {cause.strerror or cause}") from cause
+        raise error(f"cannot read {what} {path}: {cause.strerror or cause}", fix=fix) from cause
     except UnicodeDecodeError as cause:
-        raise error(f"{what} {path} is not UTF-8 text (byte {cause.start})") from cause
+        raise error(f"{what} {path} is not UTF-8 text (byte {cause.start})", fix=fix) from cause
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as cause:
-        raise error(f"{what} {path} is not valid JSON: {cause}") from cause
+        raise error(f"{what} {path} is not valid JSON: {cause}", fix=fix) from cause
 
 
 def append_line(file: BinaryIO, value: Any, *, durable: bool = True) -> None:

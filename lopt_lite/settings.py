@@ -309,9 +309,14 @@ def load_yaml(path: Path, settings: type[Any]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SettingsError(f"cannot read --config {path}: {error.strerror or error}") from error
+        raise SettingsError(
+            f"cannot read --config {path}: {error.strerror or error}",
+            expected="a YAML file of options, or the directory with config.json",
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--config {path} is not YAML: {error}") from error
+        raise SettingsError(
+            f"--config {path} is not YAML: {' '.join(str(error).split())}", expected="option: value lines"
+        ) from error
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -26,7 +26,9 @@ class Rig:
     skeleton: Skeleton
     builder: StoreBuilder
 
-    def layers(self, first: int = 0, end: int | None = None, *, dequantize: bool = False, **kwargs: Any) -> ResidentLayers:
+    def layers(
+        self, first: int = 0, end: int | None = None, *, dequantize: bool = False, **kwargs: Any
+    ) -> ResidentLayers:
         """A resident range of layers; the whole model by default."""
         stop = self.skeleton.layer_count if end is None else end
         return ResidentLayers(self.store, self.skeleton, first, stop, device=CPU, dequantize=dequantize, **kwargs)

@@ -28,7 +28,12 @@ from lopt_lite.locks import LOCK_NAME
 from tests.tiny_models import make_data, make_model
 
 SETTINGS, INPUT, DOES_NOT_FIT, RUN_DIRECTORY = 2, 3, 4, 5
-CODE_NAMES = {SETTINGS: "settings", INPUT: "model or data", DOES_NOT_FIT: "does not fit", RUN_DIRECTORY: "run directory"}
+CODE_NAMES = {
+    SETTINGS: "settings",
+    INPUT: "model or data",
+    DOES_NOT_FIT: "does not fit",
+    RUN_DIRECTORY: "run directory",
+}
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -111,6 +116,7 @@ class Place:
         directory = self.root / name
         directory.mkdir()
         (directory / "thesis.txt").write_text("three years of work")
+        (directory / ".thesis.txt.tmp").write_text("and the newest page")
         return directory
 
     def train(self, *options: str) -> list[str]:
@@ -339,7 +345,7 @@ def encoder_decoder(place):
     return place.train()
 
 
-@bad(INPUT, "bert", "decoder")
+@bad(INPUT, "BertLMHeadModel", "encoder", "decoder-only")
 def encoder_alone(place):
     place.change_config(model_type="bert", architectures=["BertForMaskedLM"])
     return place.train()
@@ -384,7 +390,7 @@ def tensor_of_another_shape_than_config_says(place):
     return place.train()
 
 
-@bad(INPUT, "has shape [64, 32]", "[96, 32]", "config.json belongs to these weights")
+@bad(INPUT, "has shape [32, 64]", "[32, 96]", "config.json belongs to these weights")
 def config_of_another_size_than_the_tensors(place):
     place.change_config(intermediate_size=96)
     return place.train()
@@ -530,7 +536,7 @@ def data_without_an_answer(place):
     return place.train()
 
 
-@bad(INPUT, "none of the 2 lines", "line 1")
+@bad(INPUT, "none of the 2 lines", "line 1", "question+answer")
 def no_usable_line_with_skip_bad_lines(place):
     place.own_data(["{", "}"])
     return place.train("--skip-bad-lines")
@@ -629,6 +635,39 @@ def fresh_output_that_holds_something_else(place):
     return place.train("--fresh")
 
 
+@bad(RUN_DIRECTORY, "no run directory", "adapter", "--output")
+def fresh_output_whose_parts_are_called_like_a_run_s(place):
+    place.run = place.root / "mine"
+    place.run.mkdir()
+    for name in ("adapter", "cache", "store"):
+        shutil.copytree(place.stray_directory(name), place.run / name)
+    (place.run / "settings.json").write_text('{"editor": "vi"}')
+    return place.train("--fresh")
+
+
+@bad(RUN_DIRECTORY, "no run directory", "--output")
+def fresh_output_that_is_a_store(place):
+    shutil.copytree(place.stock.run / "store", place.run)
+    return place.train("--fresh")
+
+
+@bad(RUN_DIRECTORY, "is no store", "new or empty directory")
+def store_that_is_the_model_itself(place):
+    return place.train("--store", str(place.own_model()))
+
+
+@bad(RUN_DIRECTORY, "is no store", "new or empty directory")
+def store_that_is_another_run(place):
+    other = shutil.copytree(place.stock.run, place.root / "other")
+    return place.train("--store", str(other))
+
+
+@bad(RUN_DIRECTORY, "made with quantize none", "expected: quantize nf4", "another --store")
+def store_of_other_settings(place):
+    store = shutil.copytree(place.stock.run / "store", place.root / "store")
+    return place.train("--store", str(store), "--quantize", "nf4")
+
+
 @bad(RUN_DIRECTORY, "thesis.txt", "new or empty directory")
 def store_that_holds_something_else(place):
     return place.train("--store", str(place.stray_directory("mine")))
@@ -677,14 +716,14 @@ def another_learning_rate_for_a_finished_run(place):
     return place.train("--lr", "1e-3")
 
 
-@bad(RUN_DIRECTORY, "DATA content", "own.jsonl", "go back to the old value", "--fresh")
+@bad(RUN_DIRECTORY, "DATA ", "own.jsonl (the contents differ)", "go back to the old value", "--fresh")
 def changed_data_for_a_finished_run(place):
     place.finished_run()
     place.own_data([GOOD_LINE] * 4)
     return place.train()
 
 
-@bad(RUN_DIRECTORY, "MODEL content", "go back to the old value", "--fresh")
+@bad(RUN_DIRECTORY, "MODEL ", "the contents differ", "go back to the old value", "--fresh")
 def changed_model_for_a_finished_run(place):
     place.finished_run()
     place.change_weights(lambda tensors: tensors["model.norm.weight"].add_(1))
@@ -812,6 +851,19 @@ def merged_export_to_a_directory_that_is_not_empty(place):
     return ["export", str(place.stock.run), str(place.stray_directory("mine")), "--format", "merged"]
 
 
+@bad(RUN_DIRECTORY, "run is not empty and is no store", "new or empty directory")
+def merged_export_into_the_run_itself(place):
+    place.finished_run()
+    return ["export", str(place.run), str(place.run), "--format", "merged"]
+
+
+@bad(RUN_DIRECTORY, "out holds a finished checkpoint already", "new or empty directory")
+def merged_export_over_an_earlier_one(place):
+    arguments = ["export", str(place.stock.run), str(place.root / "out"), "--format", "merged"]
+    assert main(arguments) == 0
+    return arguments
+
+
 @bad(RUN_DIRECTORY, "notes.txt", "new")
 def merged_export_to_a_file(place):
     (place.root / "notes.txt").write_text("remember the milk")
@@ -825,7 +877,7 @@ def merged_export_onto_another_model(place):
     return ["export", str(place.stock.run), str(place.root / "out"), *options]
 
 
-@bad(INPUT, "model", "--model", "--onto quantized")
+@bad(INPUT, "'gone'", "--model", "--onto quantized")
 def merged_export_after_the_model_was_deleted(place):
     change_json(place.finished_run() / "settings.json", model={"given": "gone", "origin": "gone", "fingerprint": "0"})
     return ["export", str(place.run), str(place.root / "out"), "--format", "merged"]

@@ -83,6 +83,8 @@ def make_data(path: Path, examples: int = 24, *, seed: int = 0) -> Path:
     for _ in range(examples):
         a, b = (int(x) for x in torch.randint(0, 50, (2,), generator=generator))
         extra = " please" * (a % 5)
-        lines.append(json.dumps({"question": f"What is {a} + {b}?{extra}", "answer": f"{a} + {b} = {a + b}." * (1 + b % 3)}))
+        lines.append(
+            json.dumps({"question": f"What is {a} + {b}?{extra}", "answer": f"{a} + {b} = {a + b}." * (1 + b % 3)})
+        )
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

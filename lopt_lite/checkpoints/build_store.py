@@ -32,13 +32,15 @@ from lopt_lite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from lopt_lite.devices import choose_device
 from lopt_lite.errors import ModelError, RunDirectoryError
 from lopt_lite.events import Notice, OnEvent, Progress, ignore
-from lopt_lite.journal import Journal
+from lopt_lite.journal import Journal, read_facts
 from lopt_lite.locks import locked
 from lopt_lite.outcomes import QuantizeOutcome
 from lopt_lite.settings import QuantizeSettings
 
 #: (name in the model, tensor) -> the tensor to store, same shape.
 Transform = Callable[[str, torch.Tensor], torch.Tensor]
+
+JOURNAL_NAME = "journal.jsonl"
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -69,6 +71,8 @@ class StoreBuilder:
         Where to quantise.
     transform:
         Applied to each tensor (by the model's name) before it is quantised or stored, to merge an adapter, say.
+    transform_fingerprint:
+        Tells transforms apart, so that a build is never continued with another one.
     check:
         Called between shards; may raise to stop.
 
@@ -89,6 +93,7 @@ class StoreBuilder:
         dtype: str,
         device: torch.device,
         transform: Transform | None = None,
+        transform_fingerprint: str = "",
         check: Callable[[], None] = lambda: None,
         on_event: OnEvent = ignore,
     ) -> None:
@@ -100,6 +105,7 @@ class StoreBuilder:
         self._stored_dtype = torch.bfloat16 if quantize == "nf4" else self._dtype
         self._device = device
         self._transform = transform
+        self._transform_fingerprint = transform_fingerprint
         self._check = check
         self._on_event = on_event
         self._skeleton = Skeleton(files_, dtype=self._dtype)
@@ -111,13 +117,15 @@ class StoreBuilder:
 
     def build(self) -> bool:
         """Write what is missing; returns False when the store was complete before."""
+        if self._directory.exists() and not self._directory.is_dir():
+            raise RunDirectoryError(f"{self._directory} is not a directory", fix="name a new or empty directory")
         files.make_directory(self._directory)
         with locked(self._directory, what="the store", wait=True, on_event=self._on_event):
             if self._already_complete():
                 return False
             self._refuse_strangers()
             files.remove_stray_temporaries(self._directory)
-            journal = Journal(self._directory / "journal.jsonl")
+            journal = Journal(self._directory / JOURNAL_NAME)
             try:
                 self._write(journal)
             finally:
@@ -128,7 +136,7 @@ class StoreBuilder:
         info = store_info(self._directory)
         if info is None:
             return False
-        self._compare({"quantize": info.quantize, "dtype": info.dtype, "model": info.model_fingerprint})
+        self._compare({"quantize": info.quantize, "dtype": info.dtype, "model": info.model_fingerprint, "transform": ""})
         return True
 
     def _identity(self) -> dict[str, str]:
@@ -136,6 +144,7 @@ class StoreBuilder:
             "quantize": self._quantize,
             "dtype": str(self._stored_dtype).removeprefix("torch."),
             "model": self._files.fingerprint(),
+            "transform": self._transform_fingerprint,
         }
 
     def _compare(self, found: dict[str, str]) -> None:
@@ -150,9 +159,16 @@ class StoreBuilder:
 
     def _refuse_strangers(self) -> None:
         """Do not write into a directory that holds something else."""
-        if (self._directory / "journal.jsonl").exists():
+        journal = self._directory / JOURNAL_NAME
+        facts, _ = read_facts(journal)
+        if facts and facts[0]["fact"] == "store":
             return
-        others = sorted(p.name for p in self._directory.iterdir() if not p.name.startswith(("lock", ".")))
+        # A crash may leave an empty journal; one with other facts is a run's.
+        others = sorted(
+            p.name
+            for p in self._directory.iterdir()
+            if not p.name.startswith(("lock", ".")) and (facts or p != journal)
+        )
         if others:
             raise RunDirectoryError(
                 f"{self._directory} is not empty and is no store (it holds {others[0]})",
@@ -245,7 +261,7 @@ class StoreBuilder:
         if made is None:
             journal.add("store", **self._identity())
         else:
-            self._compare({k: made.get(k, "") for k in ("quantize", "dtype", "model")})
+            self._compare({k: made.get(k, "") for k in self._identity()})
         done = {f["name"]: f for f in journal.all("shard")}
         remaining = [p for p in self._plans if not self._shard_stands(p, done)]
         needed = sum(spec.nbytes for plan in remaining for spec in plan.specs) + (16 << 20)

@@ -9,6 +9,7 @@ from lopt_lite.errors import ModelError
 from lopt_lite.events import Notice, OnEvent
 from lopt_lite.files import read_json
 
+_GET_CONFIG = "get config.json from where the model came from, or name its directory with --config DIR"
 _BRING_PLAIN = "bring the unquantised checkpoint (bfloat16, float16 or float32); it is quantised to 4 bits here"
 
 
@@ -21,12 +22,12 @@ def read_config(path: Path, on_event: OnEvent) -> dict[str, Any]:
         Not a JSON object with a ``model_type``, custom code for an architecture that transformers does not have, or a
         quantisation other than bitsandbytes NF4.
     """
-    config = read_json(path, what="the model's configuration", error=ModelError)
+    config = read_json(path, what="the model's configuration", error=ModelError, fix=_GET_CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise ModelError(
             f"{path} is not a model's configuration",
             expected="a JSON object with a model_type, as transformers writes it",
-            fix="get config.json from where the model came from, or name its directory with --config DIR",
+            fix=_GET_CONFIG,
         )
     _check_code(path, config, on_event)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -196,7 +197,9 @@ class Skeleton:
 
     def unquantizable_names(self) -> list[str]:
         """Last name parts of matrix modules that stay unquantised: GPT-2's ``Conv1D``."""
-        return sorted({n.rpartition(".")[2] for t in self._templates for n, m in t.named_modules() if isinstance(m, Conv1D)})
+        return sorted(
+            {n.rpartition(".")[2] for t in self._templates for n, m in t.named_modules() if isinstance(m, Conv1D)}
+        )
 
     def root_linear_names(self) -> list[str]:
         """Full names of ``nn.Linear`` modules outside the layers (the LM head and, rarely, projections)."""
@@ -401,7 +404,7 @@ def load_config(files: ModelFiles) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(files.config_path.parent, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, OSError, AttributeError, RuntimeError, StrictDataclassError) as error:
         raise ModelError(
             f"transformers cannot read {files.config_path}: {_first_line(error)}",
             fix="check config.json, or install a transformers release that knows this architecture",
@@ -417,7 +420,16 @@ def _empty_model(config: Any, dtype: torch.dtype, attention: str | None) -> PreT
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **extra)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError, IndexError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        AssertionError,
+        IndexError,
+    ) as error:
         raise ModelError(
             f"no causal language model can be built from the config (model_type {config.model_type!r}): "
             f"{_first_line(error)}",
@@ -425,6 +437,15 @@ def _empty_model(config: Any, dtype: torch.dtype, attention: str | None) -> PreT
         ) from error
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} has an encoder", expected="a decoder-only language model")
+    # BERT and its kin can be built as causal models, and then still look at the tokens that they are to predict.
+    if getattr(config, "is_decoder", True) is False and not any(
+        getattr(m, "is_causal", False) for m in model.modules()
+    ):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder here (is_decoder is false in its config)",
+            expected="a decoder-only language model",
+            fix="bring a decoder; set is_decoder to true in config.json only if the model was trained as one",
+        )
     return model.eval()
 
 
@@ -438,7 +459,10 @@ def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     count = getattr(config, "num_hidden_layers", None)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not found or not count:
-        raise ModelError(f"{type(model).__name__} has no list of {count} layers, so it cannot be cut into blocks")
+        raise ModelError(
+            f"{type(model).__name__} has no list of {count} layers, so it cannot be cut into blocks",
+            fix="check num_hidden_layers in config.json",
+        )
     return min(found, key=lambda item: item[0].count("."))
 
 

@@ -54,7 +54,7 @@ def store_info(directory: Path) -> StoreInfo | None:
     path = directory / INDEX_NAME
     if not path.is_file():
         return None
-    index = files.read_json(path, what="the index", error=ModelError)
+    index = files.read_json(path, what="the index", error=ModelError, fix="get the file again, or make the store again")
     metadata = index.get("metadata") if isinstance(index, dict) else None
     own = metadata.get("lopt_lite") if isinstance(metadata, dict) else None
     if own is None:

@@ -153,7 +153,10 @@ class _Loader:
         if report.lines == 0:
             raise DataError(f"{self.path} is empty", expected="a JSON Lines file: one JSON object per line")
         if report.lines == report.bad_lines:
-            raise DataError(f"none of the {report.lines} lines of {self.path} can be used; {self.first_problem}")
+            raise DataError(
+                f"none of the {report.lines} lines of {self.path} can be used; {self.first_problem}",
+                expected=f"lines with the keys of one known format: {describe_formats()}",
+            )
         if not self.ids:
             raise DataError(
                 f"none of the {report.dropped} examples of {self.path} has a token to train on",

@@ -21,9 +21,7 @@ _CHUNK_ELEMENTS = 2**24
 def place_head(skeleton: Skeleton, store: Store, device: torch.device) -> None:
     """Put the LM head on ``device`` in the compute dtype."""
     weight, bias = store.head(skeleton)
-    skeleton.place_head(
-        weight.to(device, skeleton.dtype), None if bias is None else bias.to(device, skeleton.dtype)
-    )
+    skeleton.place_head(weight.to(device, skeleton.dtype), None if bias is None else bias.to(device, skeleton.dtype))
 
 
 def _chunks(skeleton: Skeleton, tokens: int) -> Iterator[slice]:

@@ -35,7 +35,7 @@ def build_layer(
     Returns
     -------
     nn.Module
-        In evaluation mode (the model's own dropout is off, as usual when tuning adapters), without trainable parameters.
+        In evaluation mode: the model's own dropout is off. Nothing in it is trainable.
 
     Raises
     ------

@@ -32,7 +32,7 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
     device = devices.choose_device(settings.device)
     run = open_run(settings.run, device)
     try:
-        dataset, report = load_dataset(
+        dataset, _ = load_dataset(
             settings.data,
             run.tokenizer,
             max_length=settings.max_length or run.settings.max_length,

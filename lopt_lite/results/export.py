@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -11,12 +12,15 @@ from lopt_lite import devices, files
 from lopt_lite.checkpoints.build_store import StoreBuilder
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.checkpoints.store import store_info
 from lopt_lite.errors import ModelError, RunDirectoryError
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import ExportOutcome
 from lopt_lite.results.open_run import OpenRun, open_run
 from lopt_lite.settings import ExportSettings
 from lopt_lite.training.run_directory import read_settings
+
+_NAME_ORIGINAL = "name the original with --model, or merge with --onto quantized"
 
 #: Files that only building needs, not part of what is handed out.
 _BUILD_FILES = ("journal.jsonl", "lock", "lock.pid")
@@ -58,18 +62,29 @@ def _copy_adapter(run: OpenRun, out: Path) -> None:
         files.copy_file(path, out / path.name)
 
 
+def _adapter_fingerprint(run: OpenRun) -> str:
+    return hashlib.sha256((run.paths.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
 def _write_merged(run: OpenRun, out: Path, settings: ExportSettings, on_event: OnEvent) -> None:
     """Stream the base weights through ``base + adapter`` into a new checkpoint."""
+    if out.is_dir() and store_info(out) is not None:
+        raise RunDirectoryError(f"{out} holds a finished checkpoint already", fix="name a new or empty directory")
     if settings.onto == "quantized":
         source = locate_model(str(run.store.directory), on_event=on_event)
     else:
         given = read_settings(run.paths)["model"]
         where = settings.model or run.settings.model
-        source = locate_model(where, config_dirs=run.settings.config, on_event=on_event)
+        try:
+            source = locate_model(where, config_dirs=run.settings.config, on_event=on_event)
+        except ModelError as error:
+            raise ModelError(
+                f"the model this run was trained from cannot be used: {error.found}", fix=_NAME_ORIGINAL
+            ) from error
         if source.fingerprint() != given["fingerprint"]:
             raise ModelError(
                 f"the model at {where} is not the one this run was trained from",
-                fix="name the original with --model, or merge with --onto quantized",
+                fix=_NAME_ORIGINAL,
             )
     StoreBuilder(
         source,
@@ -78,6 +93,7 @@ def _write_merged(run: OpenRun, out: Path, settings: ExportSettings, on_event: O
         dtype="bfloat16",
         device=run.device,
         transform=lambda name, tensor: _merge(run, name, tensor),
+        transform_fingerprint=_adapter_fingerprint(run),
         on_event=on_event,
     ).build()
     for name in _BUILD_FILES:

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from lopt_lite import devices
 from lopt_lite.checkpoints.tokenizer import pad_token_id
-from lopt_lite.data.templates import load_prompt
+from lopt_lite.data.templates import load_prompt, stop_token_ids
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import GenerateOutcome
 from lopt_lite.residency.choices import afford_dequantised
@@ -80,12 +80,10 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
 
 
 def _end_tokens(run: OpenRun) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end of sequence, and those that the model's makers list."""
-    ends = set()
+    """Tokens that end an answer: those that training teaches to end a turn, and those that the model's makers list."""
+    ends = set(stop_token_ids(run.tokenizer))
     path = run.store.directory / "generation_config.json"
     if path.is_file():
         listed = GenerationConfig.from_pretrained(run.store.directory).eos_token_id
         ends |= set(listed if isinstance(listed, list) else [listed]) - {None}
-    if run.tokenizer.eos_token_id is not None:
-        ends.add(run.tokenizer.eos_token_id)
     return sorted(ends)

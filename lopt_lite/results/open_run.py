@@ -83,7 +83,8 @@ def open_run(run: str, device: torch.device) -> OpenRun:
     facts, _ = read_facts(paths.journal)
     if not any(fact["fact"] == "adapter" for fact in facts):
         raise RunDirectoryError(
-            f"the run in {run} is not finished", fix=f"see 'lopt-lite status {run}', and continue it with lopt-lite train"
+            f"the run in {run} is not finished",
+            fix=f"see 'lopt-lite status {run}', and continue it with lopt-lite train",
         )
     if not (paths.adapter / "adapter_model.safetensors").is_file():
         raise RunDirectoryError(f"the adapter of the run in {run} is gone", fix="train again with --fresh")

@@ -30,7 +30,7 @@ def status(run: str | Path) -> StatusOutcome:
     pid = holder_pid(paths.root)
     finished = _last(facts, "adapter") is not None
     blocks = _blocks(content["settings"], facts, metrics)
-    before, after = _last(facts, "validation", epoch=0), None
+    before = _last(facts, "validation", epoch=0)
     after = _last(facts, "validation", epoch=content["settings"]["epochs"])
     losses = [m["loss"] for m in metrics if m.get("phase") == "train"]
     return StatusOutcome(
@@ -58,7 +58,7 @@ def _last(facts: list[Fact], name: str, **match: Any) -> Fact | None:
 def _blocks(settings: dict[str, Any], facts: list[Fact], metrics: list[dict[str, Any]]) -> list[BlockStatus]:
     early = [name.strip() for name in str(settings["objective"]).split(",")]
     count = int(settings["blocks"])
-    objectives = (early * (count - 1) if len(early) == 1 else early)[: count - 1] + ["task"]
+    objectives = [*(early * (count - 1) if len(early) == 1 else early)[: count - 1], "task"]
     started = _last(facts, "started")
     per_epoch = math.ceil(started["examples"] / settings["batch_size"]) if started else 0
     blocks = []

@@ -25,8 +25,7 @@ class Block:
 def plan_blocks(layers: int, objectives: tuple[str, ...]) -> list[Block]:
     """Cut ``layers`` layers into ``len(objectives)`` blocks.
 
-    Each block gets ``layers // blocks`` layers and the first ``layers % blocks`` one more (LoPT's official code does the
-    same).
+    Each block gets ``layers // blocks`` layers and the first ``layers % blocks`` one more, as in LoPT's official code.
 
     Raises
     ------

@@ -216,7 +216,9 @@ class BlockTrainer:
             for part, batch in enumerate(batches):
                 made.append(self._inputs.micro_batch(batch))
                 if settings.lora_dropout:
-                    torch.manual_seed(derive_seed(settings.seed, "dropout", self._block.index, phase.name, number, part))
+                    torch.manual_seed(
+                        derive_seed(settings.seed, "dropout", self._block.index, phase.name, number, part)
+                    )
                 yield made[-1]
 
         def loss_backward(part: int, output: torch.Tensor) -> float:
@@ -256,9 +258,7 @@ class BlockTrainer:
 
     # -- between steps ------------------------------------------------------------------------------------------------
 
-    def _stop_or_checkpoint(
-        self, phase: _Phase, step: int, optimizer: torch.optim.AdamW, *, needed_s: float
-    ) -> None:
+    def _stop_or_checkpoint(self, phase: _Phase, step: int, optimizer: torch.optim.AdamW, *, needed_s: float) -> None:
         """Checkpoint when it is time to, or when there is a reason to stop; then stop."""
         bench = self._bench
         reason = bench.stop.reason(needed_s=needed_s)

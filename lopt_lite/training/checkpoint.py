@@ -1,7 +1,6 @@
 """A block's state in mid-training, as one safetensors file.
 
-Adapter, reconstruction head and optimiser state are tensors; the data cursor (phase and step) is in the file's metadata.
-The learning rate, the order of the data and every random state follow from the step and the run's seed, so there is
+Adapter, reconstruction head and optimiser state are tensors; the data cursor (phase and step) is in its metadata. The learning rate, the order of the data and every random state follow from the step and the run's seed, so there is
 nothing else to keep. One file, so one rename makes a checkpoint stand; the one before it goes only after that.
 """
 
@@ -81,9 +80,7 @@ def read_cursor(path: Path) -> Cursor:
         raise RunDirectoryError(f"{path} is not a checkpoint of lopt-lite: {error}") from error
 
 
-def restore_checkpoint(
-    path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
+def restore_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's values back into ``parameters`` and ``optimizer``.
 
     Raises
@@ -123,9 +120,7 @@ class CheckpointDirectory:
         """Path of the checkpoint called ``name``."""
         return self._directory / name
 
-    def save(
-        self, cursor: Cursor, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> str:
+    def save(self, cursor: Cursor, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> str:
         """Write a checkpoint; returns its name, for the journal."""
         files.make_directory(self._directory)
         name = f"{cursor.phase}-{cursor.step:08d}.safetensors"

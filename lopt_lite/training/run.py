@@ -53,7 +53,8 @@ def train(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
     Raises
     ------
     SettingsError, ModelError, DataError
-        Something given cannot be used; nothing was written except, at most, an empty run directory.
+        Something given cannot be used, and nothing was written (except that weights that are not finite numbers are
+        found only while they are prepared).
     RunDirectoryError
         The run directory is in use, not writable, or belongs to other settings.
     DoesNotFitError, DivergedError, StoppedError
@@ -64,15 +65,16 @@ def train(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
     with Stopper(max_hours=settings.max_hours, deadline=settings.deadline) as stop:
         given = _read_inputs(settings, on_event)
         paths = RunPaths(_run_directory(settings, given.model))
+        store_directory = _store_directory(settings, given.model, paths)
+        builder = _store_builder(settings, given.model, store_directory, device, stop, on_event)
         files.make_directory(paths.root)
         with locked(paths.root, what="the run directory"):
             if settings.fresh:
                 start_fresh(paths)
-            files.remove_stray_temporaries(paths.root)
-            store_directory = _store_directory(settings, given.model, paths)
             for remark in claim(paths, given.identity(settings, store_directory, device)):
                 on_event(Notice(text=remark))
-            with _open_bench(settings, given, paths, store_directory, device, stop, on_event) as bench:
+            files.remove_stray_temporaries(paths.root)
+            with _open_bench(settings, given, paths, builder, store_directory, device, stop, on_event) as bench:
                 already_done = _adapter_stands(bench)
                 _announce(bench, given)
                 if not already_done:
@@ -145,12 +147,30 @@ def _store_directory(settings: TrainSettings, model: ModelFiles, paths: RunPaths
     if settings.store is not None:
         return Path(settings.store)
     given = model.config_path.parent
-    info = store_info(given)
-    if info is not None and info.quantize == settings.quantize:
-        stored = "bfloat16" if settings.quantize == "nf4" else settings.dtype
-        if info.dtype == stored:
-            return given
-    return paths.store
+    return given if _is_store_for(settings, given) else paths.store
+
+
+def _is_store_for(settings: TrainSettings, directory: Path) -> bool:
+    info = store_info(directory)
+    stored = "bfloat16" if settings.quantize == "nf4" else settings.dtype
+    return info is not None and info.quantize == settings.quantize and info.dtype == stored
+
+
+def _store_builder(
+    settings: TrainSettings, model: ModelFiles, directory: Path, device: torch.device, stop: Stopper, on_event: OnEvent
+) -> StoreBuilder | None:
+    """What makes the store in ``directory``, the model's tensors checked; None when MODEL is the store."""
+    if directory == model.config_path.parent and _is_store_for(settings, directory):
+        return None
+    return StoreBuilder(
+        model,
+        directory,
+        quantize=settings.quantize,
+        dtype=settings.dtype,
+        device=device,
+        check=stop.check,
+        on_event=on_event,
+    )
 
 
 @contextlib.contextmanager
@@ -158,6 +178,7 @@ def _open_bench(
     settings: TrainSettings,
     given: _Given,
     paths: RunPaths,
+    builder: StoreBuilder | None,
     store_directory: Path,
     device: torch.device,
     stop: Stopper,
@@ -170,16 +191,8 @@ def _open_bench(
         metrics = Metrics(paths.metrics)
         stack.callback(metrics.close)
         skeleton = given.skeleton
-        if store_directory != given.model.config_path.parent:
-            StoreBuilder(
-                given.model,
-                store_directory,
-                quantize=settings.quantize,
-                dtype=settings.dtype,
-                device=device,
-                check=stop.check,
-                on_event=on_event,
-            ).build()
+        if builder is not None:
+            builder.build()
         store = Store(store_directory)
         stack.callback(store.close)
         if journal.last("store-ready") is None:

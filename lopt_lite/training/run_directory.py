@@ -12,6 +12,7 @@ from lopt_lite.errors import RunDirectoryError
 from lopt_lite.settings import TrainSettings
 
 _OWNED = ("settings.json", "journal.jsonl", "metrics.jsonl", "store", "cache", "blocks", "adapter")
+_START_ANEW = "restore it from a backup, start anew with --fresh, or choose another directory"
 _PACKAGES = ("lopt-lite", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
@@ -109,15 +110,24 @@ def read_settings(paths: RunPaths) -> dict[str, Any]:
             f"{paths.root} is not a run directory (it has no settings.json)",
             expected="a directory that 'lopt-lite train' made",
         )
-    content = files.read_json(paths.settings, what="the settings file", error=RunDirectoryError)
+    content = files.read_json(paths.settings, what="the settings file", error=RunDirectoryError, fix=_START_ANEW)
     needed = ("settings", "model", "data", "store", "device")
     if not isinstance(content, dict) or any(key not in content for key in needed):
-        raise RunDirectoryError(f"{paths.settings} is damaged", fix="start anew with --fresh")
+        raise RunDirectoryError(f"{paths.settings} is damaged or not a run's", fix=_START_ANEW)
     return content
 
 
 def start_fresh(paths: RunPaths) -> None:
-    """Delete what a run owns in its directory, settings last, so that a crash half-way still looks like a run."""
+    """Delete what a run owns in its directory, settings last, so that a crash half-way still looks like a run.
+
+    Raises
+    ------
+    RunDirectoryError
+        The directory holds something else; nothing was deleted.
+    """
+    looks_damaged = paths.settings.exists() and paths.journal.exists()
+    if not looks_damaged and not _has_settings(paths):
+        _refuse_strangers(paths)
     for name in reversed(_OWNED):
         files.remove_tree(paths.root / name)
 
@@ -137,24 +147,21 @@ def claim(paths: RunPaths, identity: RunIdentity) -> list[str]:
     """
     wanted = identity.to_json()
     if not paths.settings.exists():
-        others = sorted(p.name for p in paths.root.iterdir() if not p.name.startswith((".", "lock")))
-        if others:
-            raise RunDirectoryError(
-                f"{paths.root} is not empty and is no run directory (it holds {others[0]})",
-                fix="choose another directory with --output",
-            )
+        _refuse_strangers(paths)
         files.write_json(paths.settings, wanted)
         return []
     found = read_settings(paths)
     differences = _differences(found, wanted)
     if differences:
         raise RunDirectoryError(
-            f"the run in {paths.root} was started with " + "; ".join(f"{n} {a}, not {b}" for n, a, b in differences),
+            f"the run in {paths.root} was started with " + "; ".join(differences),
             fix="go back to the old value to continue it, start anew with --fresh, or choose another --output",
         )
     remarks = []
     if found["device"] != wanted["device"]:
-        remarks.append(f"the run was started on {found['device']} and continues on {wanted['device']}: bytes may differ")
+        remarks.append(
+            f"the run was started on {found['device']} and continues on {wanted['device']}: bytes may differ"
+        )
     old, new = found.get("versions", {}), wanted["versions"]
     changed = [f"{n} {old[n]} -> {new[n]}" for n in new if n in old and old[n] != new[n]]
     if changed:
@@ -162,15 +169,35 @@ def claim(paths: RunPaths, identity: RunIdentity) -> list[str]:
     return remarks
 
 
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def _has_settings(paths: RunPaths) -> bool:
+    try:
+        read_settings(paths)
+    except RunDirectoryError:
+        return False
+    return True
+
+
+def _refuse_strangers(paths: RunPaths) -> None:
+    others = sorted(p.name for p in paths.root.iterdir() if not p.name.startswith((".", "lock")))
+    if others:
+        raise RunDirectoryError(
+            f"{paths.root} is not empty and is no run directory (it holds {others[0]})",
+            fix="choose another directory with --output",
+        )
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     differences = []
     for name, value in wanted["settings"].items():
         old = found["settings"].get(name)
         if isinstance(value, (tuple, list)):
             value = list(value)
         if old != value:
-            differences.append((f"--{name.replace('_', '-')}", old, value))
+            differences.append(f"--{name.replace('_', '-')} {old}, not {value}")
     for part, name in (("model", "MODEL"), ("data", "DATA"), ("validation", "--validation")):
-        if found.get(part, {}).get("fingerprint") != wanted[part]["fingerprint"]:
-            differences.append((f"{name} content", str(found.get(part, {}).get("given")), str(wanted[part]["given"])))
+        old, new = found.get(part, {}), wanted[part]
+        if old.get("fingerprint") != new["fingerprint"]:
+            same_name = old.get("given") == new["given"]
+            which = "with other content than it has now" if same_name else f"not {new['given']} (the contents differ)"
+            differences.append(f"{name} {old.get('given')}, {which}")
     return differences

@@ -46,9 +46,9 @@ class Stopper:
             return f"stopped by {self._signal}"
         if self._ends_at_s is not None and time.monotonic() + needed_s >= self._ends_at_s:
             return f"stopped after --max-hours {self._max_hours:g}"
-        if self._deadline is not None:
-            if datetime.datetime.now() + datetime.timedelta(seconds=needed_s) >= self._deadline:
-                return f"stopped for --deadline {self._deadline:%H:%M}"
+        needed = datetime.timedelta(seconds=needed_s)
+        if self._deadline is not None and datetime.datetime.now() + needed >= self._deadline:
+            return f"stopped for --deadline {self._deadline:%H:%M}"
         return None
 
     def check(self) -> None:

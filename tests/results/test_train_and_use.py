@@ -166,9 +166,7 @@ def test_gradient_accumulation_is_weighted_by_answer_tokens(tmp_path: Path, monk
     monkeypatch.setattr(block_trainer, "MICRO_BATCH_TOKENS", 60)
     parts: list[Event] = []
     _train(tmp_path, model, parts, epochs=1, fresh=True)
-    for a, b in zip(
-        (e for e in whole if isinstance(e, Step)), (e for e in parts if isinstance(e, Step)), strict=True
-    ):
+    for a, b in zip((e for e in whole if isinstance(e, Step)), (e for e in parts if isinstance(e, Step)), strict=True):
         assert b.loss == pytest.approx(a.loss, rel=1e-4)
         assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-3)
 

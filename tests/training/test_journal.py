@@ -1,0 +1,121 @@
+"""The journal: whole lines are facts, a torn last line is none, and damage elsewhere is never guessed around."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lopt_lite import files
+from lopt_lite.errors import DoesNotFitError, RunDirectoryError
+from lopt_lite.journal import Journal, read_facts
+
+
+def _write(path: Path, *facts: dict) -> Path:
+    journal = Journal(path)
+    for fact in facts:
+        journal.add(**fact)
+    journal.close()
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "journal.jsonl"
+
+
+def test_facts_are_read_back_in_the_order_they_were_added(path):
+    facts = [{"fact": "shard", "number": n, "name": f"größe-{n}"} for n in (3, 1, 2)]
+    _write(path, *facts)
+    assert read_facts(path) == (facts, path.stat().st_size)
+    assert Journal(path).facts == facts
+
+
+def test_the_newest_matching_fact_wins(path):
+    journal = Journal(path)
+    for block, name in ((0, "a"), (1, "b"), (0, "c")):
+        journal.add("checkpoint", block=block, name=name)
+    assert journal.last("checkpoint")["name"] == "c"
+    assert journal.last("checkpoint", block=1)["name"] == "b"
+    assert journal.last("checkpoint", block=2) is None
+    assert journal.last("block") is None
+    assert [f["name"] for f in journal.all("checkpoint", block=0)] == ["a", "c"]
+
+
+def test_a_journal_that_is_not_there_has_no_facts_and_is_made_when_opened(path):
+    assert read_facts(path) == ([], 0)
+    assert not path.exists()
+    Journal(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_every_cut_of_the_last_line_drops_that_line_alone(path):
+    whole = _write(path, {"fact": "one"}, {"fact": "two", "text": "zwölf"}).read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(first, len(whole)):
+        path.write_bytes(whole[:end])
+        assert read_facts(path) == ([{"fact": "one"}], first), end
+        assert path.stat().st_size == end, "reading must not change the file: status does it while training runs"
+        journal = Journal(path)
+        journal.add("three")
+        journal.close()
+        assert read_facts(path)[0] == [{"fact": "one"}, {"fact": "three"}], end
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"{not json", b"", b"[1]", b'"text"', b'{"no": "fact"}', b'{"fact": 3}', b"\xff\xfe", b"\0\0\0\0", b"[" * 100_000],
+)
+def test_a_damaged_line_that_is_whole_is_an_error_that_names_it(path, damaged):
+    content = b'{"fact": "one"}\n' + damaged + b'\n{"fact": "three"}\n'
+    path.write_bytes(content)
+    with pytest.raises(RunDirectoryError, match=r"damaged at line 2") as caught:
+        Journal(path)
+    assert str(path) in caught.value.found
+    assert "--fresh" in caught.value.fix
+    assert path.read_bytes() == content, "the evidence must stay"
+
+
+def test_a_fact_is_on_the_disk_before_add_returns(path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    journal = Journal(path)
+    synced.clear()
+    journal.add("one")
+    assert synced == [path.stat().st_size]
+    assert synced[0] > 0
+
+
+def test_a_full_disk_is_said_and_the_fact_does_not_count(path, monkeypatch):
+    journal = Journal(path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(DoesNotFitError, match="disk is full"):
+        journal.add("one")
+    assert journal.last("one") is None
+
+
+def test_a_journal_that_is_a_directory_is_an_error_of_the_run_directory(path):
+    path.mkdir()
+    with pytest.raises(RunDirectoryError, match="cannot read the journal"):
+        Journal(path)
+
+
+@given(
+    st.lists(
+        st.dictionaries(st.text(min_size=1).filter(lambda k: k != "fact"), st.text() | st.integers() | st.none()),
+        max_size=8,
+    )
+)
+def test_any_values_come_back(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
+    facts = [{"fact": f"f{n}", **value} for n, value in enumerate(values)]
+    path.write_text("".join(json.dumps(fact) + "\n" for fact in facts), encoding="utf-8")
+    assert read_facts(path)[0] == facts
