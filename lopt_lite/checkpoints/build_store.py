@@ -136,7 +136,9 @@ class StoreBuilder:
         info = store_info(self._directory)
         if info is None:
             return False
-        self._compare({"quantize": info.quantize, "dtype": info.dtype, "model": info.model_fingerprint, "transform": ""})
+        self._compare(
+            {"quantize": info.quantize, "dtype": info.dtype, "model": info.model_fingerprint, "transform": ""}
+        )
         return True
 
     def _identity(self) -> dict[str, str]:

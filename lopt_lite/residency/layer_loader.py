@@ -12,6 +12,27 @@ from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.errors import ModelError
 
 
+class DequantizedLinear4bit(bnb.nn.Linear4bit):
+    """A 4-bit linear layer whose matrix was dequantised once: the same products, without dequantising in each.
+
+    It stays a ``Linear4bit`` so that PEFT puts the same class of adapter on it, which rounds in the same places:
+    results do not depend on whether memory allowed the dequantised form.
+    """
+
+    def __init__(self, linear: nn.Linear, dense: torch.Tensor) -> None:
+        super().__init__(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, quant_type="nf4", device="meta"
+        )
+        weight = nn.Parameter(dense, requires_grad=False)
+        weight.compress_statistics, weight.quant_type = True, "nf4"  # what PEFT asks a 4-bit weight for
+        self.compute_dtype = dense.dtype
+        self._parameters["weight"] = weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out], in the dtype of ``x``."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 def build_layer(
     skeleton: Skeleton,
     index: int,
@@ -83,10 +104,11 @@ def _place_linears(
             dense = dequantize_matrix(weight_name, packed, device).to(skeleton.dtype)
             if tuple(dense.shape) != (linear.out_features, linear.in_features):
                 raise ModelError(f"layer {index}: {weight_name} has shape {list(dense.shape)} once dequantised")
-            linear._parameters["weight"] = nn.Parameter(dense, requires_grad=False)
+            replacement: nn.Module = DequantizedLinear4bit(linear, dense)
         else:
-            parent_name, _, leaf = name.rpartition(".")
-            setattr(layer.get_submodule(parent_name), leaf, _linear4bit(linear, weight_name, packed, skeleton, device))
+            replacement = _linear4bit(linear, weight_name, packed, skeleton, device)
+        parent_name, _, leaf = name.rpartition(".")
+        setattr(layer.get_submodule(parent_name), leaf, replacement)
 
 
 def _linear4bit(

@@ -69,9 +69,7 @@ def attach_adapter(layer: nn.Module, index: int, *, skeleton: Skeleton, settings
         layer.is_loaded_in_4bit = True
     config = lora_config(settings, targets)
     config.fan_in_fan_out = any(not isinstance(layer.get_submodule(t), nn.Linear) for t in targets)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(settings.seed, "adapter", index))
-        inject_adapter_in_model(config, layer, adapter_name=_ADAPTER)
+    inject_adapter_in_model(config, layer, adapter_name=_ADAPTER)
     adapter = {id(p) for p in adapter_parameters(layer).values()}
     for parameter in layer.parameters():
         if id(parameter) in adapter:
@@ -79,6 +77,12 @@ def attach_adapter(layer: nn.Module, index: int, *, skeleton: Skeleton, settings
             parameter.requires_grad_(True)
         else:
             parameter.requires_grad_(False)
+    # Started anew in float32: PEFT's own start was rounded to the dtype of the weight beside it.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(settings.seed, "adapter", index))
+        for module in layer.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.reset_lora_parameters(_ADAPTER, True)
 
 
 def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:

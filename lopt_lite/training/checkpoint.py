@@ -1,6 +1,7 @@
 """A block's state in mid-training, as one safetensors file.
 
-Adapter, reconstruction head and optimiser state are tensors; the data cursor (phase and step) is in its metadata. The learning rate, the order of the data and every random state follow from the step and the run's seed, so there is
+Adapter, reconstruction head and optimiser state are tensors; the data cursor (phase and step) is in its metadata.
+The learning rate, the order of the data and every random state follow from the step and the run's seed, so there is
 nothing else to keep. One file, so one rename makes a checkpoint stand; the one before it goes only after that.
 """
 

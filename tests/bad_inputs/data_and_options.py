@@ -1,0 +1,184 @@
+"""Bad DATA and bad options."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from tests.bad_inputs.place import (
+    GOOD_LINE,
+    INPUT,
+    SETTINGS,
+    bad,
+)
+
+# -- DATA --------------------------------------------------------------------------------------------------------------
+
+
+@bad(INPUT, "no-such.jsonl does not exist", "check the path")
+def data_that_is_not_there(place):
+    place.data = place.root / "no-such.jsonl"
+    return place.train()
+
+
+@bad(INPUT, "is a directory", "JSON Lines file")
+def directory_as_data(place):
+    place.data = place.stray_directory("data")
+    return place.train()
+
+
+@bad(INPUT, "own.jsonl is empty", "one JSON object per line")
+def empty_data(place):
+    place.own_data(b"")
+    return place.train()
+
+
+@bad(INPUT, "own.jsonl is empty", "one JSON object per line")
+def data_of_blank_lines(place):
+    place.own_data(b"\n  \r\n\n")
+    return place.train()
+
+
+@bad(INPUT, "own.jsonl, line 7", "not valid JSON", "--skip-bad-lines")
+def bad_json_at_line_7(place):
+    place.own_data([*[GOOD_LINE] * 6, '{"question": "What is', GOOD_LINE])
+    return place.train()
+
+
+@bad(INPUT, "own.jsonl, line 1", "not UTF-8", "--skip-bad-lines")
+def binary_garbage_as_data(place):
+    place.own_data(bytes(range(255, 0, -1)) * 20)
+    return place.train()
+
+
+@bad(INPUT, "line 1", "UTF-16", "save the file as UTF-8")
+def data_in_utf_16(place):
+    place.own_data(json.dumps(GOOD_LINE).encode("utf-16"))
+    return place.train()
+
+
+@bad(INPUT, "line 1", "one object per line, not one array")
+def one_json_array_as_data(place):
+    place.own_data(json.dumps([GOOD_LINE], indent=2).encode())
+    return place.train()
+
+
+@bad(INPUT, "line 2", "a JSON string, not an object")
+def line_that_is_no_object(place):
+    place.own_data([GOOD_LINE, '"just text"'])
+    return place.train()
+
+
+@bad(INPUT, "line 3", "'text'", "'question+answer'", "--skip-bad-lines")
+def mixed_formats(place):
+    place.own_data([GOOD_LINE, GOOD_LINE, {"text": "Once upon a time"}])
+    return place.train()
+
+
+@bad(INPUT, "line 1", "no known format has the keys 'input_text', 'target_text'", "question+answer")
+def unknown_format(place):
+    place.own_data([{"input_text": "a", "target_text": "b"}])
+    return place.train()
+
+
+@bad(INPUT, "line 2", "'answer' is a JSON number, not a string")
+def answer_that_is_no_text(place):
+    place.own_data([GOOD_LINE, {"question": "What is 1 + 1?", "answer": 2}])
+    return place.train()
+
+
+@bad(INPUT, "line 1", "'narrator'", "known are", "assistant")
+def unknown_role(place):
+    place.own_data([{"messages": [{"role": "narrator", "content": "It was night."}]}])
+    return place.train()
+
+
+@bad(INPUT, "none of the 2 examples", "token to train on", "have assistant messages")
+def data_without_an_answer(place):
+    place.own_data([{"messages": [{"role": "user", "content": "Hello?"}]}] * 2)
+    return place.train()
+
+
+@bad(INPUT, "none of the 2 lines", "line 1", "question+answer")
+def no_usable_line_with_skip_bad_lines(place):
+    place.own_data(["{", "}"])
+    return place.train("--skip-bad-lines")
+
+
+@bad(INPUT, "held_out.jsonl does not exist", "check the path")
+def validation_file_that_is_not_there(place):
+    return place.train("--validation", str(place.root / "held_out.jsonl"))
+
+
+@bad(SETTINGS, "--validation is 1.5", "a fraction between 0 and 1")
+def validation_fraction_above_one(place):
+    return place.train("--validation", "1.5")
+
+
+@bad(INPUT, "1 example", "cannot be split", "leave --validation out")
+def one_example_to_split(place):
+    place.own_data([GOOD_LINE])
+    return place.train("--validation", "0.5")
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+@bad(SETTINGS, "DATA is missing", "lopt-lite train MODEL DATA")
+def forgotten_data(place):
+    return ["train", str(place.model)]
+
+
+@bad(SETTINGS, "--blocks is 3", "the model has 2 layers", "at most 2")
+def more_blocks_than_layers(place):
+    return place.train("--blocks", "3")
+
+
+@bad(SETTINGS, "--objective names 'distil'", "reconstruct, task, none")
+def unknown_objective(place):
+    return place.train("--objective", "distil")
+
+
+@bad(SETTINGS, "--lora-targets names 'query'", "q_proj")
+def unknown_lora_target(place):
+    return place.train("--lora-targets", "query")
+
+
+@bad(SETTINGS, "--lr is", "above 0")
+def learning_rate_that_is_no_number(place):
+    return place.train("--lr", "nan")
+
+
+@bad(SETTINGS, "--dtype", "bfloat16", "float32")
+def unknown_dtype(place):
+    return place.train("--dtype", "int4")
+
+
+@bad(SETTINGS, "--device cuda", "--device cpu")
+def cuda_on_a_machine_without(place):
+    place.patch.setattr(torch.cuda, "is_available", lambda: False)
+    return place.train("--device", "cuda")
+
+
+@bad(SETTINGS, "options.yaml", "'learning-speed'", "no option", "lr")
+def yaml_with_an_unknown_option(place):
+    (place.root / "options.yaml").write_text("learning-speed: 3\n")
+    return place.train("--config", "options.yaml")
+
+
+@bad(SETTINGS, "options.yaml", "not YAML")
+def yaml_that_is_not_yaml(place):
+    (place.root / "options.yaml").write_text("lr: [1, 2\nblocks: }")
+    return place.train("--config", "options.yaml")
+
+
+@bad(SETTINGS, "no-such.yaml", "No such file")
+def yaml_that_is_not_there(place):
+    return place.train("--config", "no-such.yaml")
+
+
+@bad(SETTINGS, "--epochs is 'many'", "a whole number")
+def yaml_with_a_value_of_the_wrong_type(place):
+    (place.root / "options.yaml").write_text("epochs: many\n")
+    return place.train("--config", "options.yaml")

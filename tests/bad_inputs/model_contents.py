@@ -1,0 +1,151 @@
+"""Bad MODELs: configuration, tensors and tokenizer."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.bad_inputs.place import (
+    INPUT,
+    bad,
+)
+
+# -- MODEL: config.json and the architecture ---------------------------------------------------------------------------
+
+
+@bad(INPUT, "no config.json beside", "--config DIR")
+def model_without_config(place):
+    (place.own_model() / "config.json").unlink()
+    return place.train()
+
+
+@bad(INPUT, "config.json is not valid JSON", "to fix")
+def config_that_is_not_json(place):
+    (place.own_model() / "config.json").write_text('{"model_type": "llama",')
+    return place.train()
+
+
+@bad(INPUT, "not a model's configuration", "model_type", "--config DIR")
+def config_without_a_model_type(place):
+    (place.own_model() / "config.json").write_text('{"hidden_size": 32}')
+    return place.train()
+
+
+@bad(INPUT, "hypermamba", "config.json", "transformers release")
+def unknown_architecture(place):
+    place.change_config(model_type="hypermamba", architectures=["HyperMamba"])
+    return place.train()
+
+
+@bad(INPUT, "remote code", "hypermamba", "never run")
+def architecture_that_needs_remote_code(place):
+    place.change_config(model_type="hypermamba", auto_map={"AutoConfig": "evil.Config"})
+    (place.model / "evil.py").write_text("raise SystemExit('this code must never run')")
+    return place.train()
+
+
+@bad(INPUT, "t5", "decoder-only")
+def encoder_decoder(place):
+    place.change_config(model_type="t5", architectures=["T5ForConditionalGeneration"], num_heads=4, d_kv=8, d_ff=64)
+    return place.train()
+
+
+@bad(INPUT, "BertLMHeadModel", "encoder", "decoder-only")
+def encoder_alone(place):
+    place.change_config(model_type="bert", architectures=["BertForMaskedLM"])
+    return place.train()
+
+
+@bad(INPUT, "config.json", "to fix: check config.json")
+def config_with_a_value_of_the_wrong_type(place):
+    place.change_config(hidden_size="wide")
+    return place.train()
+
+
+@bad(INPUT, "layers", "config.json")
+def config_with_no_layers(place):
+    place.change_config(num_hidden_layers=0)
+    return place.train()
+
+
+@bad(INPUT, "already quantised (gptq)", "bring the unquantised checkpoint")
+def gptq_checkpoint(place):
+    place.change_config(quantization_config={"quant_method": "gptq", "bits": 4})
+    return place.train()
+
+
+@bad(INPUT, "already quantised (bitsandbytes int8)", "NF4", "bring the unquantised checkpoint")
+def int8_checkpoint(place):
+    place.change_config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    return place.train()
+
+
+# -- MODEL: the tensors ------------------------------------------------------------------------------------------------
+
+
+@bad(INPUT, "lacks model.layers.1.mlp.down_proj.weight", "config.json belongs to these weights")
+def checkpoint_that_lacks_a_tensor(place):
+    place.change_weights(lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"))
+    return place.train()
+
+
+@bad(INPUT, "model.norm.weight has shape [31]", "[32], from config.json", "config.json belongs to these weights")
+def tensor_of_another_shape_than_config_says(place):
+    place.change_weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
+    return place.train()
+
+
+@bad(INPUT, "has shape [32, 64]", "[32, 96]", "config.json belongs to these weights")
+def config_of_another_size_than_the_tensors(place):
+    place.change_config(intermediate_size=96)
+    return place.train()
+
+
+@bad(INPUT, "model.norm.weight", "I8", "BF16, F16 or F32", "unquantised checkpoint")
+def weights_of_an_integer_type(place):
+    place.change_weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
+    return place.train()
+
+
+@bad(INPUT, "lm_head.weight", "F64", "BF16, F16 or F32")
+def weights_in_double_precision(place):
+    place.change_weights(lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].double()}))
+    return place.train()
+
+
+@bad(INPUT, "model.layers.1.self_attn.q_proj.weight", "NaN", "download the checkpoint again", found_at_work=True)
+def weights_that_are_not_numbers(place):
+    place.change_weights(lambda tensors: tensors["model.layers.1.self_attn.q_proj.weight"][3].fill_(float("nan")))
+    return place.train()
+
+
+@bad(INPUT, "model.norm.weight", "infinity", "sound one", found_at_work=True)
+def infinite_weights_in_quantize(place):
+    place.change_weights(lambda tensors: tensors["model.norm.weight"][3].fill_(float("inf")))
+    return ["quantize", str(place.model), str(place.root / "store"), "--device", "cpu"]
+
+
+# -- MODEL: the tokenizer ----------------------------------------------------------------------------------------------
+
+
+@bad(INPUT, "no tokenizer beside the model", "tokenizer.json", "--config DIR")
+def model_without_tokenizer(place):
+    (place.own_model() / "tokenizer.json").unlink()
+    return place.train()
+
+
+@bad(INPUT, "the tokenizer in", "cannot be loaded", "get them again")
+def broken_tokenizer(place):
+    (place.own_model() / "tokenizer.json").write_text('{"version": "1.0"}')
+    return place.train()
+
+
+@bad(INPUT, "embedding has 100 rows", "tokenizer that belongs to this model")
+def tokenizer_of_a_larger_vocabulary(place):
+    place.change_config(vocab_size=100)
+    return place.train()
+
+
+@bad(INPUT, "template", "tokenizer")
+def broken_chat_template(place):
+    (place.own_model() / "chat_template.jinja").write_text("{% for message in messages %}{{ message.")
+    return place.train()
