@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,6 +14,10 @@ from lopt_lite.events import Notice, OnEvent
 
 LOCK_NAME = "lock"
 _PID_NAME = "lock.pid"
+
+#: :func:`holder_pid` holds the lock for a moment itself; this long an owner-to-be waits before it gives up.
+_PATIENCE_S = 0.3
+_POLL_S = 0.02
 
 
 def holder_pid(directory: Path) -> int | None:
@@ -40,7 +44,14 @@ def _recorded_pid(directory: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def locked(directory: Path, *, what: str, wait: bool = False, on_event: OnEvent | None = None) -> Iterator[None]:
+def locked(
+    directory: Path,
+    *,
+    what: str,
+    wait: bool = False,
+    check: Callable[[], None] = lambda: None,
+    on_event: OnEvent | None = None,
+) -> Iterator[None]:
     """Hold the lock of ``directory``.
 
     Parameters
@@ -49,6 +60,8 @@ def locked(directory: Path, *, what: str, wait: bool = False, on_event: OnEvent 
         What the directory is, for the message.
     wait:
         Wait for another holder (a shared store being built) instead of refusing.
+    check:
+        Called now and then while waiting; may raise to stop.
 
     Raises
     ------
@@ -57,7 +70,7 @@ def locked(directory: Path, *, what: str, wait: bool = False, on_event: OnEvent 
     """
     lock = FileLock(str(directory / LOCK_NAME))
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_PATIENCE_S, poll_interval=_POLL_S)
     except Timeout:
         pid = _recorded_pid(directory)
         if not wait:
@@ -67,7 +80,10 @@ def locked(directory: Path, *, what: str, wait: bool = False, on_event: OnEvent 
             ) from None
         if on_event is not None:
             on_event(Notice(text=f"waiting for process {pid or 'unknown'}, which is working in {directory}"))
-        lock.acquire()
+        while not lock.is_locked:
+            check()
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=_PATIENCE_S, poll_interval=_POLL_S)
     except OSError as error:
         raise RunDirectoryError(f"cannot lock {directory}: {error.strerror or error}") from error
     try:

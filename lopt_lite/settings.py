@@ -196,6 +196,7 @@ class TrainSettings:
 _FREE_TO_CHANGE = (
     "model",
     "data",
+    "validation",
     "output",
     "fresh",
     "config",
@@ -307,7 +308,7 @@ def load_yaml(path: Path, settings: type[Any]) -> dict[str, Any]:
     import yaml  # only needed with --config
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _yaml_loader())  # noqa: S506  (a SafeLoader)
     except OSError as error:
         raise SettingsError(
             f"cannot read --config {path}: {error.strerror or error}",
@@ -332,6 +333,18 @@ def load_yaml(path: Path, settings: type[Any]) -> dict[str, Any]:
             )
         values[name] = _from_yaml(value, hints[name])
     return values
+
+
+def _yaml_loader() -> Any:
+    """PyYAML's SafeLoader without numbers to the base of 60: ``22:30`` is a time of day and not 1350."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_yaml_int(self, node: Any) -> Any:
+            return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+    return Loader
 
 
 def _from_yaml(value: Any, hint: Any) -> Any:

@@ -120,7 +120,7 @@ class StoreBuilder:
         if self._directory.exists() and not self._directory.is_dir():
             raise RunDirectoryError(f"{self._directory} is not a directory", fix="name a new or empty directory")
         files.make_directory(self._directory)
-        with locked(self._directory, what="the store", wait=True, on_event=self._on_event):
+        with locked(self._directory, what="the store", wait=True, check=self._check, on_event=self._on_event):
             if self._already_complete():
                 return False
             self._refuse_strangers()

@@ -61,7 +61,7 @@ class BlockTrainer:
     def __init__(self, bench: Workbench, block: Block, inputs: BlockInputs) -> None:
         self._bench, self._block, self._inputs = bench, block, inputs
         self._is_last = block.index == len(bench.blocks) - 1
-        self._checkpoints = CheckpointDirectory(bench.paths.block(block.index) / "checkpoint")
+        self._checkpoints = CheckpointDirectory(bench.paths.checkpoint(block.index))
         self._peak = devices.PeakMemory(bench.device)
         self._lengths = bench.dataset.lengths
         self._steps_per_epoch = math.ceil(bench.train_count / bench.settings.batch_size)
@@ -104,7 +104,6 @@ class BlockTrainer:
             files.make_directory(bench.paths.block(block.index))
             digest = save_tensors(bench.paths.block_adapter(block.index), dict(adapter))
         bench.journal.add("block", block=block.index, sha256=digest)
-        self._checkpoints.keep_only(None)
         bench.on_event(BlockDone(block=block.index, blocks=len(bench.blocks)))
 
     # -- the stretches of training ------------------------------------------------------------------------------------
@@ -153,6 +152,9 @@ class BlockTrainer:
             )
         )
         self._last_checkpoint_s = time.monotonic()
+        if cursor.step > 0 and cursor.step % self._steps_per_epoch == 0:
+            # The checkpoint was made between an epoch's last step and its validation.
+            self._validate(phase, cursor.step // self._steps_per_epoch)
         for epoch in range(cursor.step // self._steps_per_epoch, phase.epochs):
             batches = epoch_batches(
                 self._lengths[: bench.train_count],

@@ -55,6 +55,10 @@ class RunPaths:
         """What belongs to block ``block``: its adapter, and checkpoints while it trains."""
         return self.root / "blocks" / f"block-{block:02d}"
 
+    def checkpoint(self, block: int) -> Path:
+        """The checkpoint of a block in mid-training."""
+        return self.block(block) / "checkpoint"
+
     def block_adapter(self, block: int) -> Path:
         """The trained adapter of a block."""
         return self.block(block) / "adapter.safetensors"
@@ -118,7 +122,10 @@ def read_settings(paths: RunPaths) -> dict[str, Any]:
 
 
 def start_fresh(paths: RunPaths) -> None:
-    """Delete what a run owns in its directory, settings last, so that a crash half-way still looks like a run.
+    """Delete what a run owns in its directory.
+
+    The journal goes first, so that after a crash half-way nothing deleted counts as done; the settings go last, so that
+    what is left still looks like a run.
 
     Raises
     ------
@@ -128,6 +135,7 @@ def start_fresh(paths: RunPaths) -> None:
     looks_damaged = paths.settings.exists() and paths.journal.exists()
     if not looks_damaged and not _has_settings(paths):
         _refuse_strangers(paths)
+    files.remove_file(paths.journal)
     for name in reversed(_OWNED):
         files.remove_tree(paths.root / name)
 

@@ -30,14 +30,14 @@ def train_sequentially(bench: Workbench) -> None:
     """
     for block in bench.blocks:
         is_last = block.index == len(bench.blocks) - 1
-        if not is_last and bench.journal.last("cache", block=block.index + 1):
-            files.remove_tree(bench.paths.cache(block.index))
-            continue
-        if not bench.journal.last("block", block=block.index):
-            _train(bench, block)
-        if not is_last:
-            _write_next_inputs(bench, block)
+        if is_last or not bench.journal.last("cache", block=block.index + 1):
+            if not bench.journal.last("block", block=block.index):
+                _train(bench, block)
+            if not is_last:
+                _write_next_inputs(bench, block)
+        # Also for a block that was done before: a crash may have come between the fact and the tidying.
         files.remove_tree(bench.paths.cache(block.index))
+
 
 
 def _train(bench: Workbench, block: Block) -> None:

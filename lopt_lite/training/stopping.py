@@ -12,6 +12,7 @@ from lopt_lite.errors import StoppedError
 from lopt_lite.settings import parse_time_of_day
 
 _SIGNALS = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n))
+_HANG_UP = getattr(signal, "SIGHUP", None)
 
 
 class Stopper:
@@ -19,7 +20,7 @@ class Stopper:
 
     Used as a context manager, it turns the first SIGINT, SIGTERM or SIGHUP into a request to stop at the next safe
     place, and a second SIGINT into KeyboardInterrupt at once (the last checkpoint stands). Handlers are put back on
-    exit. Outside the main thread signals are left alone.
+    exit. Outside the main thread signals are left alone, and so is a SIGHUP that ``nohup`` has turned off.
 
     Parameters
     ----------
@@ -65,6 +66,8 @@ class Stopper:
     def __enter__(self) -> Stopper:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
+                if number == _HANG_UP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -81,4 +84,6 @@ class Stopper:
 
 def stopped(reason: str) -> StoppedError:
     """The error that ends a stopped run."""
-    return StoppedError(reason, fix="give the same command again to continue; everything finished so far is kept")
+    return StoppedError(
+        reason, fix="give the same command again (without --fresh) to continue; everything finished so far is kept"
+    )

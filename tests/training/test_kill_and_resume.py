@@ -1,0 +1,381 @@
+"""However often a run is cut off, it ends with the bytes of a run that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lopt_lite_cli.main import main
+
+import lopt_lite
+from lopt_lite import TrainSettings
+from lopt_lite.errors import RunDirectoryError, StoppedError
+from lopt_lite.events import BlockDone, BlockStarted, Event, Progress, Step, Validation
+from lopt_lite.journal import read_facts
+from lopt_lite.training import block_trainer, stopping
+from lopt_lite.training.metrics import read_metrics
+from tests.tiny_models import make_data, make_model
+
+ROOT = Path(__file__).parent.parent.parent
+
+_RECIPE = ["--blocks", "3", "--epochs", "2", "--batch-size", "4", "--validation", "0.2", "--lora-dropout", "0.1"]
+_NF4 = ["--quantize", "nf4", "--dtype", "bfloat16", "--objective", "reconstruct"]
+_FLOAT = ["--quantize", "none", "--dtype", "float32", "--objective", "none,reconstruct"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model and its data."""
+    directory = tmp_path_factory.mktemp("inputs")
+    model = make_model(directory / "model", "llama", dtype=torch.bfloat16)
+    return model, make_data(directory / "data.jsonl", 24)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums of floating-point numbers in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+def _files(run: Path) -> set[str]:
+    return {str(p.relative_to(run)) for p in run.rglob("*") if not p.name.startswith("lock")}
+
+
+def _sequence(run: Path) -> list[tuple[Any, ...]]:
+    keys = ("block", "phase", "epoch", "step", "steps", "loss", "lr", "grad_norm", "tokens")
+    return [tuple(record[key] for key in keys) for record in read_metrics(run / "metrics.jsonl")]
+
+
+def _facts(run: Path) -> list[dict[str, Any]]:
+    """What was done; where checkpoints were made depends on the clock."""
+    return [fact for fact in read_facts(run / "journal.jsonl")[0] if fact["fact"] != "checkpoint"]
+
+
+def _assert_same(run: Path, reference: Path) -> None:
+    """The same adapter bytes, losses, facts and files, and nothing left over."""
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (run / "adapter" / name).read_bytes() == (reference / "adapter" / name).read_bytes(), name
+    assert _sequence(run) == _sequence(reference)
+    assert _facts(run) == _facts(reference)
+    assert _files(run) == _files(reference)
+    for shard in (reference / "store").glob("*.safetensors"):
+        assert (run / "store" / shard.name).read_bytes() == shard.read_bytes(), shard.name
+
+
+# -- cut off at random moments ----------------------------------------------------------------------------------------
+
+
+def _interrupt(work: Path, inputs: tuple[Path, Path], options: list[str], **job: Any) -> dict[str, Any]:
+    model, data = inputs
+    job["arguments"] = ["train", str(model), str(data), *_RECIPE, *options]
+    (work / "job.json").write_text(json.dumps(job))
+    subprocess.run(
+        [sys.executable, "-m", "tests.training.interruptions", str(work / "job.json"), str(work / "outcome.json")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=280,
+    )
+    outcome = json.loads((work / "outcome.json").read_text())
+    said = (work / "log").read_text()
+    assert outcome["reference"] == 0, said
+    assert outcome["cuts"] >= job["cuts"], outcome
+    assert outcome["runs"], outcome
+    assert "Traceback" not in said, said
+    return outcome
+
+
+def _assert_all_same(work: Path, outcome: dict[str, Any]) -> None:
+    for run in outcome["runs"]:
+        _assert_same(Path(run), work / "reference")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "every"), [(_NF4, "0s"), (_NF4, "0.1s"), (_FLOAT, "0s")])
+def test_killed_at_twenty_random_moments_and_started_again_it_ends_with_the_same_bytes(
+    tmp_path, inputs, options, every
+):
+    outcome = _interrupt(tmp_path, inputs, [*options, "--checkpoint-every", every], how="kill", cuts=20, seed=1)
+    assert set(outcome["codes"]) == {0, -signal.SIGKILL}
+    assert outcome["codes"].count(-signal.SIGKILL) >= 20
+    assert len(set(outcome["facts"])) >= 8, "the kills must have come at different stages"
+    _assert_all_same(tmp_path, outcome)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [_NF4, _FLOAT])
+def test_killed_between_any_two_file_operations_it_ends_with_the_same_bytes(tmp_path, inputs, options):
+    """Moments that a clock seldom hits: before and after a rename, a deletion, the journal's line."""
+    outcome = _interrupt(
+        tmp_path,
+        inputs,
+        [*options, "--checkpoint-every", "0s"],
+        how="operations",
+        cuts=30,
+        seed=2,
+        most_operations=60,
+    )
+    assert set(outcome["codes"]) == {0, -signal.SIGKILL}
+    _assert_all_same(tmp_path, outcome)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "seed"), [("SIGINT", 3), ("SIGTERM", 4)])
+def test_stopped_by_a_signal_at_twenty_random_moments_it_ends_with_the_same_bytes(tmp_path, inputs, how, seed):
+    outcome = _interrupt(tmp_path, inputs, [*_NF4, "--checkpoint-every", "5m"], how=how, cuts=20, seed=seed)
+    # A SIGTERM that comes before the run has begun ends the process as it ends any.
+    expected = {0, 75} if how == "SIGINT" else {0, 75, -signal.SIGTERM}
+    assert set(outcome["codes"]) <= expected
+    assert outcome["codes"].count(75) >= 15
+    _assert_all_same(tmp_path, outcome)
+
+
+# -- stopped at chosen steps, in this process -------------------------------------------------------------------------
+
+
+def _settings(inputs: tuple[Path, Path], output: Path, **changes: Any) -> TrainSettings:
+    model, data = inputs
+    values = {
+        "blocks": 3,
+        "epochs": 2,
+        "batch_size": 4,
+        "validation": "0.2",
+        "lora_dropout": 0.1,
+        "quantize": "none",
+        "dtype": "float32",
+        **changes,
+    }
+    return TrainSettings(model=str(model), data=str(data), output=str(output), **values)
+
+
+@pytest.fixture
+def reference(inputs, tmp_path, one_thread) -> Path:
+    """A run that nobody disturbs."""
+    lopt_lite.train(_settings(inputs, tmp_path / "reference"))
+    return tmp_path / "reference"
+
+
+def _ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_stopped_at_every_step_it_ends_with_the_same_bytes(inputs, tmp_path, reference):
+    """One step an attempt: also at the last step of a phase, of an epoch, of a block."""
+    settings = _settings(inputs, tmp_path / "run")
+    steps, stops = [], 0
+
+    def stop_at_each_step(event: Event) -> None:
+        if isinstance(event, Step):
+            steps.append((event.block, event.phase, event.step))
+            _ctrl_c()
+
+    for _ in range(60):
+        try:
+            outcome = lopt_lite.train(settings, on_event=stop_at_each_step)
+        except StoppedError as error:
+            assert error.exit_code == 75
+            assert "stopped by SIGINT" in error.found
+            stops += 1
+        else:
+            break
+    assert stops == len(steps) == len(_sequence(reference)), "no step may be done twice"
+    _assert_same(tmp_path / "run", reference)
+    whole = lopt_lite.train(_settings(inputs, reference))
+    assert (outcome.loss_before, outcome.loss_after) == (whole.loss_before, whole.loss_after)
+
+
+@pytest.mark.parametrize("kind", [Progress, BlockStarted, BlockDone, Validation])
+def test_stopped_between_the_steps_it_ends_with_the_same_bytes(inputs, tmp_path, reference, kind):
+    """While weights are prepared, outputs cached, losses measured."""
+    settings = _settings(inputs, tmp_path / "run")
+    seen: set[str] = set()
+
+    def stop_at_each_kind(event: Event) -> None:
+        place = str({**event.to_json(), "step": None, "loss": None})
+        if isinstance(event, kind) and place not in seen:
+            seen.add(place)
+            _ctrl_c()
+
+    stops = 0
+    for _ in range(60):
+        try:
+            lopt_lite.train(settings, on_event=stop_at_each_kind)
+        except StoppedError:
+            stops += 1
+        else:
+            break
+    assert stops >= 2
+    _assert_same(tmp_path / "run", reference)
+
+
+class _Crash(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("cut_epoch", [1, 2])
+def test_cut_off_while_the_held_out_loss_is_measured_it_is_measured_again(
+    inputs, tmp_path, reference, monkeypatch, cut_epoch
+):
+    """The checkpoint of an epoch's last step stands, so the epoch is not trained again; its loss must still come."""
+    validate = block_trainer.BlockTrainer._validate
+
+    def crash(self: Any, phase: Any, epoch: int) -> None:
+        if self._is_last and epoch == cut_epoch:
+            raise _Crash
+        validate(self, phase, epoch)
+
+    settings = _settings(inputs, tmp_path / "run", checkpoint_every="0s")
+    with monkeypatch.context() as patch:
+        patch.setattr(block_trainer.BlockTrainer, "_validate", crash)
+        with pytest.raises(_Crash):
+            lopt_lite.train(settings)
+    outcome = lopt_lite.train(settings)
+    assert outcome.loss_after is not None
+    _assert_same(tmp_path / "run", reference)
+
+
+def test_max_hours_stops_with_what_is_done_and_more_hours_end_with_the_same_bytes(
+    inputs, tmp_path, reference, monkeypatch
+):
+    hours = [0.0]
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: hours[0] * 3600))
+
+    def one_hour_per_step(event: Event) -> None:
+        if isinstance(event, Step):
+            hours[0] += 1
+
+    settings = _settings(inputs, tmp_path / "run", max_hours=12.0)
+    done = []
+    for _ in range(10):
+        try:
+            lopt_lite.train(settings, on_event=one_hour_per_step)
+        except StoppedError as error:
+            assert "stopped after --max-hours 12" in error.found
+            done.append(len(_sequence(tmp_path / "run")))
+        else:
+            break
+    assert done == [12, 24, 36]
+    _assert_same(tmp_path / "run", reference)
+
+
+def test_a_moment_is_too_little_to_begin_and_nothing_is_spoiled(inputs, tmp_path, reference):
+    with pytest.raises(StoppedError, match="--max-hours"):
+        lopt_lite.train(_settings(inputs, tmp_path / "run", max_hours=1e-9))
+    lopt_lite.train(_settings(inputs, tmp_path / "run"))
+    _assert_same(tmp_path / "run", reference)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(inputs, reference):
+    before = {p: p.stat().st_mtime_ns for p in reference.rglob("*.safetensors")}
+    events: list[Event] = []
+    outcome = lopt_lite.train(_settings(inputs, reference), on_event=events.append)
+    assert outcome.already_done
+    assert outcome.steps == len(_sequence(reference))
+    assert not any(isinstance(event, (Step, BlockStarted, Progress)) for event in events)
+    assert {p: p.stat().st_mtime_ns for p in reference.rglob("*.safetensors")} == before
+
+
+def test_fresh_starts_anew_and_ends_with_the_same_bytes(inputs, tmp_path, reference):
+    def stop_in_the_second_block(event: Event) -> None:
+        if isinstance(event, Step) and event.block == 1:
+            _ctrl_c()
+
+    with pytest.raises(StoppedError):
+        lopt_lite.train(_settings(inputs, tmp_path / "run", seed=7), on_event=stop_in_the_second_block)
+    with pytest.raises(RunDirectoryError, match="--seed 7, not 0"):
+        lopt_lite.train(_settings(inputs, tmp_path / "run"))
+    lopt_lite.train(_settings(inputs, tmp_path / "run", fresh=True))
+    _assert_same(tmp_path / "run", reference)
+
+
+# -- real processes ---------------------------------------------------------------------------------------------------
+
+
+def _command(inputs: tuple[Path, Path], run: Path) -> list[str]:
+    model, data = inputs
+    return ["train", str(model), str(data), *_RECIPE, *_NF4, "--epochs", "12", "--output", str(run), "--json"]
+
+
+def _start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", "from lopt_lite_cli.main import run; run()", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def _wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int) -> None:
+    end = time.monotonic() + 90
+    while len(read_metrics(run / "metrics.jsonl")) < steps:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "training has not begun"
+        time.sleep(0.005)
+
+
+def _assert_stopped(process: subprocess.Popen[str], how: str) -> None:
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert json.loads(out)["exit_code"] == 75
+    assert f"stopped by {how}" in err
+    assert "same command" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_the_command_line_stops_with_code_75_and_the_same_command_goes_on(inputs, tmp_path, capsys):
+    undisturbed = _start(_command(inputs, tmp_path / "reference"))
+    run = tmp_path / "run"
+    arguments = _command(inputs, run)
+    first = _start(arguments)
+    _wait_for_steps(first, run, 8)
+
+    # Held still in mid-training: a second process on the same run is turned away, and status sees the first one.
+    first.send_signal(signal.SIGSTOP)
+    capsys.readouterr()
+    started = time.monotonic()
+    assert main(arguments) == 5
+    assert time.monotonic() - started < 5
+    assert f"process id {first.pid}" in capsys.readouterr().err
+    seen = lopt_lite.status(run)
+    assert (seen.state, seen.pid) == ("running", first.pid)
+    first.send_signal(signal.SIGCONT)
+
+    first.send_signal(signal.SIGINT)
+    _assert_stopped(first, "SIGINT")
+    assert lopt_lite.status(run).state == "stopped"
+    done = len(_sequence(run))
+    second = _start(arguments)
+    _wait_for_steps(second, run, done + 20)
+    second.send_signal(signal.SIGTERM)
+    _assert_stopped(second, "SIGTERM")
+
+    third = _start(arguments)
+    out, err = third.communicate(timeout=120)
+    assert third.returncode == 0, err
+    assert json.loads(out)["already_done"] is False
+    out, err = undisturbed.communicate(timeout=120)
+    assert undisturbed.returncode == 0, err
+    _assert_same(run, tmp_path / "reference")
+
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["already_done"] is True

@@ -1,0 +1,186 @@
+"""A run directory belongs to one run: the same settings continue it, others are told what differs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from lopt_lite import TrainSettings, files
+from lopt_lite.errors import RunDirectoryError
+from lopt_lite.training import run_directory
+from lopt_lite.training.run_directory import RunIdentity, RunPaths, claim, read_settings, start_fresh
+
+
+def _identity(**changes: object) -> RunIdentity:
+    own = {
+        k: changes.pop(k)
+        for k in ("model_fingerprint", "data_fingerprint", "validation_fingerprint", "device")
+        if k in changes
+    }
+    values = {"model": "model.safetensors", "data": "data.jsonl", **changes}
+    identity = RunIdentity(
+        settings=TrainSettings(**values),
+        model_origin="models/tiny",
+        model_fingerprint="m1",
+        data_fingerprint="d1",
+        validation_fingerprint=None,
+        store="store",
+        device="cpu",
+    )
+    return dataclasses.replace(identity, **own)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> RunPaths:
+    return RunPaths(tmp_path)
+
+
+@pytest.fixture
+def claimed(paths: RunPaths) -> RunPaths:
+    assert claim(paths, _identity()) == []
+    return paths
+
+
+def test_the_same_run_again_is_welcome_and_the_file_is_not_rewritten(claimed):
+    before = claimed.settings.read_bytes()
+    assert claim(claimed, _identity()) == []
+    assert claimed.settings.read_bytes() == before
+
+
+def test_settings_say_what_was_given_and_with_which_versions(claimed):
+    content = read_settings(claimed)
+    assert content["model"] == {"given": "model.safetensors", "origin": "models/tiny", "fingerprint": "m1"}
+    assert content["data"] == {"given": "data.jsonl", "fingerprint": "d1"}
+    assert content["settings"]["blocks"] == 2
+    assert content["versions"]["torch"][0].isdigit()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"blocks": 3}, "--blocks 2, not 3"),
+        ({"lora_r": 8}, "--lora-r 16, not 8"),
+        ({"lr": 1e-3, "lr_early": 4e-5}, "--lr 0.0004, not 0.001"),
+        ({"seed": 1}, "--seed 0, not 1"),
+        ({"objective": "none"}, "--objective reconstruct, not none"),
+        ({"quantize": "none"}, "--quantize nf4, not none"),
+        ({"model_fingerprint": "m2"}, "MODEL model.safetensors, with other content"),
+        ({"model_fingerprint": "m2", "model": "other"}, "MODEL model.safetensors, not other"),
+        ({"data_fingerprint": "d2"}, "DATA data.jsonl, with other content"),
+        ({"validation_fingerprint": "v2", "validation": "held_out.jsonl"}, "--validation None, not held_out.jsonl"),
+    ],
+)
+def test_what_would_change_the_result_is_refused_by_name_with_the_ways_on(claimed, changes, said):
+    before = claimed.settings.read_bytes()
+    with pytest.raises(RunDirectoryError) as caught:
+        claim(claimed, _identity(**changes))
+    assert said in caught.value.found
+    assert "--fresh" in caught.value.fix
+    assert "old value" in caught.value.fix
+    assert claimed.settings.read_bytes() == before
+
+
+def test_all_differences_are_named(claimed):
+    with pytest.raises(RunDirectoryError, match=r"--blocks 2, not 4; --seed 0, not 3"):
+        claim(claimed, _identity(blocks=4, seed=3))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_hours": 1.0},
+        {"deadline": "07:00"},
+        {"checkpoint_every": "1s"},
+        {"quiet": True},
+        {"model": "moved/model.safetensors"},
+        {"data": "moved/data.jsonl"},
+        {"output": "elsewhere"},
+        {"lr_early": 4e-5},
+    ],
+)
+def test_what_does_not_change_the_result_may_differ(claimed, changes):
+    assert claim(claimed, _identity(**changes)) == []
+
+
+def test_moved_validation_data_may_differ(paths):
+    claim(paths, _identity(validation="a.jsonl", validation_fingerprint="v"))
+    assert claim(paths, _identity(validation="moved/a.jsonl", validation_fingerprint="v")) == []
+
+
+def test_another_device_or_version_goes_on_with_a_remark(claimed, monkeypatch):
+    (remark,) = claim(claimed, _identity(device="cuda"))
+    assert "cpu" in remark
+    assert "cuda" in remark
+    monkeypatch.setattr(run_directory, "versions", lambda: {"torch": "99.0"})
+    (remark,) = claim(claimed, _identity())
+    assert "-> 99.0" in remark
+
+
+def test_a_directory_with_something_else_in_it_is_refused_and_left_alone(paths):
+    (paths.root / "thesis.tex").write_text("precious")
+    for act in (lambda: claim(paths, _identity()), lambda: start_fresh(paths)):
+        with pytest.raises(RunDirectoryError, match=r"is no run directory \(it holds thesis\.tex\)"):
+            act()
+    assert [p.name for p in paths.root.iterdir()] == ["thesis.tex"]
+
+
+def test_a_lock_file_and_hidden_files_do_not_make_it_something_else(paths):
+    for name in ("lock", "lock.pid", ".DS_Store"):
+        (paths.root / name).write_text("")
+    assert claim(paths, _identity()) == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"settings": {}}', ""])
+def test_damaged_settings_are_refused(claimed, content):
+    claimed.settings.write_text(content)
+    with pytest.raises(RunDirectoryError, match=r"settings\.json") as caught:
+        claim(claimed, _identity())
+    assert "--fresh" in caught.value.fix
+
+
+def test_a_directory_without_settings_is_no_run(paths):
+    with pytest.raises(RunDirectoryError, match="is not a run directory"):
+        read_settings(paths)
+
+
+def _fill(paths: RunPaths) -> None:
+    for path in (paths.store, paths.adapter, paths.cache(1), paths.checkpoint(0)):
+        path.mkdir(parents=True)
+        (path / "x.safetensors").write_bytes(b"x")
+    for path in (paths.journal, paths.metrics):
+        path.write_text(json.dumps({"fact": "block", "block": 0}) + "\n")
+
+
+def test_starting_fresh_deletes_what_the_run_made_and_keeps_the_rest(claimed):
+    _fill(claimed)
+    (claimed.root / "notes.txt").write_text("mine")
+    (claimed.root / "lock").write_text("")
+    start_fresh(claimed)
+    assert sorted(p.name for p in claimed.root.iterdir()) == ["lock", "notes.txt"]
+
+
+@pytest.mark.parametrize("cut", range(7))
+def test_a_crash_while_starting_fresh_leaves_a_run_with_nothing_done(claimed, monkeypatch, cut):
+    class Crash(BaseException):
+        pass
+
+    _fill(claimed)
+    remove_tree, calls = files.remove_tree, []
+
+    def cut_off(path: Path) -> None:
+        if len(calls) == cut:
+            raise Crash
+        calls.append(path)
+        remove_tree(path)
+
+    monkeypatch.setattr(run_directory.files, "remove_tree", cut_off)
+    with pytest.raises(Crash):
+        start_fresh(claimed)
+    assert not claimed.journal.exists(), "what was deleted must not count as done"
+    assert claim(claimed, _identity()) == [], "what is left is still this run's"
+    monkeypatch.setattr(run_directory.files, "remove_tree", remove_tree)
+    start_fresh(claimed)
+    assert list(claimed.root.iterdir()) == []
