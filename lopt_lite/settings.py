@@ -99,6 +99,11 @@ class TrainSettings:
         "all-linear",
         "Modules of a layer that get an adapter: all-linear, or names separated by commas (e.g. q_proj,v_proj).",
     )
+    memory: str = option(
+        "auto",
+        "Budget of device memory, e.g. 6GiB (2**30 bytes) or 8GB (10**9 bytes); on the CPU that of the whole process. "
+        "Layers that do not fit are streamed. auto takes most of what is free.",
+    )
     device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.")
     seed: int = option(0, "Seed of shuffling, splitting, adapter start and dropout.")
     skip_bad_lines: bool = option(False, "Drop lines of DATA that cannot be used, and count them, instead of stopping.")
@@ -126,8 +131,13 @@ class TrainSettings:
         parse_duration_s(self.checkpoint_every, "--checkpoint-every")
         if self.deadline is not None:
             parse_time_of_day(self.deadline, "--deadline")
+        self.memory_bytes()
         self.objectives()
         self.validation_fraction()
+
+    def memory_bytes(self) -> int | None:
+        """The memory budget in bytes, None for ``auto``."""
+        return parse_memory(self.memory)
 
     def objectives(self) -> tuple[str, ...]:
         """The objective of each block, first to last; the last is always ``task``.
@@ -234,6 +244,7 @@ class EvaluateSettings:
     data: str = argument("Held-out examples: a JSON Lines file.")
     batch_size: int = option(8, "Examples per batch.")
     max_length: int | None = option(None, "Longest example, in tokens. Default: the run's.")
+    memory: str = option("auto", "Budget of memory, as for train.")
     device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.")
     skip_bad_lines: bool = option(False, "Drop lines that cannot be used, and count them, instead of stopping.")
 
@@ -241,6 +252,7 @@ class EvaluateSettings:
         _check_types(self)
         _at_least(self, 1, "batch_size")
         _at_least(self, 2, "max_length")
+        parse_memory(self.memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,12 +265,14 @@ class GenerateSettings:
     temperature: float = option(0.0, "0 takes the likeliest token each time; higher is more varied.")
     top_p: float = option(1.0, "With a temperature: sample from the smallest set of tokens with this probability.")
     seed: int = option(0, "Seed of the sampling.")
+    memory: str = option("auto", "Budget of memory, as for train.")
     base: bool = option(False, "Answer with the untouched base model instead.")
     device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.")
 
     def __post_init__(self) -> None:
         _check_types(self)
         _at_least(self, 1, "max_new_tokens")
+        parse_memory(self.memory)
         if not self.prompt:
             raise SettingsError("--prompt is empty", expected="the text to answer")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
@@ -412,6 +426,28 @@ def _positive(settings: Any, *names: str) -> None:
 
 
 _DURATION_UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+_BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """Bytes of ``6GiB``, ``800MiB`` or ``8GB`` (which is 8 * 10**9).
+
+    Raises
+    ------
+    SettingsError
+        Anything else, naming ``flag``.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|B)\s*", text.upper())
+    if match is None:
+        raise SettingsError(f"{flag} is {text!r}", expected="a size such as 6GiB, 800MiB or 8GB")
+    return int(float(match[1]) * _BYTE_UNITS[match[2]])
+
+
+def parse_memory(text: str) -> int | None:
+    """The bytes of a ``--memory`` value, None for ``auto``."""
+    return None if text == "auto" else parse_bytes(text, "--memory")
 
 
 def parse_duration_s(text: str, flag: str) -> float:

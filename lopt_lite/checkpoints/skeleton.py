@@ -219,6 +219,7 @@ class Skeleton:
 
     def place_root_tensors(self, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
         """Put tensors outside the layers (position embeddings, norms) into the model, on ``device``."""
+        self._placed_on = device
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != self.state_shapes[name]:
                 raise ModelError(
@@ -304,7 +305,13 @@ class Skeleton:
         self._embedding.read_rows = self._read_rows
         return self.model
 
+    @property
+    def root_device(self) -> torch.device:
+        """Where the model's own buffers and root tensors are, and so where batches must be."""
+        return next((b.device for b in self.model.buffers()), self._placed_on)
+
     _read_rows: ReadRows | None = None
+    _placed_on = torch.device("cpu")
 
     def _layer_called(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call, hidden = _split_hidden(args, kwargs)

@@ -6,6 +6,7 @@ It is complete when its index file is there, which is written last.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,25 @@ def store_info(directory: Path) -> StoreInfo | None:
         raise RunDirectoryError(f"the index {path} is damaged: {error}", fix="make the store again") from error
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies within a shard's data: bytes ``start`` to ``end``."""
+
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShardView:
+    """A layer's shard as one stretch of bytes, and where its tensors (by name within the layer) lie in it."""
+
+    nbytes: int
+    tensors: dict[str, Place]
+    read_into: Callable[[torch.Tensor], None]
+
+
 class Store:
     """An open, complete store.
 
@@ -108,9 +128,24 @@ class Store:
         prefix = skeleton.layer_prefix(index)
         return {n[len(prefix) :]: self._tensors.read(n) for n in self._tensors.names() if n.startswith(prefix)}
 
-    def layer_bytes(self, index: int) -> int:
-        """Stored bytes of one layer's shard."""
-        return int(self.info.shards[layer_shard(index)]["bytes"])
+    def layer_names(self, skeleton: Skeleton, index: int) -> set[str]:
+        """Names (within the layer) of the tensors of one layer."""
+        prefix = skeleton.layer_prefix(index)
+        return {n[len(prefix) :] for n in self._tensors.names() if n.startswith(prefix)}
+
+    def layer_view(self, skeleton: Skeleton, index: int) -> ShardView:
+        """One layer's shard, to be read in one piece: ``read_into`` fills a uint8 buffer of ``nbytes``.
+
+        Tensors of 16 bytes and more start at multiples of 16 (see :func:`aligned_order`).
+        """
+        infos = {n: self._tensors.info(skeleton.layer_prefix(index) + n) for n in self.layer_names(skeleton, index)}
+        begin, end = min(i.start for i in infos.values()), max(i.end for i in infos.values())
+        anchor = skeleton.layer_prefix(index) + next(iter(infos))
+        return ShardView(
+            nbytes=end - begin,
+            tensors={n: Place(i.start - begin, i.end - begin, i.dtype, i.shape) for n, i in infos.items()},
+            read_into=lambda buffer: self._tensors.read_stretch(anchor, begin, buffer),
+        )
 
     def embedding_rows(self, skeleton: Skeleton, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the input embedding: ids int64 [n] -> [n, hidden] as stored, on the CPU."""

@@ -153,6 +153,16 @@ class TensorFiles:
         picked = gathered.reshape(distinct.numel(), row_bytes)[places]
         return picked.view(-1).view(info.dtype).reshape(rows.numel(), *info.shape[1:])
 
+    def read_stretch(self, name: str, offset: int, buffer: torch.Tensor) -> None:
+        """Fill ``buffer`` (uint8, contiguous, on the CPU) from byte ``offset`` of the file that holds ``name``.
+
+        Raises
+        ------
+        ModelError
+            The file cannot be read, or ends before.
+        """
+        self._open(name).read_into(buffer, offset)
+
     def fingerprint(self) -> str:
         """A hash that changes with the weights but not with sharding, file names or dates.
 

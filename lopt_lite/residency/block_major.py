@@ -13,10 +13,11 @@ from torch import nn
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.data.batches import length_sorted_batches
-from lopt_lite.data.dataset import TokenizedDataset, collate
+from lopt_lite.data.dataset import Batch, TokenizedDataset, collate
 from lopt_lite.events import OnEvent, Progress, ignore
+from lopt_lite.residency.choices import Residence, open_layers
 from lopt_lite.residency.head import answer_loss_sum, place_head
-from lopt_lite.residency.pool import MicroBatch, OnLayer, ResidentLayers
+from lopt_lite.residency.pool import MicroBatch, OnLayer
 
 #: Told which variant (index) the layers will run next, to switch adapters on or off.
 SelectVariant = Callable[[list[nn.Module], int], None]
@@ -30,9 +31,8 @@ def held_out_losses(
     ranges: Sequence[tuple[int, int]],
     *,
     device: torch.device,
-    dequantize: bool,
+    residence: Residence,
     pad_token_id: int,
-    max_tokens: int,
     max_rows: int,
     variants: int = 1,
     on_layer: OnLayer | None = None,
@@ -47,8 +47,10 @@ def held_out_losses(
     ----------
     ranges:
         (first layer, end layer) of each block, first to last.
-    max_tokens, max_rows:
-        Largest batch.
+    residence:
+        Where the layers are, and the largest batch in tokens.
+    max_rows:
+        The largest batch in examples.
     variants:
         How many versions of the model to run side by side through each loaded block.
     select:
@@ -61,34 +63,65 @@ def held_out_losses(
     list of float
         One mean loss per variant.
     """
-    batches = length_sorted_batches(dataset.lengths, max_tokens=max_tokens, max_rows=max_rows)
-    waiting: list[list[torch.Tensor]] = []
+    batches = length_sorted_batches(dataset.lengths, max_tokens=residence.forward_tokens, max_rows=max_rows)
+    waiting: list[list[torch.Tensor]] = [[torch.empty(0)] * variants for _ in batches]
     sums = [0.0] * variants
     answer_tokens = int(dataset.target_counts.sum())
     place_head(skeleton, store, device)
-    total = len(batches) * len(ranges)
+    total = len(batches) * len(ranges) * variants
+    done = 0
     for number, (first, end) in enumerate(ranges):
         last = number == len(ranges) - 1
-        with ResidentLayers(
-            store, skeleton, first, end, device=device, dequantize=dequantize, on_layer=on_layer
-        ) as pool:
-            for b, indices in enumerate(batches):
-                check()
-                batch = collate(dataset, indices, pad_token_id)
-                recording = skeleton.record(batch.input_ids.to(device), embed=number == 0)
-                outputs = []
+        pool = open_layers(residence, store, skeleton, first, end, device=device, on_layer=on_layer)
+        try:
+            for group in groups(batches, dataset.lengths, residence.group_tokens):
+                collated = {b: collate(dataset, batches[b], pad_token_id) for b in group}
+                recordings = {
+                    b: skeleton.record(batch.input_ids.to(device), embed=number == 0) for b, batch in collated.items()
+                }
                 for variant in range(variants):
                     if select is not None:
                         select(pool.layers, variant)
-                    hidden = recording.hidden if number == 0 else waiting[b][variant].to(device)
-                    output = pool.forward(MicroBatch(hidden, recording.calls))
-                    if last:
-                        sums[variant] += answer_loss_sum(skeleton, output, batch.targets.to(device))
-                    else:
-                        outputs.append(output.cpu())
-                if number == 0:
-                    waiting.append(outputs)
-                else:
-                    waiting[b] = outputs
-                on_event(Progress(task=task, done=number * len(batches) + b + 1, total=total, unit="batches"))
+
+                    def take(
+                        position: int,
+                        output: torch.Tensor,
+                        group: list[int] = group,
+                        collated: dict[int, Batch] = collated,
+                        variant: int = variant,
+                        last: bool = last,
+                    ) -> None:
+                        nonlocal done
+                        check()
+                        b = group[position]
+                        if last:
+                            targets = collated[b].targets.to(device)
+                            sums[variant] += answer_loss_sum(
+                                skeleton, output, targets, logit_elements=residence.logit_elements
+                            )
+                        else:
+                            waiting[b][variant] = output.cpu()
+                        done += 1
+                        on_event(Progress(task=task, done=done, total=total, unit="batches"))
+
+                    inputs = [recordings[b].hidden if number == 0 else waiting[b][variant].to(device) for b in group]
+                    pool.forward_all(
+                        [MicroBatch(hidden, recordings[b].calls) for hidden, b in zip(inputs, group, strict=True)], take
+                    )
+        finally:
+            pool.close()
     return [s / max(answer_tokens, 1) for s in sums]
+
+
+def groups(batches: Sequence[Sequence[int]], lengths: torch.Tensor, max_tokens: int) -> list[list[int]]:
+    """Numbers of consecutive batches that together hold at most ``max_tokens`` padded tokens (or are one batch)."""
+    found: list[list[int]] = []
+    held = 0
+    for number, batch in enumerate(batches):
+        tokens = len(batch) * max(int(lengths[i]) for i in batch)
+        if not found or held + tokens > max_tokens:
+            found.append([])
+            held = 0
+        found[-1].append(number)
+        held += tokens
+    return found

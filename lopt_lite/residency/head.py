@@ -14,9 +14,6 @@ from torch.nn import functional
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 
-#: Float32 logits of one chunk, in elements (64 MiB).
-_CHUNK_ELEMENTS = 2**24
-
 
 def place_head(skeleton: Skeleton, store: Store, device: torch.device) -> None:
     """Put the LM head on ``device`` in the compute dtype."""
@@ -24,14 +21,14 @@ def place_head(skeleton: Skeleton, store: Store, device: torch.device) -> None:
     skeleton.place_head(weight.to(device, skeleton.dtype), None if bias is None else bias.to(device, skeleton.dtype))
 
 
-def _chunks(skeleton: Skeleton, tokens: int) -> Iterator[slice]:
-    size = max(1, _CHUNK_ELEMENTS // skeleton.vocabulary_rows)
+def _chunks(skeleton: Skeleton, tokens: int, logit_elements: int) -> Iterator[slice]:
+    size = max(1, logit_elements // skeleton.vocabulary_rows)
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
 
 
 def answer_loss_backward(
-    skeleton: Skeleton, output: torch.Tensor, targets: torch.Tensor, *, answer_tokens: int
+    skeleton: Skeleton, output: torch.Tensor, targets: torch.Tensor, *, answer_tokens: int, logit_elements: int
 ) -> float:
     """Cross-entropy at answer positions, and its gradient into ``output``.
 
@@ -44,6 +41,8 @@ def answer_loss_backward(
     answer_tokens:
         What the sum is divided by: answer tokens of the whole optimiser step, so that micro-batches add up to the mean
         over the step's answer tokens whatever their sizes.
+    logit_elements:
+        Most float32 logits to make at once.
 
     Returns
     -------
@@ -55,7 +54,7 @@ def answer_loss_backward(
     labels = targets[mask]
     leaf = hidden.detach().requires_grad_()
     total = 0.0
-    for chunk in _chunks(skeleton, leaf.shape[0]):
+    for chunk in _chunks(skeleton, leaf.shape[0], logit_elements):
         logits = skeleton.logits(leaf[chunk]).float()
         loss = functional.cross_entropy(logits, labels[chunk], reduction="sum") / answer_tokens
         loss.backward()
@@ -66,12 +65,12 @@ def answer_loss_backward(
 
 
 @torch.no_grad()
-def answer_loss_sum(skeleton: Skeleton, output: torch.Tensor, targets: torch.Tensor) -> float:
+def answer_loss_sum(skeleton: Skeleton, output: torch.Tensor, targets: torch.Tensor, *, logit_elements: int) -> float:
     """Summed cross-entropy at answer positions, in nats; arguments as :func:`answer_loss_backward`."""
     mask = targets != -100
     hidden, labels = output[mask], targets[mask]
     total = 0.0
-    for chunk in _chunks(skeleton, hidden.shape[0]):
+    for chunk in _chunks(skeleton, hidden.shape[0], logit_elements):
         logits = skeleton.logits(hidden[chunk]).float()
         total += float(functional.cross_entropy(logits, labels[chunk], reduction="sum"))
     return total

@@ -1,6 +1,12 @@
-"""One layer module with real weights, from the tensors of its shard."""
+"""Layer modules and the weights in them.
+
+A :class:`LayerShell` is a layer of the architecture whose frozen weights can be put in and taken out again while the
+rest of it (an adapter attached to it, say) stays.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import bitsandbytes as bnb
 import torch
@@ -19,118 +25,134 @@ class DequantizedLinear4bit(bnb.nn.Linear4bit):
     results do not depend on whether memory allowed the dequantised form.
     """
 
-    def __init__(self, linear: nn.Linear, dense: torch.Tensor) -> None:
-        super().__init__(
-            linear.in_features, linear.out_features, bias=linear.bias is not None, quant_type="nf4", device="meta"
-        )
-        weight = nn.Parameter(dense, requires_grad=False)
-        weight.compress_statistics, weight.quant_type = True, "nf4"  # what PEFT asks a 4-bit weight for
-        self.compute_dtype = dense.dtype
-        self._parameters["weight"] = weight
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out], in the dtype of ``x``."""
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def build_layer(
-    skeleton: Skeleton,
-    index: int,
-    tensors: dict[str, torch.Tensor],
-    *,
-    device: torch.device,
-    dequantize: bool,
-) -> nn.Module:
-    """Fill a copy of the architecture's layer ``index`` with weights.
+class LayerShell:
+    """One layer of the architecture, to be filled with weights.
 
     Parameters
     ----------
-    tensors:
-        The layer's tensors by name within the layer, as :meth:`Store.layer` returns them.
-    device:
-        Where the layer will run.
+    skeleton, index:
+        Which layer.
+    quantised:
+        Names (within the layer) of the linear modules whose weights are NF4 in the store.
     dequantize:
-        Turn NF4 matrices into the skeleton's compute dtype once, instead of in every product. Four times the memory,
-        the same numbers: bitsandbytes multiplies with exactly this dequantised matrix.
+        Turn NF4 matrices into the compute dtype when they are put in, instead of in every product. Four times the
+        memory, the same numbers: bitsandbytes multiplies with exactly this dequantised matrix.
 
-    Returns
-    -------
-    nn.Module
-        In evaluation mode: the model's own dropout is off. Nothing in it is trainable.
-
-    Raises
-    ------
-    ModelError
-        A parameter has no tensor, or one of another shape.
+    Attributes
+    ----------
+    layer:
+        The module, in evaluation mode: the model's own dropout is off. Nothing in it is trainable. Its parameters are
+        on the meta device until :meth:`fill`.
     """
-    layer = skeleton.layer_template(index)
-    _place_linears(skeleton, index, layer, tensors, device, dequantize)
-    for name, expected in skeleton.layer_parameters(index).items():
-        owner_name, _, leaf = name.rpartition(".")
-        owner = layer.get_submodule(owner_name)
-        current = owner._parameters.get(leaf)
-        if current is not None and not current.is_meta:
-            continue
-        if name not in tensors or tuple(tensors[name].shape) != expected:
-            found = list(tensors[name].shape) if name in tensors else "nothing"
-            raise ModelError(f"layer {index}: the store has {found} for {name}", expected=f"shape {list(expected)}")
-        value = tensors[name]
-        value = value.to(device, skeleton.dtype) if value.is_floating_point() else value.to(device)
-        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    for module_name, module in layer.named_modules():
-        for leaf, buffer in module._buffers.items():
-            if buffer is None:
-                continue
-            name = f"{module_name}.{leaf}".lstrip(".")
-            module._buffers[leaf] = tensors.get(name, buffer).to(device)
-    return layer.eval()
+
+    def __init__(self, skeleton: Skeleton, index: int, *, quantised: set[str], dequantize: bool) -> None:
+        self._skeleton, self._index, self._dequantize = skeleton, index, dequantize
+        self.layer = skeleton.layer_template(index)
+        for name in sorted(quantised):
+            parent_name, _, leaf = name.rpartition(".")
+            setattr(self.layer.get_submodule(parent_name), leaf, self._linear4bit(self.layer.get_submodule(name)))
+        # Modules are found by name now: an adapter wraps them later, under other names.
+        self._linears = {f"{name}.weight": self.layer.get_submodule(name) for name in quantised}
+        self._plain: dict[str, tuple[nn.Module, str]] = {}
+        self._buffers: dict[str, tuple[nn.Module, str]] = {}
+        for module_name, module in self.layer.named_modules():
+            prefix = f"{module_name}." if module_name else ""
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    parameter.requires_grad_(False)
+                    if prefix + leaf not in self._linears:
+                        self._plain[prefix + leaf] = (module, leaf)
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None:
+                    self._buffers[prefix + leaf] = (module, leaf)
+        self.layer.eval()
+
+    def fill(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Put weights in.
+
+        Parameters
+        ----------
+        tensors:
+            The layer's tensors by name within the layer, on the CPU or already on ``device`` (then they are used
+            where they lie, as far as their type allows).
+
+        Raises
+        ------
+        ModelError
+            A parameter has no tensor, or one of another shape.
+        """
+        expected = self._skeleton.layer_parameters(self._index)
+        for name, module in self._linears.items():
+            packed = {k: v for k, v in tensors.items() if split_nf4_suffix(k)[0] == name}
+            if name not in packed:
+                raise ModelError(f"layer {self._index}: the store has nothing for {name}", fix="make the store again")
+            if self._dequantize:
+                dense = dequantize_matrix(name, packed, device).to(self._skeleton.dtype)
+                if tuple(dense.shape) != expected[name]:
+                    raise ModelError(f"layer {self._index}: {name} has shape {list(dense.shape)} once dequantised")
+                _put(module, "weight", _as_4bit_weight(dense))
+            else:
+                sides = {k[len(name) + 1 :]: v for k, v in packed.items() if k != name}
+                module.weight = bnb.nn.Params4bit.from_prequantized(
+                    data=packed[name], quantized_stats=sides, requires_grad=False, device=device, module=module
+                )
+        for name, (module, leaf) in self._plain.items():
+            if name not in tensors or tuple(tensors[name].shape) != expected[name]:
+                found = list(tensors[name].shape) if name in tensors else "nothing"
+                raise ModelError(
+                    f"layer {self._index}: the store has {found} for {name}",
+                    expected=f"shape {list(expected[name])}",
+                    fix="make the store again",
+                )
+            value = tensors[name]
+            _put(
+                module, leaf, value.to(device, self._skeleton.dtype) if value.is_floating_point() else value.to(device)
+            )
+        for name, (module, leaf) in self._buffers.items():
+            module._buffers[leaf] = tensors.get(name, module._buffers[leaf]).to(device)
+
+    def empty(self) -> None:
+        """Let go of the weights; the module and what is attached to it stay."""
+        expected = self._skeleton.layer_parameters(self._index)
+        for name, module in self._linears.items():
+            _put(module, "weight", _as_4bit_weight(torch.empty(expected[name], device="meta")))
+            module.quant_state = None
+        for name, (module, leaf) in self._plain.items():
+            _put(module, leaf, torch.empty(expected[name], device="meta"))
+
+    def _linear4bit(self, linear: nn.Linear) -> bnb.nn.Linear4bit:
+        kind = DequantizedLinear4bit if self._dequantize else bnb.nn.Linear4bit
+        module = kind(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=self._skeleton.dtype,
+            quant_type="nf4",
+            device="meta",
+        )
+        # On some CPUs bitsandbytes would repack the weights in place for a second kernel, with other rounding,
+        # whenever a forward pass runs without gradients. Training and evaluation must see the same numbers.
+        module.support_avx512bf16_for_cpu = False
+        return module
 
 
-def _place_linears(
-    skeleton: Skeleton,
-    index: int,
-    layer: nn.Module,
-    tensors: dict[str, torch.Tensor],
-    device: torch.device,
-    dequantize: bool,
-) -> None:
-    for name in skeleton.linear_names(index):
-        weight_name = f"{name}.weight"
-        if weight_name + STATE_SUFFIX not in tensors:
-            continue
-        linear = layer.get_submodule(name)
-        packed = {k: v for k, v in tensors.items() if split_nf4_suffix(k)[0] == weight_name}
-        if dequantize:
-            dense = dequantize_matrix(weight_name, packed, device).to(skeleton.dtype)
-            if tuple(dense.shape) != (linear.out_features, linear.in_features):
-                raise ModelError(f"layer {index}: {weight_name} has shape {list(dense.shape)} once dequantised")
-            replacement: nn.Module = DequantizedLinear4bit(linear, dense)
-        else:
-            replacement = _linear4bit(linear, weight_name, packed, skeleton, device)
-        parent_name, _, leaf = name.rpartition(".")
-        setattr(layer.get_submodule(parent_name), leaf, replacement)
+def _put(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
+    parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+    module._parameters[leaf] = parameter
 
 
-def _linear4bit(
-    linear: nn.Linear,
-    weight_name: str,
-    packed: dict[str, torch.Tensor],
-    skeleton: Skeleton,
-    device: torch.device,
-) -> bnb.nn.Linear4bit:
-    module = bnb.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        compute_dtype=skeleton.dtype,
-        quant_type="nf4",
-        device="meta",
-    )
-    sides = {k[len(weight_name) + 1 :]: v for k, v in packed.items() if k != weight_name}
-    module.weight = bnb.nn.Params4bit.from_prequantized(
-        data=packed[weight_name], quantized_stats=sides, requires_grad=False, device=device, module=module
-    )
-    # On some CPUs bitsandbytes would repack the weights in place for a second kernel, with other rounding, whenever a
-    # forward pass runs without gradients. Training and evaluation must see the same numbers.
-    module.support_avx512bf16_for_cpu = False
-    return module
+def _as_4bit_weight(dense: torch.Tensor) -> nn.Parameter:
+    """A plain parameter with the two facts that PEFT asks a 4-bit weight for."""
+    weight = nn.Parameter(dense, requires_grad=False)
+    weight.compress_statistics, weight.quant_type = True, "nf4"
+    return weight
+
+
+def quantised_linears(skeleton: Skeleton, index: int, names: Mapping[str, object]) -> set[str]:
+    """The linear modules of layer ``index`` that are NF4 among the stored tensor ``names`` (within the layer)."""
+    return {n for n in skeleton.linear_names(index) if f"{n}.weight{STATE_SUFFIX}" in names}

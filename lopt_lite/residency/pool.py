@@ -1,13 +1,20 @@
-"""Which layers are on the device, and running them.
+"""Running a range of layers, wherever they lie.
 
-Everything above this room asks for *a range of layers to run*, never for where they lie. Here all layers of the range
-are resident: loaded once, kept until closed.
+Everything above this room asks for *a range of layers to run*, never for where they are. A pool has the layers of one
+block; how many of them stay on the device is its own affair:
+
+* :class:`ResidentLayers` loads all of them once. A step pushes one micro-batch after the other through all layers.
+* :class:`StreamedLayers` (in ``streamed.py``) loads each layer for each pass. A step pushes all its micro-batches
+  through one layer after the other.
+
+Both give the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,9 +22,9 @@ from torch import nn
 from lopt_lite.checkpoints.skeleton import LayerCall, Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.devices import release_cached_memory
-from lopt_lite.residency.layer_loader import build_layer
+from lopt_lite.residency.layer_loader import LayerShell, quantised_linears
 
-#: Called with a layer's index and module after it is loaded (to attach an adapter, say).
+#: Called with a layer's index and module after it is made (to attach an adapter, say).
 OnLayer = Callable[[int, nn.Module], None]
 
 
@@ -40,9 +47,55 @@ class MicroBatch:
 #: Given a micro-batch's number and the range's output, computes its loss, calls backward on it, and returns its value.
 LossBackward = Callable[[int, torch.Tensor], float]
 
+#: Seed for the dropout of (layer, micro-batch number), or None where there is none.
+DropoutSeed = Callable[[int, int], int]
+
+
+class LayerPool(Protocol):
+    """The layers of one block."""
+
+    layers: list[nn.Module]
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """The output of the last layer of the range, [rows, tokens, hidden], without gradients."""
+        ...
+
+    def forward_all(self, batches: Sequence[MicroBatch], on_output: Callable[[int, torch.Tensor], None]) -> None:
+        """Run several batches without gradients; ``on_output`` gets each one's number and output, in order."""
+        ...
+
+    def accumulate(
+        self, batches: Iterable[MicroBatch], loss_backward: LossBackward, dropout_seed: DropoutSeed | None = None
+    ) -> float:
+        """Add the gradients of one optimiser step to the trainable parameters.
+
+        Parameters
+        ----------
+        batches:
+            The step's micro-batches.
+        loss_backward:
+            Sees each micro-batch's output. Its values, already weighted for the whole step, are summed.
+        dropout_seed:
+            Seeds the random state before a layer runs on a micro-batch, so that running it again repeats its dropout.
+
+        Returns
+        -------
+        float
+            The step's loss.
+        """
+        ...
+
+    def modules(self) -> list[nn.Module]:
+        """The layers as modules that can be called one by one, wherever their weights are."""
+        ...
+
+    def close(self) -> None:
+        """Take the layers off the device."""
+        ...
+
 
 class ResidentLayers:
-    """Layers ``first`` to ``end`` (exclusive) of a model, on the device until :meth:`close`.
+    """Layers ``first`` to ``end`` (exclusive) of a model, on the device until :meth:`close`. See :class:`LayerPool`.
 
     Parameters
     ----------
@@ -51,7 +104,7 @@ class ResidentLayers:
     device:
         Where the layers go.
     dequantize:
-        See :func:`build_layer`.
+        See :class:`LayerShell`.
     on_layer:
         Called for each layer once it is loaded.
     """
@@ -72,40 +125,47 @@ class ResidentLayers:
         self.layers: list[nn.Module] = []
         for index in range(first, end):
             tensors = store.layer(skeleton, index)
-            layer = build_layer(skeleton, index, tensors, device=device, dequantize=dequantize)
+            shell = LayerShell(
+                skeleton, index, quantised=quantised_linears(skeleton, index, tensors), dequantize=dequantize
+            )
+            shell.fill(tensors, device)
             if on_layer is not None:
-                on_layer(index, layer)
-            self.layers.append(layer)
+                on_layer(index, shell.layer)
+            self.layers.append(shell.layer)
 
+    @torch.no_grad()
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """The output of the last layer of the range, [rows, tokens, hidden]; differentiable if gradients are on."""
+        """See :class:`LayerPool`."""
+        return self._run(batch, 0, None)
+
+    def forward_all(self, batches: Sequence[MicroBatch], on_output: Callable[[int, torch.Tensor], None]) -> None:
+        """See :class:`LayerPool`."""
+        for number, batch in enumerate(batches):
+            on_output(number, self.forward(batch))
+
+    def accumulate(
+        self, batches: Iterable[MicroBatch], loss_backward: LossBackward, dropout_seed: DropoutSeed | None = None
+    ) -> float:
+        """See :class:`LayerPool`. Micro-batches are read one at a time, each once, in order."""
+        total = 0.0
+        for number, batch in enumerate(batches):
+            total += loss_backward(number, self._run(batch, number, dropout_seed))
+        return total
+
+    def _run(self, batch: MicroBatch, number: int, dropout_seed: DropoutSeed | None) -> torch.Tensor:
         hidden = batch.hidden
         for index, layer in enumerate(self.layers, start=self.first):
+            if dropout_seed is not None:
+                torch.manual_seed(dropout_seed(index, number))
             hidden = batch.calls[index].run(layer, hidden)
         return hidden
 
-    def accumulate(self, batches: Iterable[MicroBatch], loss_backward: LossBackward) -> float:
-        """Add the gradients of one optimiser step to the trainable parameters.
-
-        Parameters
-        ----------
-        batches:
-            The step's micro-batches; read once, in order, so that they can be made while the previous one computes.
-        loss_backward:
-            Sees each micro-batch's output. Its values, already weighted for the whole step, are summed.
-
-        Returns
-        -------
-        float
-            The step's loss.
-        """
-        total = 0.0
-        for number, batch in enumerate(batches):
-            total += loss_backward(number, self.forward(batch))
-        return total
+    def modules(self) -> list[nn.Module]:
+        """See :class:`LayerPool`."""
+        return self.layers
 
     def close(self) -> None:
-        """Take the layers off the device."""
+        """See :class:`LayerPool`."""
         self.layers.clear()
         release_cached_memory(self._device)
 

@@ -10,11 +10,9 @@ from lopt_lite.data.load import load_dataset
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import EvaluateOutcome
 from lopt_lite.residency.block_major import held_out_losses
-from lopt_lite.residency.choices import afford_dequantised
+from lopt_lite.residency.choices import choose_residence
 from lopt_lite.results.open_run import open_run
-from lopt_lite.settings import EvaluateSettings
-
-_TOKENS_PER_ROW = 512
+from lopt_lite.settings import EvaluateSettings, parse_memory
 
 
 def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> EvaluateOutcome:
@@ -30,6 +28,8 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
         The data cannot be used.
     """
     device = devices.choose_device(settings.device)
+    if settings.memory != "auto":
+        devices.return_freed_memory(device)
     run = open_run(settings.run, device)
     try:
         dataset, _ = load_dataset(
@@ -46,9 +46,17 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
             dataset,
             ranges,
             device=device,
-            dequantize=run.settings.quantize == "nf4" and afford_dequantised(run.skeleton, ranges, device),
+            residence=choose_residence(
+                run.store,
+                run.skeleton,
+                ranges,
+                device=device,
+                budget_bytes=parse_memory(settings.memory),
+                step_tokens=0,
+                longest=int(dataset.lengths.max()),
+                attach=None,
+            ),
             pad_token_id=pad_token_id(run.tokenizer),
-            max_tokens=settings.batch_size * _TOKENS_PER_ROW,
             max_rows=settings.batch_size,
             variants=2,
             on_layer=run.on_layer,

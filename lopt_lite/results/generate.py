@@ -12,11 +12,10 @@ from lopt_lite.checkpoints.tokenizer import pad_token_id
 from lopt_lite.data.templates import load_prompt, stop_token_ids
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import GenerateOutcome
-from lopt_lite.residency.choices import afford_dequantised
+from lopt_lite.residency.choices import choose_residence, open_layers
 from lopt_lite.residency.head import place_head
-from lopt_lite.residency.pool import ResidentLayers
 from lopt_lite.results.open_run import OpenRun, open_run
-from lopt_lite.settings import GenerateSettings
+from lopt_lite.settings import GenerateSettings, parse_memory
 
 
 def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> GenerateOutcome:
@@ -28,6 +27,8 @@ def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> Generate
         The run is not finished.
     """
     device = devices.choose_device(settings.device)
+    if settings.memory != "auto":
+        devices.return_freed_memory(device)
     run = open_run(settings.run, device)
     try:
         return _answer(run, settings)
@@ -39,20 +40,30 @@ def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> Generate
 def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
     skeleton = run.skeleton
     whole = [(0, skeleton.layer_count)]
-    dequantize = run.settings.quantize == "nf4" and afford_dequantised(skeleton, whole, run.device)
     place_head(skeleton, run.store, run.device)
     prompt = load_prompt(run.tokenizer, settings.prompt)
     ids = torch.as_tensor([list(prompt)], dtype=torch.long, device=run.device)
-    with ResidentLayers(
+    residence = choose_residence(
+        run.store,
+        skeleton,
+        whole,
+        device=run.device,
+        budget_bytes=parse_memory(settings.memory),
+        step_tokens=0,
+        longest=ids.shape[1] + settings.max_new_tokens,
+        attach=None,
+    )
+    pool = open_layers(
+        residence,
         run.store,
         skeleton,
         0,
         skeleton.layer_count,
         device=run.device,
-        dequantize=dequantize,
         on_layer=None if settings.base else run.on_layer,
-    ) as pool:
-        model = skeleton.with_layers(pool.layers)
+    )
+    try:
+        model = skeleton.with_layers(pool.modules())
         ends = _end_tokens(run)
         choices = GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
@@ -68,6 +79,8 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=choices)
         devices.synchronize(run.device)
         seconds = time.monotonic() - started
+    finally:
+        pool.close()
     new = output[0, ids.shape[1] :].tolist()
     finished = bool(new) and new[-1] in ends
     return GenerateOutcome(

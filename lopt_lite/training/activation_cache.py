@@ -20,6 +20,8 @@ from lopt_lite.data.batches import length_sorted_batches
 
 _SHARD_BYTES = 64 << 20
 
+RunBatches = Callable[[list[list[int]], Callable[[int, torch.Tensor], None]], None]
+
 
 def shard_name(number: int) -> str:
     """File name of a shard."""
@@ -71,7 +73,7 @@ class CacheLayout:
 def write_cache(
     directory: Path,
     layout: CacheLayout,
-    run_batch: Callable[[list[int]], torch.Tensor],
+    run_batches: RunBatches,
     *,
     done: Sequence[int],
     on_shard: Callable[[int], None],
@@ -80,8 +82,9 @@ def write_cache(
 
     Parameters
     ----------
-    run_batch:
-        Example indices -> activations [rows, longest, hidden], rows in the same order, right-padded.
+    run_batches:
+        Given a shard's batches of example indices, tells its callback each batch's number, in order, and activations
+        [rows, longest, hidden], right-padded.
     done:
         Shards that are durable already.
     on_shard:
@@ -96,12 +99,16 @@ def write_cache(
         def content(spec: TensorSpec = spec, batches: list[list[int]] = batches) -> Iterator[tuple[str, torch.Tensor]]:
             rows = torch.empty(spec.shape, dtype=spec.dtype)
             start = 0
-            for batch in batches:
-                output = run_batch(batch).to("cpu", spec.dtype)
-                for row, example in enumerate(batch):
+
+            def keep(position: int, output: torch.Tensor) -> None:
+                nonlocal start
+                output = output.to("cpu", spec.dtype)
+                for row, example in enumerate(batches[position]):
                     length = int(layout.lengths[example])
                     rows[start : start + length] = output[row, :length]
                     start += length
+
+            run_batches(batches, keep)
             yield spec.name, rows
 
         write_shard(directory / shard_name(number), [spec], content(), metadata=None)

@@ -18,8 +18,10 @@ from lopt_lite.data.batches import epoch_batches, length_sorted_batches, micro_b
 from lopt_lite.data.dataset import Batch, collate
 from lopt_lite.errors import DivergedError
 from lopt_lite.events import BlockDone, BlockStarted, CheckpointSaved, Notice, Progress, Step, Validation
+from lopt_lite.residency.block_major import groups
+from lopt_lite.residency.choices import open_layers
 from lopt_lite.residency.head import answer_loss_backward, answer_loss_sum, place_head
-from lopt_lite.residency.pool import MicroBatch, ResidentLayers
+from lopt_lite.residency.pool import LayerPool, MicroBatch
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_training
 from lopt_lite.training.block_inputs import BlockInputs
@@ -28,7 +30,7 @@ from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_curs
 from lopt_lite.training.objectives import ReconstructionHead, reconstruction_loss
 from lopt_lite.training.optimisation import learning_rate, make_optimizer, optimizer_step
 from lopt_lite.training.stopping import stopped
-from lopt_lite.training.workbench import FORWARD_ROWS, FORWARD_TOKENS, MICRO_BATCH_TOKENS, Workbench
+from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
 PHASES = ("head-fit", "train")
 HEAD_FIT_LR = 1e-3
@@ -82,29 +84,44 @@ class BlockTrainer:
         bench, block = self._bench, self._block
         if block.objective == "task":
             place_head(bench.skeleton, bench.store, bench.device)
-        with ResidentLayers(
+        pool = open_layers(
+            bench.residence,
             bench.store,
             bench.skeleton,
             block.first,
             block.end,
             device=bench.device,
-            dequantize=bench.dequantize,
             on_layer=lambda i, layer: attach_adapter(layer, i, skeleton=bench.skeleton, settings=bench.settings),
-        ) as pool:
-            self._pool = pool
-            adapter = {
-                f"{index}.{name}": parameter
-                for index, layer in enumerate(pool.layers, start=block.first)
-                for name, parameter in adapter_parameters(layer).items()
-            }
-            phases = self._plan_phases(adapter)
-            cursor = self._cursor()
-            for phase in phases[[p.name for p in phases].index(cursor.phase) :]:
-                self._run_phase(phase, cursor if phase.name == cursor.phase else Cursor(phase.name, 0))
-            files.make_directory(bench.paths.block(block.index))
-            digest = save_tensors(bench.paths.block_adapter(block.index), dict(adapter))
+            on_pass=self._report_pass,
+        )
+        try:
+            digest = self._train(pool)
+        finally:
+            pool.close()
         bench.journal.add("block", block=block.index, sha256=digest)
         bench.on_event(BlockDone(block=block.index, blocks=len(bench.blocks)))
+
+    def _train(self, pool: LayerPool) -> str:
+        """Go through the phases and write the adapter; returns its file's sha256."""
+        bench, block = self._bench, self._block
+        self._pool = pool
+        adapter = {
+            f"{index}.{name}": parameter
+            for index, layer in enumerate(pool.layers, start=block.first)
+            for name, parameter in adapter_parameters(layer).items()
+        }
+        phases = self._plan_phases(adapter)
+        cursor = self._cursor()
+        for phase in phases[[p.name for p in phases].index(cursor.phase) :]:
+            self._run_phase(phase, cursor if phase.name == cursor.phase else Cursor(phase.name, 0))
+        files.make_directory(bench.paths.block(block.index))
+        return save_tensors(bench.paths.block_adapter(block.index), dict(adapter))
+
+    def _report_pass(self, done: int, total: int) -> None:
+        """Progress within one step of a streamed block, layer by layer."""
+        self._bench.on_event(
+            Progress(task=f"layers of block {self._block.index + 1}", done=done, total=total, unit="layers")
+        )
 
     # -- the stretches of training ------------------------------------------------------------------------------------
 
@@ -177,7 +194,7 @@ class BlockTrainer:
         started = time.monotonic()
         batches = [
             collate(bench.dataset, part, bench.pad_token_id)
-            for part in micro_batches(indices, self._lengths, max_tokens=MICRO_BATCH_TOKENS)
+            for part in micro_batches(indices, self._lengths, max_tokens=bench.residence.micro_batch_tokens)
         ]
         loss = self._accumulate(phase, batches, number)
         lr = learning_rate(number, steps, phase.peak_lr)
@@ -215,30 +232,35 @@ class BlockTrainer:
         made: list[MicroBatch] = []
 
         def micro_batches_of_step():  # type: ignore[no-untyped-def]
-            for part, batch in enumerate(batches):
+            for batch in batches:
                 made.append(self._inputs.micro_batch(batch))
-                if settings.lora_dropout:
-                    torch.manual_seed(
-                        derive_seed(settings.seed, "dropout", self._block.index, phase.name, number, part)
-                    )
                 yield made[-1]
 
         def loss_backward(part: int, output: torch.Tensor) -> float:
             batch = batches[part]
             if self._head is None:
                 return answer_loss_backward(
-                    bench.skeleton, output, batch.targets.to(bench.device), answer_tokens=answer_tokens
+                    bench.skeleton,
+                    output,
+                    batch.targets.to(bench.device),
+                    answer_tokens=answer_tokens,
+                    logit_elements=bench.residence.logit_elements,
                 )
             real = batch.real.to(bench.device)
             loss = reconstruction_loss(self._head, output, made[part].hidden, real, tokens=tokens)
             loss.backward()
             return float(loss.detach())
 
+        def dropout_seed(layer: int, part: int) -> int:
+            return derive_seed(settings.seed, "dropout", phase.name, number, layer, part)
+
         for layer in self._pool.layers:
             set_training(layer, phase.name == "train")
         # Fitting the head needs no graph through the block, which is still as the user brought it.
         self._adapter_requires_grad(phase.name == "train")
-        return self._pool.accumulate(micro_batches_of_step(), loss_backward)
+        return self._pool.accumulate(
+            micro_batches_of_step(), loss_backward, dropout_seed if settings.lora_dropout else None
+        )
 
     def _adapter_requires_grad(self, required: bool) -> None:
         for layer in self._pool.layers:
@@ -291,18 +313,23 @@ class BlockTrainer:
             return
         held_out = range(bench.train_count, len(bench.dataset))
         batches = length_sorted_batches(
-            self._lengths[bench.train_count :], max_tokens=FORWARD_TOKENS, max_rows=FORWARD_ROWS
+            self._lengths[bench.train_count :], max_tokens=bench.residence.forward_tokens, max_rows=FORWARD_ROWS
         )
         for layer in self._pool.layers:
             set_training(layer, False)
-        total, answer_tokens = 0.0, 0
-        for number, part in enumerate(batches, start=1):
-            batch = collate(bench.dataset, [held_out[i] for i in part], bench.pad_token_id)
-            with torch.no_grad():
-                output = self._pool.forward(self._inputs.micro_batch(batch))
-            total += answer_loss_sum(bench.skeleton, output, batch.targets.to(bench.device))
-            answer_tokens += batch.answer_tokens
-            bench.on_event(Progress(task="held-out loss", done=number, total=len(batches), unit="batches"))
+        total, answer_tokens, done = 0.0, 0, 0
+        for group in groups(batches, self._lengths[bench.train_count :], bench.residence.group_tokens):
+            parts = [collate(bench.dataset, [held_out[i] for i in batches[b]], bench.pad_token_id) for b in group]
+
+            def take(number: int, output: torch.Tensor, parts: list[Batch] = parts) -> None:
+                nonlocal total, answer_tokens, done
+                targets = parts[number].targets.to(bench.device)
+                total += answer_loss_sum(bench.skeleton, output, targets, logit_elements=bench.residence.logit_elements)
+                answer_tokens += parts[number].answer_tokens
+                done += 1
+                bench.on_event(Progress(task="held-out loss", done=done, total=len(batches), unit="batches"))
+
+            self._pool.forward_all([self._inputs.micro_batch(part) for part in parts], take)
         loss = total / answer_tokens
         bench.journal.add("validation", epoch=epoch, loss=loss, answer_tokens=answer_tokens)
         bench.on_event(Validation(epoch=epoch, epochs=phase.epochs, loss=loss, answer_tokens=answer_tokens))

@@ -26,16 +26,16 @@ from lopt_lite.journal import Journal
 from lopt_lite.locks import locked
 from lopt_lite.outcomes import TrainOutcome
 from lopt_lite.residency.block_major import held_out_losses
-from lopt_lite.residency.choices import afford_dequantised
+from lopt_lite.residency.choices import Residence, choose_residence
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import write_adapter
-from lopt_lite.training.adapters import target_names
+from lopt_lite.training.adapters import attach_adapter, target_names
 from lopt_lite.training.block_plan import Block, plan_blocks
 from lopt_lite.training.metrics import Metrics, read_metrics
 from lopt_lite.training.run_directory import RunIdentity, RunPaths, claim, start_fresh
 from lopt_lite.training.sequential import train_sequentially
 from lopt_lite.training.stopping import Stopper
-from lopt_lite.training.workbench import FORWARD_ROWS, FORWARD_TOKENS, Workbench
+from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
 RUNS_DIRECTORY = "runs"
 
@@ -62,6 +62,8 @@ def train(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
     """
     started = time.monotonic()
     device = devices.choose_device(settings.device)
+    if settings.memory != "auto":
+        devices.return_freed_memory(device)
     with Stopper(max_hours=settings.max_hours, deadline=settings.deadline) as stop:
         given = _read_inputs(settings, on_event)
         paths = RunPaths(_run_directory(settings, given.model))
@@ -215,32 +217,48 @@ def _open_bench(
             train_count=len(given.train),
             blocks=given.blocks,
             device=device,
-            dequantize=_decide_dequantised(journal, skeleton, given.blocks, device, settings, on_event),
+            residence=_decide_residence(journal, store, given, dataset, settings, device, on_event),
             stop=stop,
             on_event=on_event,
         )
 
 
-def _decide_dequantised(
+def _decide_residence(
     journal: Journal,
-    skeleton: Skeleton,
-    blocks: list[Block],
-    device: torch.device,
+    store: Store,
+    given: _Given,
+    dataset: TokenizedDataset,
     settings: TrainSettings,
+    device: torch.device,
     on_event: OnEvent,
-) -> bool:
+) -> Residence:
     """Decide once per run, so that a resumed run computes as the first part did."""
-    if settings.quantize == "none":
-        return False
-    fact = journal.last("residency", device=device.type)
-    if fact is None:
-        dequantize = afford_dequantised(skeleton, [(b.first, b.end) for b in blocks], device)
-        journal.add("residency", device=device.type, dequantize=dequantize)
+    fact = journal.last("residence", device=device.type)
+    if fact is not None:
+        residence = Residence(**{k: v for k, v in fact.items() if k not in ("fact", "device")})
     else:
-        dequantize = bool(fact["dequantize"])
-    if dequantize:
-        on_event(Notice(text=f"memory allows the block in work to be dequantised once to {settings.dtype}: faster"))
-    return dequantize
+        skeleton = given.skeleton
+        longest = int(dataset.lengths.max())
+        residence = choose_residence(
+            store,
+            skeleton,
+            [(b.first, b.end) for b in given.blocks],
+            device=device,
+            budget_bytes=settings.memory_bytes(),
+            step_tokens=min(settings.batch_size, len(given.train)) * longest,
+            longest=longest,
+            attach=lambda index, layer: attach_adapter(layer, index, skeleton=skeleton, settings=settings),
+        )
+        journal.add("residence", device=device.type, **residence.to_json())
+    on_event(Notice(text=_RESIDENCE_TEXTS[residence.mode].format(gib=residence.predicted_bytes / 2**30)))
+    return residence
+
+
+_RESIDENCE_TEXTS = {
+    "dequantised": "the block in work stays in memory, dequantised once; predicted peak {gib:.2f} GiB",
+    "resident": "the block in work stays in memory; predicted peak {gib:.2f} GiB",
+    "streamed": "layers are streamed through memory one by one; predicted peak {gib:.2f} GiB",
+}
 
 
 def _announce(bench: Workbench, given: _Given) -> None:
@@ -289,9 +307,8 @@ def _measure_untouched_model(bench: Workbench) -> None:
         held_out,
         [(b.first, b.end) for b in bench.blocks],
         device=bench.device,
-        dequantize=bench.dequantize,
+        residence=bench.residence,
         pad_token_id=bench.pad_token_id,
-        max_tokens=FORWARD_TOKENS,
         max_rows=FORWARD_ROWS,
         check=bench.stop.check,
         on_event=bench.on_event,

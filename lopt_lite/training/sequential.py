@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from lopt_lite import files
 from lopt_lite.data.dataset import collate
 from lopt_lite.events import Progress
-from lopt_lite.residency.pool import ResidentLayers
+from lopt_lite.residency.block_major import groups
+from lopt_lite.residency.choices import open_layers
 from lopt_lite.training.activation_cache import CacheLayout, shard_name, write_cache
 from lopt_lite.training.adapters import attach_adapter, load_adapter, set_training
 from lopt_lite.training.block_inputs import BlockInputs, CachedInputs, EmbeddedInputs
 from lopt_lite.training.block_plan import Block
 from lopt_lite.training.block_trainer import BlockTrainer
 from lopt_lite.training.checkpoint import load_tensors
-from lopt_lite.training.workbench import FORWARD_ROWS, FORWARD_TOKENS, Workbench
+from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
 
 def train_sequentially(bench: Workbench) -> None:
@@ -62,7 +65,7 @@ def _layout(bench: Workbench) -> CacheLayout:
         bench.dataset.lengths,
         hidden_size=bench.skeleton.hidden_size,
         dtype=bench.skeleton.dtype,
-        max_tokens=FORWARD_TOKENS,
+        max_tokens=bench.residence.forward_tokens,
         max_rows=FORWARD_ROWS,
     )
 
@@ -91,34 +94,39 @@ def _write_next_inputs(bench: Workbench, block: Block) -> None:
     inputs = _inputs(bench, block)
     total = sum(len(batches) for batches in layout.shards)
     finished = sum(len(layout.shards[n]) for n in done)
-    try:
-        with ResidentLayers(
-            bench.store,
-            bench.skeleton,
-            block.first,
-            block.end,
-            device=bench.device,
-            dequantize=bench.dequantize,
-            on_layer=with_adapter,
-        ) as pool:
+    pool = open_layers(
+        bench.residence,
+        bench.store,
+        bench.skeleton,
+        block.first,
+        block.end,
+        device=bench.device,
+        on_layer=with_adapter,
+    )
 
-            @torch.no_grad()
-            def run_batch(examples: list[int]) -> torch.Tensor:
+    def run_batches(batches: list[list[int]], on_output: Callable[[int, torch.Tensor], None]) -> None:
+        for group in groups(batches, layout.lengths, bench.residence.group_tokens):
+
+            def take(position: int, output: torch.Tensor, group: list[int] = group) -> None:
                 nonlocal finished
                 bench.stop.check()
-                output = pool.forward(inputs.micro_batch(collate(bench.dataset, examples, bench.pad_token_id)))
+                on_output(group[position], output)
                 finished += 1
                 task = f"outputs of block {block.index + 1}"
                 bench.on_event(Progress(task=task, done=finished, total=total, unit="batches"))
-                return output
 
-            write_cache(
-                directory,
-                layout,
-                run_batch,
-                done=done,
-                on_shard=lambda n: bench.journal.add("cache-shard", block=following, shard=n, name=shard_name(n)),
-            )
+            parts = [collate(bench.dataset, batches[b], bench.pad_token_id) for b in group]
+            pool.forward_all([inputs.micro_batch(part) for part in parts], take)
+
+    try:
+        write_cache(
+            directory,
+            layout,
+            run_batches,
+            done=done,
+            on_shard=lambda n: bench.journal.add("cache-shard", block=following, shard=n, name=shard_name(n)),
+        )
     finally:
+        pool.close()
         inputs.close()
     bench.journal.add("cache", block=following)

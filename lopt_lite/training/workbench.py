@@ -12,16 +12,14 @@ from lopt_lite.checkpoints.store import Store
 from lopt_lite.data.dataset import TokenizedDataset
 from lopt_lite.events import OnEvent
 from lopt_lite.journal import Journal
+from lopt_lite.residency.choices import Residence
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Block
 from lopt_lite.training.metrics import Metrics
 from lopt_lite.training.run_directory import RunPaths
 from lopt_lite.training.stopping import Stopper
 
-#: Padded tokens that go through a block at once, forward and backward; a longer single example goes alone.
-MICRO_BATCH_TOKENS = 2048
-#: The same for passes without gradients, which keep one layer's activations only.
-FORWARD_TOKENS = 4096
+#: Most examples of a batch in passes without gradients.
 FORWARD_ROWS = 64
 
 
@@ -44,7 +42,7 @@ class Workbench:
     train_count: int
     blocks: list[Block]
     device: torch.device
-    dequantize: bool
+    residence: Residence
     stop: Stopper
     on_event: OnEvent
 

@@ -19,7 +19,9 @@ from lopt_lite.checkpoints.tokenizer import load_tokenizer
 from lopt_lite.data.batches import epoch_batches
 from lopt_lite.data.dataset import collate
 from lopt_lite.data.load import load_dataset
+from lopt_lite.errors import DoesNotFitError
 from lopt_lite.events import Event, Step
+from lopt_lite.journal import read_facts
 from lopt_lite.residency.pool import MicroBatch
 from lopt_lite.results.open_run import open_run
 from lopt_lite.training.optimisation import learning_rate
@@ -160,12 +162,12 @@ def _start_as_we_do(plain: torch.nn.Module, model: Path) -> None:
 
 def test_gradient_accumulation_is_weighted_by_answer_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cutting a step into micro-batches of uneven answer lengths does not change its loss or gradient."""
-    from lopt_lite.training import block_trainer
+    from lopt_lite.residency import choices
 
     model = make_model(tmp_path / "model", "llama")
     whole: list[Event] = []
     _train(tmp_path, model, whole, epochs=1)
-    monkeypatch.setattr(block_trainer, "MICRO_BATCH_TOKENS", 60)
+    monkeypatch.setattr(choices, "_MICRO_BATCH_TOKENS", (60,))
     parts: list[Event] = []
     _train(tmp_path, model, parts, epochs=1, fresh=True)
     for a, b in zip((e for e in whole if isinstance(e, Step)), (e for e in parts if isinstance(e, Step)), strict=True):
@@ -274,3 +276,55 @@ def test_a_foreign_nf4_checkpoint_gives_the_same_store(tmp_path: Path) -> None:
     weights = (a / "adapter" / "adapter_model.safetensors").read_bytes()
     b = _train(tmp_path, tmp_path / "nf4", epochs=1, quantize="nf4", dtype="bfloat16", fresh=True)
     assert (b / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("mode", ["resident", "streamed"])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_where_layers_are_does_not_change_the_result(
+    mode: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resident dequantised, resident 4-bit and streamed runs end with the same adapter bytes and held-out losses."""
+    from lopt_lite.residency.choices import Residence
+    from lopt_lite.training import run as training_run
+
+    model = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    changes = {
+        "quantize": "nf4",
+        "dtype": "bfloat16",
+        "blocks": blocks,
+        "lora_dropout": 0.1,
+        "validation": "0.2",
+        "objective": "reconstruct",
+    }
+    expected = _train(tmp_path, model, **changes)
+    weights = (expected / "adapter" / "adapter_model.safetensors").read_bytes()
+    losses = [f["loss"] for f in read_facts(expected / "journal.jsonl")[0] if f["fact"] == "validation"]
+    assert _mode(expected) == "dequantised"
+
+    monkeypatch.setattr(training_run, "choose_residence", lambda *a, **k: Residence(mode, 2048, 2**24, 0))
+    run = _train(tmp_path, model, fresh=True, **changes)
+
+    assert _mode(run) == mode
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+    assert [f["loss"] for f in read_facts(run / "journal.jsonl")[0] if f["fact"] == "validation"] == losses
+
+
+def _mode(run: Path) -> str:
+    return next(f["mode"] for f in read_facts(run / "journal.jsonl")[0] if f["fact"] == "residence")
+
+
+def test_generation_is_the_same_with_streamed_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lopt_lite.residency.choices import Residence
+    from lopt_lite.results import generate as generation
+
+    run = _train(tmp_path, make_model(tmp_path / "model", "llama"), epochs=1)
+    settings = GenerateSettings(run=str(run), prompt="What is 3 + 4?", max_new_tokens=6)
+    expected = lopt_lite.generate(settings).text
+    monkeypatch.setattr(generation, "choose_residence", lambda *a, **k: Residence("streamed", 2048, 2**24, 0))
+    assert lopt_lite.generate(settings).text == expected
+
+
+def test_a_budget_that_cannot_work_names_the_smallest_that_can(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama")
+    with pytest.raises(DoesNotFitError, match=r"at least --memory [0-9]+MiB"):
+        _train(tmp_path, model, memory="1MiB")
