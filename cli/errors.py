@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import typer
 
-from lopt_lite.errors import LoptError
+from lopt_lite.errors import LoptError, StoppedError
 
 from .quiet import debugging
 from .text import json_document, one_line, plain
@@ -21,6 +21,9 @@ from .text import json_document, one_line, plain
 #: What typer raises for a command line that it cannot parse. The class has moved between typer's releases (and was
 #: click's before); its public subclass has not.
 USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]
+
+
+STOPPED = StoppedError.exit_code
 
 
 class Report(NamedTuple):
@@ -34,11 +37,13 @@ class Report(NamedTuple):
 
     def to_text(self) -> str:
         """The lines for standard error."""
-        lines = [f"error: {plain(self.found)}"]
+        # A run that was asked to stop has no error to fix.
+        asked_for = self.exit_code == STOPPED
+        lines = [plain(self.found) if asked_for else f"error: {plain(self.found)}"]
         if self.expected:
             lines.append(f"  expected: {plain(self.expected)}")
         if self.fix:
-            lines.append(f"  to fix: {plain(self.fix)}")
+            lines.append(f"  {'to go on' if asked_for else 'to fix'}: {plain(self.fix)}")
         return "\n".join(lines)
 
 
@@ -84,7 +89,7 @@ def _from_disk_full(error: OSError) -> Report:
 
 
 def _from_interrupt(error: BaseException) -> Report:
-    return Report("Interrupted", 75, "stopped", fix="give the same command again to go on")
+    return Report("Interrupted", STOPPED, "stopped", fix="give the same command again to go on")
 
 
 def _from_anything(error: BaseException) -> Report:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
+import re
+from pathlib import Path
 
 import psutil
 import torch
@@ -38,10 +41,26 @@ def host_rss_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+def _host_peak_rss_bytes() -> int:
+    """Largest resident size of this process where the system keeps it (Linux), else the present one, in bytes."""
+    try:
+        status = _STATUS.read_text()
+    except OSError:
+        return host_rss_bytes()
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else host_rss_bytes()
+
+
 class PeakMemory:
     """The device's peak memory since construction or the last :meth:`reset`, in bytes.
 
-    On the CPU the device is the process: the peak is the largest resident size seen by :meth:`read`.
+    On the CPU the device is the process. Linux keeps the true peak of its resident size; where that cannot be reset, it
+    is the peak since the process began. Elsewhere, and on MPS, it is the largest size seen by :meth:`read`, which
+    misses what was allocated and freed in between.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -54,13 +73,16 @@ class PeakMemory:
         self._peak_bytes = 0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+        elif self._device.type == "cpu":
+            with contextlib.suppress(OSError):
+                _CLEAR_REFS.write_text("5")  # proc(5): reset the peak resident set size
 
     def read(self) -> int:
         """Look at the device now and return the peak in bytes."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
         on_mps = self._device.type == "mps"
-        now = int(torch.mps.current_allocated_memory()) if on_mps else host_rss_bytes()
+        now = int(torch.mps.current_allocated_memory()) if on_mps else _host_peak_rss_bytes()
         self._peak_bytes = max(self._peak_bytes, now)
         return self._peak_bytes
 

@@ -17,8 +17,6 @@ from typing import Any, Literal, TypeVar
 
 from lopt_lite.errors import SettingsError
 
-GIB = 2**30
-
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["bfloat16", "float32"]
 Quantize = Literal["nf4", "none"]
@@ -301,6 +299,16 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if self.format == "adapter" and self.onto != "original":
+            raise SettingsError(
+                f"--onto {self.onto} says what to merge into, and --format adapter merges nothing",
+                fix="add --format merged, or leave --onto out",
+            )
+        if self.model is not None and (self.format == "adapter" or self.onto == "quantized"):
+            raise SettingsError(
+                "--model names the original model, which is only needed to merge into it",
+                fix="add --format merged --onto original, or leave --model out",
+            )
 
 
 Settings = TypeVar("Settings")

@@ -73,6 +73,16 @@ def test_a_value_that_cannot_be_used_is_refused_by_its_option(settings, name, va
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"onto": "quantized"}, {"model": "m"}, {"format": "merged", "onto": "quantized", "model": "m"}],
+)
+def test_an_export_option_that_would_do_nothing_is_refused(changes):
+    with pytest.raises(SettingsError) as caught:
+        ExportSettings(run="r", out="o", **changes)
+    assert caught.value.fix
+
+
 def _wrong_types() -> list[tuple[type, str, object]]:
     """For every option of every command, values of all types that it is not."""
     cases = []

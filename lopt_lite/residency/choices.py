@@ -26,7 +26,7 @@ _MICRO_BATCH_TOKENS = (2048, 1024, 512, 256, 128)
 #: Float32 logits of one chunk of answer tokens, in elements.
 _LOGIT_ELEMENTS = (2**24, 2**22, 2**20)
 #: What libraries allocate on their first use, and what the allocator cannot give back, measured on the CPU build.
-_CPU_OVERHEAD_BYTES = 96 * MIB
+_CPU_OVERHEAD_BYTES = 144 * MIB
 #: AdamW in float32: parameter, gradient, two moments.
 _BYTES_PER_TRAINED = 16
 

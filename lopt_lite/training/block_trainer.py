@@ -171,7 +171,7 @@ class BlockTrainer:
         self._last_checkpoint_s = time.monotonic()
         if cursor.step > 0 and cursor.step % self._steps_per_epoch == 0:
             # The checkpoint was made between an epoch's last step and its validation.
-            self._validate(phase, cursor.step // self._steps_per_epoch)
+            self._end_epoch(phase, cursor.step // self._steps_per_epoch, optimizer)
         for epoch in range(cursor.step // self._steps_per_epoch, phase.epochs):
             batches = epoch_batches(
                 self._lengths[: bench.train_count],
@@ -184,7 +184,7 @@ class BlockTrainer:
                 self._stop_or_checkpoint(phase, number, optimizer, needed_s=0.0)
                 took_s = self._step(phase, optimizer, epoch, number, steps, indices)
                 self._stop_or_checkpoint(phase, number + 1, optimizer, needed_s=took_s)
-            self._validate(phase, epoch + 1)
+            self._end_epoch(phase, epoch + 1, optimizer)
 
     def _step(
         self, phase: _Phase, optimizer: torch.optim.AdamW, epoch: int, number: int, steps: int, indices: list[int]
@@ -306,11 +306,18 @@ class BlockTrainer:
         seconds = self._last_checkpoint_s - started
         bench.on_event(CheckpointSaved(block=self._block.index, step=step, seconds=seconds))
 
-    def _validate(self, phase: _Phase, epoch: int) -> None:
+    def _end_epoch(self, phase: _Phase, epoch: int, optimizer: torch.optim.AdamW) -> None:
         """Held-out loss after an epoch of the last block, once per epoch however often the run is resumed."""
         bench = self._bench
         if not self._is_last or not bench.held_out_count or bench.journal.last("validation", epoch=epoch):
             return
+        if self._not_finite == 0:
+            # So that a stop while the loss is measured costs no step.
+            self._checkpoint(phase, epoch * self._steps_per_epoch, optimizer)
+        self._validate(phase, epoch)
+
+    def _validate(self, phase: _Phase, epoch: int) -> None:
+        bench = self._bench
         held_out = range(bench.train_count, len(bench.dataset))
         batches = length_sorted_batches(
             self._lengths[bench.train_count :], max_tokens=bench.residence.forward_tokens, max_rows=FORWARD_ROWS
@@ -323,6 +330,7 @@ class BlockTrainer:
 
             def take(number: int, output: torch.Tensor, parts: list[Batch] = parts) -> None:
                 nonlocal total, answer_tokens, done
+                bench.stop.check()
                 targets = parts[number].targets.to(bench.device)
                 total += answer_loss_sum(bench.skeleton, output, targets, logit_elements=bench.residence.logit_elements)
                 answer_tokens += parts[number].answer_tokens

@@ -115,7 +115,7 @@ def _read_inputs(settings: TrainSettings, on_event: OnEvent) -> _Given:
     if not any(target_names(skeleton, index, settings) for index in range(skeleton.layer_count)):
         raise SettingsError(f"{skeleton.architecture} has no linear layers that an adapter could go on")
     tokenizer = load_tokenizer(model)
-    check_vocabulary(tokenizer, skeleton.vocabulary_rows)
+    check_vocabulary(tokenizer, skeleton.vocabulary_rows, on_event=on_event)
 
     def load(path: str) -> TokenizedDataset:
         dataset, _ = load_dataset(
@@ -148,8 +148,13 @@ def _store_directory(settings: TrainSettings, model: ModelFiles, paths: RunPaths
     """``--store``; or MODEL itself when it is a store of the kind asked for; or RUN/store."""
     if settings.store is not None:
         return Path(settings.store)
-    given = model.config_path.parent
+    given = _weights_directory(model)
     return given if _is_store_for(settings, given) else paths.store
+
+
+def _weights_directory(model: ModelFiles) -> Path:
+    """Where MODEL's weights lie. With ``--config DIR`` its config.json may lie beside the weights of another model."""
+    return model.weights.file_of(model.weights.names()[0]).parent
 
 
 def _is_store_for(settings: TrainSettings, directory: Path) -> bool:
@@ -162,7 +167,7 @@ def _store_builder(
     settings: TrainSettings, model: ModelFiles, directory: Path, device: torch.device, stop: Stopper, on_event: OnEvent
 ) -> StoreBuilder | None:
     """What makes the store in ``directory``, the model's tensors checked; None when MODEL is the store."""
-    if directory == model.config_path.parent and _is_store_for(settings, directory):
+    if directory == _weights_directory(model) and _is_store_for(settings, directory):
         return None
     return StoreBuilder(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -196,8 +197,10 @@ def _refuse_strangers(paths: RunPaths) -> None:
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     differences = []
+    # An option that came with a later release was at its default when the run was started.
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
     for name, value in wanted["settings"].items():
-        old = found["settings"].get(name)
+        old = found["settings"].get(name, defaults[name])
         if isinstance(value, (tuple, list)):
             value = list(value)
         if old != value:

@@ -40,7 +40,7 @@ def train_sequentially(bench: Workbench) -> None:
                 _write_next_inputs(bench, block)
         # Also for a block that was done before: a crash may have come between the fact and the tidying.
         files.remove_tree(bench.paths.cache(block.index))
-
+        files.remove_tree(bench.paths.checkpoint(block.index))
 
 
 def _train(bench: Workbench, block: Block) -> None:

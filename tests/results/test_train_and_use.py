@@ -265,6 +265,16 @@ def test_a_store_is_itself_a_model(tmp_path: Path) -> None:
     assert not (from_store / "store").exists()
 
 
+def test_config_of_another_models_store_does_not_replace_the_weights(tmp_path: Path) -> None:
+    other, model = make_model(tmp_path / "other", seed=1), make_model(tmp_path / "model", seed=2)
+    lopt_lite.quantize(lopt_lite.QuantizeSettings(model=str(other), store=str(tmp_path / "store")))
+    changes = {"epochs": 1, "quantize": "nf4", "dtype": "bfloat16"}
+    plain = (_train(tmp_path, model, **changes) / "adapter" / "adapter_model.safetensors").read_bytes()
+    run = _train(tmp_path, model, fresh=True, config=(str(tmp_path / "store"),), **changes)
+    assert (run / "store").is_dir()
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == plain
+
+
 def test_a_foreign_nf4_checkpoint_gives_the_same_store(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)

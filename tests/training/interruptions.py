@@ -28,17 +28,19 @@ from typing import Any
 import torch
 from lopt_lite_cli.main import main
 
-import lopt_lite
-from lopt_lite.training import activation_cache, sequential
+from lopt_lite.residency.choices import Residence
+from lopt_lite.training import activation_cache
+from lopt_lite.training import run as training_run
 
 #: Attempts per cut that the job wants, before it is given up.
 _ATTEMPTS_PER_CUT = 6
 
 
-def make_caches_ragged() -> None:
-    """Several shards of several batches for a tiny model too."""
+def make_everything_small(mode: str) -> None:
+    """Several micro-batches a step and several shards a cache for a tiny model too; layers where ``mode`` says."""
     activation_cache._SHARD_BYTES = 12 << 10
-    sequential.FORWARD_TOKENS = 160
+    residence = Residence(mode, micro_batch_tokens=80, logit_elements=2**20, predicted_bytes=0)
+    training_run.choose_residence = lambda *args, **kwargs: residence
 
 
 def attempt(arguments: list[str], log: Path, *, prepare: Callable[[], None], cut: Callable[[int], None]) -> int:
@@ -96,6 +98,11 @@ def kill_at_operation(number: int, *, after: bool) -> None:
         setattr(module, name, counted(getattr(module, name)))
 
 
+def lines(path: Path) -> int:
+    """Whole lines of a file that may not be there."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def nothing(*arguments: object) -> None:
     """Does nothing."""
 
@@ -105,12 +112,22 @@ def run_job(job: dict[str, Any], work: Path) -> dict[str, Any]:
     rng = random.Random(job["seed"])
     arguments = list(job["arguments"])
     started = time.monotonic()
-    code = attempt([*arguments, "--output", str(work / "reference")], work / "log", prepare=nothing, cut=nothing)
+    begun_s = 0.0
+
+    def watch(child: int) -> None:
+        nonlocal begun_s
+        while lines(work / "reference" / "metrics.jsonl") == 0 and time.monotonic() - started < 60:
+            time.sleep(0.002)
+        begun_s = time.monotonic() - started
+
+    code = attempt([*arguments, "--output", str(work / "reference")], work / "log", prepare=nothing, cut=watch)
     whole_s = time.monotonic() - started
-    outcome: dict[str, Any] = {"reference": code, "seconds": whole_s, "runs": [], "codes": [], "facts": []}
+    outcome: dict[str, Any] = {"reference": code, "seconds": whole_s, "runs": [], "codes": [], "places": []}
 
     def signal_later(number: int) -> Callable[[int], None]:
-        delay_s = rng.uniform(0.01, 0.95 * whole_s)
+        # Mostly while it trains: a start takes long beside so short a run, and a resumed one starts faster.
+        earliest_s = 0.01 if rng.random() < 0.25 else 0.5 * begun_s
+        delay_s = rng.uniform(earliest_s, 0.95 * whole_s)
 
         def send(child: int) -> None:
             time.sleep(delay_s)
@@ -138,8 +155,7 @@ def run_job(job: dict[str, Any], work: Path) -> dict[str, Any]:
                 break
         else:
             cuts += 1
-            journal = directory / "journal.jsonl"
-            outcome["facts"].append(len(journal.read_bytes().splitlines()) if journal.exists() else 0)
+            outcome["places"].append([lines(directory / name) for name in ("journal.jsonl", "metrics.jsonl")])
     outcome["cuts"] = cuts
     return outcome
 
@@ -147,9 +163,8 @@ def run_job(job: dict[str, Any], work: Path) -> dict[str, Any]:
 def main_of_jobs(job_path: Path, outcome_path: Path) -> None:
     """Read the job, do it, write what came of it."""
     torch.set_num_threads(1)
-    lopt_lite.train  # noqa: B018  (imports torch, transformers, peft and bitsandbytes, for all forks)
-    make_caches_ragged()
     job = json.loads(job_path.read_text())
+    make_everything_small(job["mode"])
     outcome_path.write_text(json.dumps(run_job(job, outcome_path.parent)))
 
 

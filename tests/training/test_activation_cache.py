@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,23 @@ from lopt_lite.checkpoints.tokenizer import load_tokenizer, pad_token_id
 from lopt_lite.data.dataset import TokenizedDataset, collate
 from lopt_lite.data.load import load_dataset
 from lopt_lite.errors import LoptError
-from lopt_lite.residency.pool import MicroBatch
 from lopt_lite.training import activation_cache
-from lopt_lite.training.activation_cache import ActivationCache, CacheLayout, shard_name, write_cache
+from lopt_lite.training.activation_cache import ActivationCache, CacheLayout, RunBatches, shard_name, write_cache
 from lopt_lite.training.block_inputs import CachedInputs, EmbeddedInputs
 from tests.rig import CPU, Rig, open_rig
 from tests.tiny_models import make_data, make_model
 
 _HIDDEN = 8
+
+
+def one_by_one(run_batch: Callable[[list[int]], torch.Tensor]) -> RunBatches:
+    """What :func:`write_cache` takes, from something that runs one batch."""
+
+    def run_batches(batches: list[list[int]], on_output: Callable[[int, torch.Tensor], None]) -> None:
+        for number, batch in enumerate(batches):
+            on_output(number, run_batch(batch))
+
+    return run_batches
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +85,7 @@ def _check_all(directory: Path, layout: CacheLayout, block: _Block) -> None:
 def test_any_examples_in_any_order_come_back_bit_by_bit(tmp_path, dtype):
     layout, block = _layout(_LENGTHS, dtype), _Block(_LENGTHS, dtype)
     finished: list[int] = []
-    write_cache(tmp_path / "cache", layout, block, done=(), on_shard=finished.append)
+    write_cache(tmp_path / "cache", layout, one_by_one(block), done=(), on_shard=finished.append)
     assert len(layout.shards) > 2
     assert finished == list(range(len(layout.shards)))
     _check_all(tmp_path / "cache", layout, block)
@@ -83,7 +93,7 @@ def test_any_examples_in_any_order_come_back_bit_by_bit(tmp_path, dtype):
 
 def test_the_files_hold_no_padding_and_are_as_large_as_announced(tmp_path):
     layout, block = _layout(_LENGTHS), _Block(_LENGTHS)
-    write_cache(tmp_path, layout, block, done=(), on_shard=lambda n: None)
+    write_cache(tmp_path, layout, one_by_one(block), done=(), on_shard=lambda n: None)
     tensors = [t for path in sorted(tmp_path.iterdir()) for t in load_file(path).values()]
     assert sum(t.shape[0] for t in tensors) == sum(_LENGTHS)
     assert sum(t.numel() * t.itemsize for t in tensors) == layout.total_bytes
@@ -93,24 +103,22 @@ def test_the_files_hold_no_padding_and_are_as_large_as_announced(tmp_path):
 def test_a_half_written_cache_goes_on_at_its_next_shard_and_ends_with_the_same_bytes(tmp_path):
     layout = _layout(_LENGTHS)
     whole = _Block(_LENGTHS)
-    write_cache(tmp_path / "whole", layout, whole, done=(), on_shard=lambda n: None)
+    write_cache(tmp_path / "whole", layout, one_by_one(whole), done=(), on_shard=lambda n: None)
     expected = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
     for cut in range(len(whole.calls)):
         directory, done = tmp_path / f"cut-{cut}", []
         first = _Block(_LENGTHS)
         first.fail_at = cut
         with pytest.raises(KeyboardInterrupt):
-            write_cache(directory, layout, first, done=(), on_shard=done.append)
+            write_cache(directory, layout, one_by_one(first), done=(), on_shard=done.append)
         again = _Block(_LENGTHS)
-        write_cache(directory, layout, again, done=list(done), on_shard=done.append)
-        assert again.calls == [
-            b for n in range(len(layout.shards)) if n >= cut_shard(layout, cut) for b in layout.shards[n]
-        ]
+        write_cache(directory, layout, one_by_one(again), done=list(done), on_shard=done.append)
+        assert again.calls == [batch for shard in layout.shards[_shard_of(layout, cut) :] for batch in shard]
         assert done == list(range(len(layout.shards)))
         assert {p.name: p.read_bytes() for p in directory.iterdir()} == expected
 
 
-def cut_shard(layout: CacheLayout, cut: int) -> int:
+def _shard_of(layout: CacheLayout, cut: int) -> int:
     """The shard that batch number ``cut`` belongs to."""
     owners = [n for n, batches in enumerate(layout.shards) for _ in batches]
     return owners[cut]
@@ -118,10 +126,10 @@ def cut_shard(layout: CacheLayout, cut: int) -> int:
 
 def test_a_shard_that_is_journalled_but_gone_is_made_again(tmp_path):
     layout = _layout(_LENGTHS)
-    write_cache(tmp_path, layout, _Block(_LENGTHS), done=(), on_shard=lambda n: None)
+    write_cache(tmp_path, layout, one_by_one(_Block(_LENGTHS)), done=(), on_shard=lambda n: None)
     (tmp_path / shard_name(1)).unlink()
     again = _Block(_LENGTHS)
-    write_cache(tmp_path, layout, again, done=range(len(layout.shards)), on_shard=lambda n: None)
+    write_cache(tmp_path, layout, one_by_one(again), done=range(len(layout.shards)), on_shard=lambda n: None)
     assert again.calls == layout.shards[1]
     _check_all(tmp_path, layout, again)
 
@@ -130,14 +138,14 @@ def test_a_shard_that_is_there_but_not_journalled_is_written_again(tmp_path):
     """The fact comes after the file; a crash between them leaves a whole file that is not trusted."""
     layout, block = _layout(_LENGTHS), _Block(_LENGTHS)
     tmp_path.joinpath(shard_name(0)).write_bytes(b"something else")
-    write_cache(tmp_path, layout, block, done=(), on_shard=lambda n: None)
+    write_cache(tmp_path, layout, one_by_one(block), done=(), on_shard=lambda n: None)
     _check_all(tmp_path, layout, block)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_missing_or_truncated_shard_is_an_error_that_names_it(tmp_path, damage):
     layout = _layout(_LENGTHS)
-    write_cache(tmp_path, layout, _Block(_LENGTHS), done=(), on_shard=lambda n: None)
+    write_cache(tmp_path, layout, one_by_one(_Block(_LENGTHS)), done=(), on_shard=lambda n: None)
     path = tmp_path / shard_name(1)
     if damage == "missing":
         path.unlink()
@@ -190,7 +198,7 @@ def test_a_cached_input_is_the_recomputed_one(opened, tmp_path):
         def run_batch(examples: list[int]) -> torch.Tensor:
             return first_half.forward(embedded.micro_batch(collate(dataset, examples, pad)))
 
-        write_cache(tmp_path / "cache", layout, run_batch, done=(), on_shard=lambda n: None)
+        write_cache(tmp_path / "cache", layout, one_by_one(run_batch), done=(), on_shard=lambda n: None)
         cached = CachedInputs(rig.skeleton, CPU, tmp_path / "cache", layout)
         for batch_of_writing in (b for shard in layout.shards for b in shard):
             batch = collate(dataset, batch_of_writing, pad)
@@ -214,19 +222,15 @@ def test_going_on_from_the_cache_gives_the_logits_of_the_whole_model(opened, tmp
     )
     embedded = EmbeddedInputs(rig.skeleton, CPU)
     with rig.layers(0, 2) as first_half:
-        write_cache(
-            tmp_path / "cache",
-            layout,
-            lambda examples: first_half.forward(embedded.micro_batch(collate(dataset, examples, pad))),
-            done=(),
-            on_shard=lambda n: None,
-        )
+
+        def run_batch(examples: list[int]) -> torch.Tensor:
+            return first_half.forward(embedded.micro_batch(collate(dataset, examples, pad)))
+
+        write_cache(tmp_path / "cache", layout, one_by_one(run_batch), done=(), on_shard=lambda n: None)
     cached = CachedInputs(rig.skeleton, CPU, tmp_path / "cache", layout)
     batch = collate(dataset, [4, 9, 1], pad)
     with rig.layers(2, 4) as second_half:
-        micro_batch = cached.micro_batch(batch)
-        assert isinstance(micro_batch, MicroBatch)
-        hidden = second_half.forward(micro_batch)
+        hidden = second_half.forward(cached.micro_batch(batch))
     got = torch.stack([rig.skeleton.logits(row) for row in hidden])
     expected = rig.logits(batch.input_ids)
     torch.testing.assert_close(got[batch.real], expected[batch.real], rtol=0, atol=1e-5)

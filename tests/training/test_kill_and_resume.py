@@ -22,7 +22,9 @@ from lopt_lite import TrainSettings
 from lopt_lite.errors import RunDirectoryError, StoppedError
 from lopt_lite.events import BlockDone, BlockStarted, Event, Progress, Step, Validation
 from lopt_lite.journal import read_facts
+from lopt_lite.residency.choices import Residence
 from lopt_lite.training import block_trainer, stopping
+from lopt_lite.training import run as training_run
 from lopt_lite.training.metrics import read_metrics
 from tests.tiny_models import make_data, make_model
 
@@ -63,8 +65,9 @@ def _sequence(run: Path) -> list[tuple[Any, ...]]:
 
 
 def _facts(run: Path) -> list[dict[str, Any]]:
-    """What was done; where checkpoints were made depends on the clock."""
-    return [fact for fact in read_facts(run / "journal.jsonl")[0] if fact["fact"] != "checkpoint"]
+    """What was done; where checkpoints were made depends on the clock, and a prediction on the process."""
+    facts = [fact for fact in read_facts(run / "journal.jsonl")[0] if fact["fact"] != "checkpoint"]
+    return [{key: value for key, value in fact.items() if key != "predicted_bytes"} for fact in facts]
 
 
 def _assert_same(run: Path, reference: Path) -> None:
@@ -81,8 +84,9 @@ def _assert_same(run: Path, reference: Path) -> None:
 # -- cut off at random moments ----------------------------------------------------------------------------------------
 
 
-def _interrupt(work: Path, inputs: tuple[Path, Path], options: list[str], **job: Any) -> dict[str, Any]:
+def _interrupt(work: Path, inputs: tuple[Path, Path], options: list[str], mode: str, **job: Any) -> dict[str, Any]:
     model, data = inputs
+    job["mode"] = mode
     job["arguments"] = ["train", str(model), str(data), *_RECIPE, *options]
     (work / "job.json").write_text(json.dumps(job))
     subprocess.run(
@@ -107,38 +111,31 @@ def _assert_all_same(work: Path, outcome: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "every"), [(_NF4, "0s"), (_NF4, "0.1s"), (_FLOAT, "0s")])
+@pytest.mark.parametrize(("options", "mode", "every"), [(_NF4, "dequantised", "0s"), (_FLOAT, "streamed", "0.1s")])
 def test_killed_at_twenty_random_moments_and_started_again_it_ends_with_the_same_bytes(
-    tmp_path, inputs, options, every
+    tmp_path, inputs, options, mode, every
 ):
-    outcome = _interrupt(tmp_path, inputs, [*options, "--checkpoint-every", every], how="kill", cuts=20, seed=1)
+    outcome = _interrupt(tmp_path, inputs, [*options, "--checkpoint-every", every], mode, how="kill", cuts=20, seed=1)
     assert set(outcome["codes"]) == {0, -signal.SIGKILL}
     assert outcome["codes"].count(-signal.SIGKILL) >= 20
-    assert len(set(outcome["facts"])) >= 8, "the kills must have come at different stages"
+    assert len(set(map(tuple, outcome["places"]))) >= 8, "the kills must have come at different stages"
     _assert_all_same(tmp_path, outcome)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [_NF4, _FLOAT])
-def test_killed_between_any_two_file_operations_it_ends_with_the_same_bytes(tmp_path, inputs, options):
+@pytest.mark.parametrize(("options", "mode"), [(_NF4, "streamed"), (_FLOAT, "resident")])
+def test_killed_between_any_two_file_operations_it_ends_with_the_same_bytes(tmp_path, inputs, options, mode):
     """Moments that a clock seldom hits: before and after a rename, a deletion, the journal's line."""
-    outcome = _interrupt(
-        tmp_path,
-        inputs,
-        [*options, "--checkpoint-every", "0s"],
-        how="operations",
-        cuts=30,
-        seed=2,
-        most_operations=60,
-    )
+    options = [*options, "--checkpoint-every", "0s"]
+    outcome = _interrupt(tmp_path, inputs, options, mode, how="operations", cuts=30, seed=2, most_operations=60)
     assert set(outcome["codes"]) == {0, -signal.SIGKILL}
     _assert_all_same(tmp_path, outcome)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "seed"), [("SIGINT", 3), ("SIGTERM", 4)])
-def test_stopped_by_a_signal_at_twenty_random_moments_it_ends_with_the_same_bytes(tmp_path, inputs, how, seed):
-    outcome = _interrupt(tmp_path, inputs, [*_NF4, "--checkpoint-every", "5m"], how=how, cuts=20, seed=seed)
+@pytest.mark.parametrize(("how", "mode", "seed"), [("SIGINT", "resident", 3), ("SIGTERM", "streamed", 4)])
+def test_stopped_by_a_signal_at_twenty_random_moments_it_ends_with_the_same_bytes(tmp_path, inputs, how, mode, seed):
+    outcome = _interrupt(tmp_path, inputs, [*_NF4, "--checkpoint-every", "5m"], mode, how=how, cuts=20, seed=seed)
     # A SIGTERM that comes before the run has begun ends the process as it ends any.
     expected = {0, 75} if how == "SIGINT" else {0, 75, -signal.SIGTERM}
     assert set(outcome["codes"]) <= expected
@@ -165,7 +162,14 @@ def _settings(inputs: tuple[Path, Path], output: Path, **changes: Any) -> TrainS
 
 
 @pytest.fixture
-def reference(inputs, tmp_path, one_thread) -> Path:
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the layers are, and several micro-batches a step."""
+    residence = Residence(getattr(request, "param", "resident"), 80, 2**20, 0)
+    monkeypatch.setattr(training_run, "choose_residence", lambda *args, **kwargs: residence)
+
+
+@pytest.fixture
+def reference(inputs, tmp_path, one_thread, mode) -> Path:
     """A run that nobody disturbs."""
     lopt_lite.train(_settings(inputs, tmp_path / "reference"))
     return tmp_path / "reference"
@@ -175,6 +179,7 @@ def _ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize("mode", ["resident", "streamed"], indirect=True)
 def test_stopped_at_every_step_it_ends_with_the_same_bytes(inputs, tmp_path, reference):
     """One step an attempt: also at the last step of a phase, of an epoch, of a block."""
     settings = _settings(inputs, tmp_path / "run")
@@ -206,16 +211,19 @@ def test_stopped_between_the_steps_it_ends_with_the_same_bytes(inputs, tmp_path,
     settings = _settings(inputs, tmp_path / "run")
     seen: set[str] = set()
 
-    def stop_at_each_kind(event: Event) -> None:
-        place = str({**event.to_json(), "step": None, "loss": None})
-        if isinstance(event, kind) and place not in seen:
-            seen.add(place)
-            _ctrl_c()
-
     stops = 0
     for _ in range(60):
+        asked = []
+
+        def stop_once(event: Event, asked: list[Event] = asked) -> None:
+            place = str({**event.to_json(), "step": None, "loss": None})
+            if isinstance(event, kind) and place not in seen and not asked:
+                seen.add(place)
+                asked.append(event)
+                _ctrl_c()
+
         try:
-            lopt_lite.train(settings, on_event=stop_at_each_kind)
+            lopt_lite.train(settings, on_event=stop_once)
         except StoppedError:
             stops += 1
         else:
@@ -226,6 +234,24 @@ def test_stopped_between_the_steps_it_ends_with_the_same_bytes(inputs, tmp_path,
 
 class _Crash(BaseException):
     """Stands for the end of the process."""
+
+
+def test_stopped_while_the_held_out_loss_is_measured_it_stops_there_and_no_step_is_lost(inputs, tmp_path, reference):
+    settings = _settings(inputs, tmp_path / "run")
+    events: list[Event] = []
+
+    def stop_in_the_first_validation(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Progress) and event.task == "held-out loss" and event.done < event.total:
+            _ctrl_c()
+
+    with pytest.raises(StoppedError):
+        lopt_lite.train(settings, on_event=stop_in_the_first_validation)
+    assert [e.epoch for e in events if isinstance(e, Validation)] == [0]
+    assert isinstance(events[-1], Progress)
+    lopt_lite.train(settings, on_event=events.append)
+    assert sum(isinstance(e, Step) for e in events) == len(_sequence(reference))
+    _assert_same(tmp_path / "run", reference)
 
 
 @pytest.mark.parametrize("cut_epoch", [1, 2])

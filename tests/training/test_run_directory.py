@@ -15,11 +15,8 @@ from lopt_lite.training.run_directory import RunIdentity, RunPaths, claim, read_
 
 
 def _identity(**changes: object) -> RunIdentity:
-    own = {
-        k: changes.pop(k)
-        for k in ("model_fingerprint", "data_fingerprint", "validation_fingerprint", "device")
-        if k in changes
-    }
+    names = ("model_fingerprint", "data_fingerprint", "validation_fingerprint", "device")
+    own = {name: changes.pop(name) for name in names if name in changes}
     values = {"model": "model.safetensors", "data": "data.jsonl", **changes}
     identity = RunIdentity(
         settings=TrainSettings(**values),
@@ -184,3 +181,12 @@ def test_a_crash_while_starting_fresh_leaves_a_run_with_nothing_done(claimed, mo
     monkeypatch.setattr(run_directory.files, "remove_tree", remove_tree)
     start_fresh(claimed)
     assert list(claimed.root.iterdir()) == []
+
+
+def test_a_run_of_a_release_that_lacked_an_option_is_one_with_its_default(claimed):
+    content = read_settings(claimed)
+    del content["settings"]["memory"]
+    files.write_json(claimed.settings, content)
+    assert claim(claimed, _identity()) == []
+    with pytest.raises(RunDirectoryError, match="--memory auto, not 1GiB"):
+        claim(claimed, _identity(memory="1GiB"))
