@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lopt_lite import files
 from lopt_lite.errors import RunDirectoryError
 from lopt_lite.events import Notice, OnEvent
 
@@ -34,6 +35,14 @@ def holder_pid(directory: Path) -> int | None:
         return None
     lock.release()
     return None
+
+
+def _record_pid(directory: Path) -> None:
+    path = directory / _PID_NAME
+    try:
+        path.write_text(str(os.getpid()))
+    except OSError as error:
+        raise files.explain_os_error(error, path, "write") from error
 
 
 def _recorded_pid(directory: Path) -> int | None:
@@ -87,7 +96,7 @@ def locked(
     except OSError as error:
         raise RunDirectoryError(f"cannot lock {directory}: {error.strerror or error}") from error
     try:
-        (directory / _PID_NAME).write_text(str(os.getpid()))
+        _record_pid(directory)
         yield
     finally:
         (directory / _PID_NAME).unlink(missing_ok=True)

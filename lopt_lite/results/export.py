@@ -68,6 +68,7 @@ def _adapter_fingerprint(run: OpenRun) -> str:
 
 def _write_merged(run: OpenRun, out: Path, settings: ExportSettings, on_event: OnEvent) -> None:
     """Stream the base weights through ``base + adapter`` into a new checkpoint."""
+    _check_adapter(run)
     if out.is_dir() and store_info(out) is not None:
         raise RunDirectoryError(f"{out} holds a finished checkpoint already", fix="name a new or empty directory")
     if settings.onto == "quantized":
@@ -98,6 +99,18 @@ def _write_merged(run: OpenRun, out: Path, settings: ExportSettings, on_event: O
     ).build()
     for name in _BUILD_FILES:
         files.remove_file(out / name)
+
+
+def _check_adapter(run: OpenRun) -> None:
+    """Every adapter tensor must belong to a module of the model, or it would be left out of the merge in silence."""
+    for layer, tensors in run.adapters.items():
+        known = {f"{n}.lora_{half}.weight" for n in run.skeleton.adaptable_names(layer) for half in "AB"}
+        strangers = sorted(set(tensors) - known)
+        if strangers:
+            raise RunDirectoryError(
+                f"the adapter holds {strangers[0]} for layer {layer}, which {run.skeleton.architecture} does not have",
+                fix="restore RUN/adapter from a backup, or train again with --fresh",
+            )
 
 
 def _merge(run: OpenRun, name: str, tensor: torch.Tensor) -> torch.Tensor:

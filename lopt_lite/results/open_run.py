@@ -45,7 +45,6 @@ class OpenRun:
 
     paths: RunPaths
     settings: TrainSettings
-    origin: str
     store: Store
     skeleton: Skeleton
     tokenizer: Any
@@ -98,7 +97,6 @@ def open_run(run: str, device: torch.device) -> OpenRun:
     return OpenRun(
         paths=paths,
         settings=settings,
-        origin=str(content["model"]["origin"]),
         store=store,
         skeleton=skeleton,
         tokenizer=load_tokenizer(model),

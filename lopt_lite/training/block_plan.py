@@ -16,11 +16,6 @@ class Block:
     end: int
     objective: str
 
-    @property
-    def name(self) -> str:
-        """Name of the block's directories."""
-        return f"block-{self.index:02d}"
-
 
 def plan_blocks(layers: int, objectives: tuple[str, ...]) -> list[Block]:
     """Cut ``layers`` layers into ``len(objectives)`` blocks.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lopt_lite import files
 from lopt_lite.events import Step
@@ -31,15 +31,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open(path, "ab")
+    except OSError as error:
+        raise files.explain_os_error(error, path, "open") from error
+
+
 class Metrics:
     """The open metrics file of a run."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self._file = open(path, "ab")
-        except OSError as error:
-            raise files.explain_os_error(error, path, "open") from error
+        self._file = _open(path)
 
     def add(self, step: Step) -> None:
         """Append one step."""
@@ -57,7 +61,7 @@ class Metrics:
         kept = [r for r in read_metrics(self._path) if place(r) <= done]
         self._file.close()
         files.write_bytes(self._path, "".join(json.dumps(r) + "\n" for r in kept).encode())
-        self._file = open(self._path, "ab")
+        self._file = _open(self._path)
 
     def close(self) -> None:
         """Close the file."""

@@ -255,7 +255,8 @@ def _decide_residence(
             attach=lambda index, layer: attach_adapter(layer, index, skeleton=skeleton, settings=settings),
         )
         journal.add("residence", device=device.type, **residence.to_json())
-    on_event(Notice(text=_RESIDENCE_TEXTS[residence.mode].format(gib=residence.predicted_bytes / 2**30)))
+    if journal.last("adapter") is None:
+        on_event(Notice(text=_RESIDENCE_TEXTS[residence.mode].format(gib=residence.predicted_bytes / 2**30)))
     return residence
 
 
