@@ -79,7 +79,7 @@ def _from_out_of_memory(error: BaseException) -> Report:
         "OutOfMemory",
         4,
         "out of memory" + (f": {_first_line(error)}" if str(error) else ""),
-        fix="use a smaller --batch-size or --max-length, more --blocks, or a --memory budget, and start anew with --fresh",
+        fix="use a smaller --batch-size or --max-length, more --blocks or a --memory budget, and --fresh",
     )
 
 
