@@ -6,6 +6,7 @@ import datetime
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,14 @@ import pytest
 from lopt_lite.errors import StoppedError
 from lopt_lite.training import stopping
 from lopt_lite.training.stopping import Stopper
+
+
+@pytest.fixture(autouse=True)
+def a_terminal_that_can_hang_up() -> Iterator[None]:
+    """The suite may itself run under ``nohup``, where SIGHUP is ignored and rightly stays so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 class _Clock:
