@@ -1,46 +1,48 @@
-"""Streaming layer shards through two slabs of memory.
+"""Streaming stretches of files (layer shards, slices of the LM head) through two slabs of memory.
 
-A slab is one flat, preallocated buffer as large as the largest shard. A reader thread fills one slab with the next
-layer while the layer in the other one computes. A shard is read with explicit reads, in one piece, and its tensors are
-views of the slab: nothing is allocated per layer, and no mapped file pages pile up in the process. On a GPU the reader
+A slab is one flat, preallocated buffer as large as the largest stretch. A reader thread fills one slab with the next
+stretch while the one in the other slab is computed with. A stretch is read with explicit reads, in one piece, and its tensors
+are views of the slab: nothing is allocated per load, and no mapped file pages pile up in the process. On a GPU the reader
 fills a pinned host slab, which is copied to a device slab in one asynchronous copy on a stream of its own.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
-from lopt_lite.checkpoints.skeleton import Skeleton
-from lopt_lite.checkpoints.store import ShardView, Store
+from lopt_lite.checkpoints.store import ShardView
 from lopt_lite.devices import CopyStream
 
 _SLABS = 2
 
 
-class LayerStream:
-    """Gives the tensors of layers, in any order asked for, while reading the next ones ahead.
+class ShardStream:
+    """Gives the tensors of stretches, in any order asked for, while reading the next ones ahead.
 
     Parameters
     ----------
-    store, skeleton:
-        Where the layers are.
-    first, end:
-        The range of layers that will be asked for.
+    views:
+        The stretches that will be asked for, by number: a layer's index, say.
     device:
         Where their tensors are wanted.
     prefetch:
-        Read the next layer while this one is in use. Off, every read happens when it is asked for: the slow oracle.
+        Read the next stretch while this one is in use. Off, every read happens when it is asked for: the slow oracle.
+
+    Attributes
+    ----------
+    loads:
+        Stretches read so far.
+    waited_s:
+        Seconds for which computing had to wait for a read.
     """
 
-    def __init__(
-        self, store: Store, skeleton: Skeleton, first: int, end: int, *, device: torch.device, prefetch: bool = True
-    ) -> None:
-        self._views = {index: store.layer_view(skeleton, index) for index in range(first, end)}
+    def __init__(self, views: Mapping[int, ShardView], *, device: torch.device, prefetch: bool = True) -> None:
+        self._views = dict(views)
         self.slab_bytes = max(view.nbytes for view in self._views.values())
         self._copies = CopyStream(device)
         self._host = [self._copies.host_buffer(self.slab_bytes) for _ in range(_SLABS)]
@@ -48,22 +50,22 @@ class LayerStream:
         self._holds: list[int | None] = [None] * _SLABS
         self._pending: list[Future[None] | None] = [None] * _SLABS
         self._prefetch = prefetch
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-reader")
-        self._lock = threading.Lock()
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-reader")
         self.loads = 0
+        self.waited_s = 0.0
 
     def names(self, index: int) -> dict[str, object]:
-        """Names (within the layer) of a layer's tensors."""
+        """Names of a stretch's tensors."""
         return dict.fromkeys(self._views[index].tensors)
 
     @contextmanager
-    def layer(self, index: int, upcoming: Sequence[int] = ()) -> Iterator[dict[str, torch.Tensor]]:
-        """The tensors of layer ``index``, valid until the context ends.
+    def item(self, index: int, upcoming: Sequence[int] = ()) -> Iterator[dict[str, torch.Tensor]]:
+        """The tensors of stretch ``index``, valid until the context ends.
 
         Parameters
         ----------
         upcoming:
-            Layers that will be asked for next, nearest first; the first one that is not in a slab is read meanwhile.
+            Stretches that will be asked for next, nearest first; the first one that is not in a slab is read meanwhile.
         """
         slab = self._slab_of(index)
         if slab is None:
@@ -107,11 +109,13 @@ class LayerStream:
     def _wait(self, slab: int) -> None:
         pending, self._pending[slab] = self._pending[slab], None
         if pending is not None:
+            started = time.monotonic()
             try:
                 pending.result()
             except BaseException:
                 self._holds[slab] = None
                 raise
+            self.waited_s += time.monotonic() - started
         self._copies.wait_for_copy(slab)
 
     def _tensors(self, slab: int, view: ShardView) -> dict[str, torch.Tensor]:

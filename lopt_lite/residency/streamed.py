@@ -21,7 +21,7 @@ from lopt_lite.checkpoints.store import Store
 from lopt_lite.devices import release_cached_memory
 from lopt_lite.residency.layer_loader import LayerShell, quantised_linears
 from lopt_lite.residency.pool import DropoutSeed, LossBackward, MicroBatch, OnLayer
-from lopt_lite.residency.slabs import LayerStream
+from lopt_lite.residency.slabs import ShardStream
 
 
 class StreamedLayers:
@@ -32,7 +32,7 @@ class StreamedLayers:
     store, skeleton, device, on_layer:
         As :class:`ResidentLayers`. What ``on_layer`` attaches to a layer stays on the device.
     prefetch:
-        See :class:`LayerStream`.
+        See :class:`ShardStream`.
     on_pass:
         Called after each layer of each pass with (layers done, layers of the whole step), so that one long step of a
         huge model does not look like a hang.
@@ -53,7 +53,8 @@ class StreamedLayers:
         self.first, self.end = first, end
         self._device = device
         self._on_pass = on_pass
-        self._stream = LayerStream(store, skeleton, first, end, device=device, prefetch=prefetch)
+        views = {index: store.layer_view(skeleton, index) for index in range(first, end)}
+        self._stream = ShardStream(views, device=device, prefetch=prefetch)
         self._shells: list[LayerShell] = []
         self.layers: list[nn.Module] = []
         for index in range(first, end):
@@ -158,7 +159,7 @@ class StreamedLayers:
     def loaded(self, index: int, upcoming: Sequence[int]) -> Iterator[nn.Module]:
         """Layer ``index`` with its weights, until the context ends; ``upcoming`` layers are read ahead."""
         shell = self._shells[index - self.first]
-        with self._stream.layer(index, upcoming) as tensors:
+        with self._stream.item(index, upcoming) as tensors:
             shell.fill(tensors, self._device)
             try:
                 yield shell.layer

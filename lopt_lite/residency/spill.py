@@ -1,0 +1,157 @@
+"""Tensors put aside for later: on the device while they fit there, then in host memory, then in a file.
+
+The file is scratch: it has no name any more once it is open (where the system allows that), so that nothing is left
+behind whatever happens to the process, and nothing of it is ever read by another one.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from lopt_lite.files import explain_os_error
+
+#: Offsets in the file are multiples of this.
+_ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True)
+class SpillLimits:
+    """How much may be put aside where, in bytes. What exceeds both goes to a file."""
+
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True)
+class _OnDisk:
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Spill:
+    """Keeps tensors by key and gives each one back, bit for bit, on the device it is wanted on.
+
+    On the CPU the device is the host, so that only ``device_bytes`` counts and everything else goes to the file.
+
+    Parameters
+    ----------
+    limits:
+        See :class:`SpillLimits`.
+    directory:
+        Where the file is made, when one is needed.
+    device:
+        Where tensors come from and go back to.
+    """
+
+    def __init__(self, limits: SpillLimits, directory: Path, device: torch.device) -> None:
+        self._limits, self._directory, self._device = limits, directory, device
+        self._kept: dict[Hashable, torch.Tensor | _OnDisk] = {}
+        self._device_bytes = self._host_bytes = 0
+        self._file: IO[bytes] | None = None
+        self._end = 0
+        self._holes: dict[int, list[int]] = {}
+        self.written_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def put(self, key: Hashable, tensor: torch.Tensor) -> None:
+        """Put ``tensor`` aside (without its graph); ``key`` must be free.
+
+        Raises
+        ------
+        DoesNotFitError
+            The disk is full.
+        """
+        if key in self._kept:
+            raise ValueError(f"{key!r} is put aside already")
+        tensor = tensor.detach()
+        nbytes = tensor.numel() * tensor.element_size()
+        if self._device_bytes + nbytes <= self._limits.device_bytes:
+            self._device_bytes += nbytes
+            self._kept[key] = tensor
+        elif self._device.type != "cpu" and self._host_bytes + nbytes <= self._limits.host_bytes:
+            self._host_bytes += nbytes
+            self._kept[key] = tensor.to("cpu")
+        else:
+            self._kept[key] = self._write(tensor, nbytes)
+
+    def take(self, key: Hashable) -> torch.Tensor:
+        """Give the tensor called ``key`` back, on the device, and forget it."""
+        kept = self._kept.pop(key)
+        if isinstance(kept, torch.Tensor):
+            nbytes = kept.numel() * kept.element_size()
+            if kept.device.type == self._device.type:
+                self._device_bytes -= nbytes
+            else:
+                self._host_bytes -= nbytes
+            return kept.to(self._device)
+        tensor = self._read(kept)
+        self._holes.setdefault(kept.nbytes, []).append(kept.start)
+        return tensor.to(self._device)
+
+    def clear(self) -> None:
+        """Forget everything; the file keeps its size for the next use."""
+        self._kept.clear()
+        self._holes.clear()
+        self._device_bytes = self._host_bytes = self._end = 0
+
+    def close(self) -> None:
+        """Forget everything and let go of the file."""
+        self.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Spill:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _write(self, tensor: torch.Tensor, nbytes: int) -> _OnDisk:
+        holes = self._holes.get(nbytes)
+        if holes:
+            start = holes.pop()
+        else:
+            start = self._end
+            self._end += -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        data = memoryview(tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(buffering=0, dir=self._directory, prefix=".spill-")  # noqa: SIM115
+            descriptor = self._file.fileno()
+            written = 0
+            while written < nbytes:
+                written += os.pwrite(descriptor, data[written:], start + written)
+        except OSError as error:
+            raise explain_os_error(error, self._directory, "put activations aside in") from error
+        self.written_bytes += nbytes
+        return _OnDisk(start, tuple(tensor.shape), tensor.dtype)
+
+    def _read(self, place: _OnDisk) -> torch.Tensor:
+        assert self._file is not None
+        flat = torch.empty(place.nbytes, dtype=torch.uint8)
+        view = memoryview(flat.numpy())
+        done = 0
+        try:
+            while done < place.nbytes:
+                count = os.preadv(self._file.fileno(), [view[done:]], place.start + done)
+                if count == 0:
+                    raise OSError("the scratch file ended early")
+                done += count
+        except OSError as error:
+            raise explain_os_error(error, self._directory, "read activations back from") from error
+        return flat.view(place.dtype).reshape(place.shape)
