@@ -1,9 +1,9 @@
 """Streaming stretches of files (layer shards, slices of the LM head) through two slabs of memory.
 
 A slab is one flat, preallocated buffer as large as the largest stretch. A reader thread fills one slab with the next
-stretch while the one in the other slab is computed with. A stretch is read with explicit reads, in one piece, and its tensors
-are views of the slab: nothing is allocated per load, and no mapped file pages pile up in the process. On a GPU the reader
-fills a pinned host slab, which is copied to a device slab in one asynchronous copy on a stream of its own.
+stretch while the one in the other slab is computed with. A stretch is read with explicit reads, in one piece, and its
+tensors are views of the slab: nothing is allocated per load, and no mapped file pages pile up in the process. On a GPU
+the reader fills a pinned host slab, which is copied to a device slab in one asynchronous copy on a stream of its own.
 """
 
 from __future__ import annotations

@@ -6,12 +6,12 @@ behind whatever happens to the process, and nothing of it is ever read by anothe
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Hashable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO
+from typing import cast
 
 import torch
 
@@ -59,7 +59,7 @@ class Spill:
         self._limits, self._directory, self._device = limits, directory, device
         self._kept: dict[Hashable, torch.Tensor | _OnDisk] = {}
         self._device_bytes = self._host_bytes = 0
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
         self._end = 0
         self._holes: dict[int, list[int]] = {}
         self.written_bytes = 0
@@ -131,11 +131,11 @@ class Spill:
         data = memoryview(tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(buffering=0, dir=self._directory, prefix=".spill-")  # noqa: SIM115
-            descriptor = self._file.fileno()
+                self._file = cast(FileIO, tempfile.TemporaryFile(buffering=0, dir=self._directory, prefix=".spill-"))
+            self._file.seek(start)
             written = 0
             while written < nbytes:
-                written += os.pwrite(descriptor, data[written:], start + written)
+                written += self._file.write(data[written:])
         except OSError as error:
             raise explain_os_error(error, self._directory, "put activations aside in") from error
         self.written_bytes += nbytes
@@ -147,9 +147,10 @@ class Spill:
         view = memoryview(flat.numpy())
         done = 0
         try:
+            self._file.seek(place.start)
             while done < place.nbytes:
-                count = os.preadv(self._file.fileno(), [view[done:]], place.start + done)
-                if count == 0:
+                count = self._file.readinto(view[done:])
+                if not count:
                     raise OSError("the scratch file ended early")
                 done += count
         except OSError as error:
