@@ -1,17 +1,31 @@
-"""The device a run computes on: choosing it, and reading its memory counters."""
+"""The device a run computes on: choosing it, reading its peak memory, copying to it beside computing."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import platform
-import re
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import psutil
 import torch
 
+from lopt_lite import host_memory
+from lopt_lite.backends import DeviceBackend, Event, backend
 from lopt_lite.errors import SettingsError
+
+__all__ = [
+    "CopyStream",
+    "DeviceBackend",
+    "PeakMemory",
+    "backend",
+    "choose_device",
+    "free_bytes",
+    "host_rss_bytes",
+    "memory_limited",
+    "release_cached_memory",
+    "return_freed_memory",
+    "set_memory_limit",
+    "synchronize",
+    "used_bytes",
+]
 
 
 def choose_device(name: str) -> torch.device:
@@ -38,138 +52,151 @@ def choose_device(name: str) -> torch.device:
 
 def host_rss_bytes() -> int:
     """Resident memory of this process, in bytes."""
-    return int(psutil.Process().memory_info().rss)
-
-
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_STATUS = Path("/proc/self/status")
-
-
-def _host_peak_rss_bytes() -> int:
-    """Largest resident size of this process where the system keeps it (Linux), else the present one, in bytes."""
-    try:
-        status = _STATUS.read_text()
-    except OSError:
-        return host_rss_bytes()
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else host_rss_bytes()
+    return host_memory.rss_bytes()
 
 
 class PeakMemory:
-    """The device's peak memory since construction or the last :meth:`reset`, in bytes.
+    """The device's peak memory since construction or the last :meth:`reset`, in bytes: what a budget counts.
 
-    On the CPU the device is the process. Linux keeps the true peak of its resident size; where that cannot be reset, it
-    is the peak since the process began. Elsewhere, and on MPS, it is the largest size seen by :meth:`read`, which
-    misses what was allocated and freed in between.
+    See :meth:`DeviceBackend.peak_bytes` of each kind of device for what that is.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._peak_bytes = 0
+        self._backend = backend(device)
         self.reset()
 
     def reset(self) -> None:
         """Forget the peak so far."""
-        self._peak_bytes = 0
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        elif self._device.type == "cpu":
-            with contextlib.suppress(OSError):
-                _CLEAR_REFS.write_text("5")  # proc(5): reset the peak resident set size
+        self._backend.reset_peak()
 
     def read(self) -> int:
         """Look at the device now and return the peak in bytes."""
-        if self._device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self._device))
-        on_mps = self._device.type == "mps"
-        now = int(torch.mps.current_allocated_memory()) if on_mps else _host_peak_rss_bytes()
-        self._peak_bytes = max(self._peak_bytes, now)
-        return self._peak_bytes
+        return self._backend.peak_bytes()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be allocated on ``device`` now, in bytes."""
+    return backend(device).free_bytes()
+
+
+def used_bytes(device: torch.device) -> int:
+    """Memory that a budget counts as used already, in bytes: on the CPU the process, elsewhere nothing."""
+    return backend(device).used_bytes()
+
+
+def set_memory_limit(device: torch.device, limit_bytes: int | None) -> bool:
+    """Make the allocator of ``device`` keep a budget; False on the CPU. See :meth:`DeviceBackend.set_memory_limit`."""
+    return backend(device).set_memory_limit(limit_bytes)
+
+
+@contextmanager
+def memory_limited(device: torch.device, limit_bytes: int | None) -> Iterator[None]:
+    """Keep a budget within the context, where the device can; None sets no limit. The limit is lifted afterwards."""
+    if limit_bytes is None:
+        yield
+        return
+    set_memory_limit(device, limit_bytes)
+    try:
+        yield
+    finally:
+        set_memory_limit(device, None)
 
 
 def release_cached_memory(device: torch.device) -> None:
     """Give memory that the allocator keeps for reuse back to the device."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
+    backend(device).empty_cache()
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """On the CPU: make the C library give freed memory back at once. See :func:`host_memory.return_freed_memory`."""
+    if device.type == "cpu":
+        host_memory.return_freed_memory()
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until all work queued on ``device`` is done (so that a clock read afterwards is honest)."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEEP_BYTES = 1 << 20
-
-
-def return_freed_memory(device: torch.device) -> None:
-    """On the CPU with glibc: make the allocator give freed memory back to the system at once.
-
-    By default glibc keeps freed blocks of up to 32 MiB in its heap, where activations of ever new sizes leave holes: a
-    process that needs 0.8 GiB at any time grew to 1.4 GiB in ``benchmarks/depth.py``. Giving memory back costs page
-    faults (up to 40 % of the time with small layers), so it is done only for runs that have a budget to keep.
-    """
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
-    libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+    backend(device).synchronize()
 
 
 class CopyStream:
     """Copies from host buffers to device buffers beside computing, one pair of buffers per slab.
 
-    On CUDA a copy runs on a stream of its own from pinned memory, and events keep order both ways: computing waits for
-    the copy of its slab, a copy waits for the computing that last used its slab. On MPS copies are synchronous. On the
-    CPU host and device buffer are the same memory and there is nothing to copy.
+    A slab's life is: its host buffer is filled and its copy started (by a reader thread), computing waits for the copy
+    and uses the device buffer (in the thread that made this object), and both are overwritten by the next filling.
+
+    * Where the device has streams (CUDA), a copy runs on a stream of its own from pinned memory, and events keep order
+      both ways: computing waits for the copy of its slab (:meth:`wait_for_copy`), a copy waits for the computing that
+      last used its slab (:meth:`mark_used`), and the host buffer is not filled again before the last copy out of it is
+      done (:meth:`wait_until_unused`). Buffers live until :meth:`close`, which waits for the copies, so the allocator
+      cannot give their memory to anyone in between. All computing has to be on one stream.
+    * On MPS the copy is left to :meth:`wait_for_copy`, in the computing thread, and done when that returns. The device
+      has one stream, on which it comes after the computing queued before; PyTorch does not promise that a second thread
+      may queue work there.
+    * On the CPU host and device buffer are the same memory, there is nothing to copy, and computing is done when its
+      call returns.
+
+    Parameters
+    ----------
+    device:
+        Where to copy to.
+    via:
+        What that device offers; by default :func:`backend` of it.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self._cuda else None
-        self._copied: dict[int, torch.cuda.Event] = {}
-        self._used: dict[int, torch.cuda.Event] = {}
+    def __init__(self, device: torch.device, *, via: DeviceBackend | None = None) -> None:
+        self._backend = backend(device) if via is None else via
+        self._stream = self._backend.new_stream()
+        self._copied: dict[int, Event] = {}
+        self._used: dict[int, Event] = {}
+        self._left: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def host_buffer(self, size_bytes: int) -> torch.Tensor:
         """A flat uint8 buffer on the host, pinned where that makes copies asynchronous."""
-        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._cuda)
+        return self._backend.host_buffer(size_bytes)
 
     def device_buffer(self, host: torch.Tensor) -> torch.Tensor:
         """The buffer on the device that belongs to ``host``: the same memory on the CPU."""
-        return host if self._device.type == "cpu" else torch.empty_like(host, device=self._device)
+        if self._backend.shares_host_memory:
+            return host
+        buffer = self._backend.device_buffer(host.numel())
+        if self._stream is not None:
+            # The allocator may have handed out memory that work queued for computing still reads; that is in order for
+            # computing, but the copies run beside it.
+            self._stream.wait_event(self._backend.compute_stream().record_event())
+        return buffer
 
     def copy(self, slab: int, host: torch.Tensor, device: torch.Tensor) -> None:
         """Start the copy of a slab; called by the reader thread once ``host`` is filled."""
-        if self._device.type == "cpu":
+        if self._backend.shares_host_memory:
             return
         if self._stream is None:
-            device.copy_(host)
+            self._left[slab] = (host, device)
             return
-        with torch.cuda.stream(self._stream):
-            if slab in self._used:
-                self._stream.wait_event(self._used.pop(slab))
-            device.copy_(host, non_blocking=True)
-            self._copied[slab] = self._stream.record_event()
+        used = self._used.pop(slab, None)
+        if used is not None:
+            self._stream.wait_event(used)
+        self._backend.copy(host, device, self._stream)
+        self._copied[slab] = self._stream.record_event()
 
     def wait_for_copy(self, slab: int) -> None:
-        """Make the computing that is queued from now on wait for the slab's copy."""
-        event = self._copied.get(slab)
-        if event is not None:
-            torch.cuda.current_stream(self._device).wait_event(event)
+        """Make the computing that is queued from now on wait for the slab's copy; called once the reader is done."""
+        if slab in self._left:
+            self._backend.copy(*self._left.pop(slab), None)
+        elif slab in self._copied:
+            self._backend.compute_stream().wait_event(self._copied[slab])
 
     def mark_used(self, slab: int) -> None:
         """Note that everything queued so far may still read the slab."""
-        if self._cuda:
-            self._used[slab] = torch.cuda.current_stream(self._device).record_event()
+        if self._stream is not None:
+            self._used[slab] = self._backend.compute_stream().record_event()
 
     def wait_until_unused(self, slab: int) -> None:
         """Block the reader until the last copy out of the slab's host buffer is done, so that it may be refilled."""
-        event = self._copied.get(slab)
-        if event is not None:
-            event.synchronize()
+        if slab in self._copied:
+            self._copied[slab].synchronize()
+
+    def close(self) -> None:
+        """Wait until no copy uses a buffer any more, so that they may be freed. The reader must have stopped."""
+        self._left.clear()
+        if self._stream is not None:
+            self._stream.synchronize()

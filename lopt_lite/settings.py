@@ -22,6 +22,7 @@ Dtype = Literal["bfloat16", "float32"]
 Quantize = Literal["nf4", "none"]
 Schedule = Literal["sequential"]
 Tune = Literal["lora"]
+Cache = Literal["exact", "int8"]
 ExportFormat = Literal["adapter", "merged"]
 Onto = Literal["original", "quantized"]
 
@@ -77,6 +78,11 @@ class TrainSettings:
     tune: Tune = option("lora", "What is trained: lora (a PEFT adapter on the linear layers).")
     quantize: Quantize = option("nf4", "Storage of the frozen weights: nf4 (4 bits) or none (in --dtype).")
     dtype: Dtype = option("bfloat16", "Type to compute in; with --quantize none also the type of stored weights.")
+    cache: Cache = option(
+        "exact",
+        "Storage of the activations between blocks: exact (in --dtype) or int8 (8 bits per value, a scale per token: "
+        "half the disk space and reading, with a small error that is measured and shown).",
+    )
     store: str | None = option(
         None, "Directory of the prepared weights; runs may share one. Default: RUN/store, or MODEL if it is a store."
     )

@@ -12,10 +12,35 @@ from lopt_lite.checkpoints.build_store import DTYPES, StoreBuilder
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
+from lopt_lite.residency.choices import Residence
 from lopt_lite.residency.head import place_head
 from lopt_lite.residency.pool import MicroBatch, ResidentLayers
 
 CPU = torch.device("cpu")
+
+
+def residence(mode: str, *, layers: int = 2, micro_batch_tokens: int = 2048, **changes: Any) -> Residence:
+    """A way of working by the name that :attr:`Residence.mode` gives it, or ``"offloaded"``: streamed, and tighter."""
+    resident = {"streamed": 0, "offloaded": 0, "partly streamed": max(1, layers // 2)}.get(mode, layers)
+    offloaded = mode == "offloaded"
+    values: dict[str, Any] = {
+        "layers": layers,
+        "resident_layers": resident,
+        "dequantised": mode == "dequantised",
+        "recompute": mode not in ("dequantised", "resident"),
+        "micro_batch_tokens": micro_batch_tokens,
+        "forward_tokens": 2 * micro_batch_tokens,
+        "group_tokens": (2 if resident == layers else 16) * micro_batch_tokens,
+        "logit_elements": 2**20 if micro_batch_tokens < 2048 else 2**24,
+        "head_slice_rows": 64 if offloaded else None,
+        "boundary_bytes": 0 if offloaded else 2**30,
+        "boundary_host_bytes": 0,
+        "offload_state": offloaded,
+        "cache_keep_bytes": 0,
+        "predicted_bytes": 0,
+        "predicted_host_bytes": 0,
+    }
+    return Residence(**{**values, **changes})
 
 
 @dataclass

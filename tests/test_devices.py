@@ -1,15 +1,21 @@
-"""Memory counters tell the truth about what happened between two looks."""
+"""Memory counters tell the truth about what happened between two looks, and limits reach the allocator."""
 
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from lopt_lite.devices import PeakMemory, host_rss_bytes
+from lopt_lite import devices, host_memory
+from lopt_lite.backends import CudaBackend, MpsBackend, backend
+from lopt_lite.devices import PeakMemory, choose_device, host_rss_bytes
+from lopt_lite.errors import SettingsError
 
 MIB = 2**20
+CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps a process's peak")
@@ -20,3 +26,137 @@ def test_the_cpu_peak_includes_what_was_freed_before_the_look():
     del block
     assert peak.read() >= before + 200 * MIB
     assert host_rss_bytes() < before + 200 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps a process's peak")
+def test_a_reset_forgets_the_cpu_peak():
+    peak = PeakMemory(CPU)
+    before = peak.read()
+    block = torch.ones(256 * MIB, dtype=torch.uint8)
+    del block
+    peak.reset()
+    assert peak.read() < before + 100 * MIB
+
+
+def test_where_the_system_keeps_no_peak_it_is_the_largest_size_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_memory, "_STATUS", tmp_path / "none")
+    monkeypatch.setattr(host_memory, "_CLEAR_REFS", tmp_path / "no directory" / "none")
+    sizes = iter([5, 9, 7, 3])
+    monkeypatch.setattr(host_memory, "rss_bytes", lambda: next(sizes))
+    peak = PeakMemory(CPU)
+    assert [peak.read(), peak.read(), peak.read()] == [5, 9, 9]
+    peak.reset()
+    assert peak.read() == 3
+
+
+def test_the_cpu_counts_the_process_as_used_and_keeps_no_limit():
+    assert devices.used_bytes(CPU) == pytest.approx(host_rss_bytes(), rel=0.1)
+    assert devices.free_bytes(CPU) > 0
+    assert not devices.set_memory_limit(CPU, 1)
+
+
+def test_the_cpu_has_nothing_to_copy():
+    copies = devices.CopyStream(CPU)
+    host = copies.host_buffer(64)
+    assert copies.device_buffer(host) is host
+    assert backend(CPU).new_stream() is None
+
+
+def test_an_unknown_kind_of_device_is_refused():
+    with pytest.raises(ValueError, match="meta"):
+        backend(torch.device("meta"))
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_of_nothing_is_refused_rather_than_taken_for_no_limit(limit: int):
+    for kind in (backend(CPU), MpsBackend(torch.device("mps"))):
+        with pytest.raises(ValueError, match="expected more than 0"):
+            kind.set_memory_limit(limit)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """PyTorch's CUDA calls that need no device, noting what they were given."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000))
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda fraction, device: seen.update(fraction=fraction, device=device),
+    )
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 60)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 1000))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: seen.update(reset=device))
+    return seen
+
+
+@pytest.mark.parametrize(("limit", "fraction"), [(250, 0.25), (1000, 1.0), (5000, 1.0), (None, 1.0)])
+def test_the_cuda_limit_is_a_share_of_the_devices_memory(cuda: dict[str, Any], limit: int | None, fraction: float):
+    assert devices.set_memory_limit(torch.device("cuda"), limit)
+    assert cuda == {"fraction": fraction, "device": torch.device("cuda", 1)}
+    assert isinstance(cuda["fraction"], float)
+
+
+def test_a_limit_is_lifted_at_the_end_also_after_an_error(cuda: dict[str, Any]):
+    device = torch.device("cuda")
+    with pytest.raises(KeyError), devices.memory_limited(device, 250):
+        assert cuda["fraction"] == 0.25
+        raise KeyError
+    assert cuda["fraction"] == 1.0
+    cuda.clear()
+    with devices.memory_limited(device, None):
+        pass
+    assert not cuda
+
+
+def test_the_cuda_peak_is_what_its_limit_counts(cuda: dict[str, Any]):
+    device = torch.device("cuda")
+    assert PeakMemory(device).read() == 70
+    assert cuda["reset"] == torch.device("cuda", 1)
+    assert backend(device).peak_live_bytes() == 60
+    assert (devices.free_bytes(device), devices.used_bytes(device)) == (300, 0)
+
+
+def test_a_cuda_device_keeps_its_number_in_other_threads(cuda: dict[str, Any]):
+    assert CudaBackend(torch.device("cuda")).device == torch.device("cuda", 1)
+    assert CudaBackend(torch.device("cuda", 3)).device == torch.device("cuda", 3)
+
+
+@pytest.fixture
+def mps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """PyTorch's MPS calls, noting what they were given."""
+    seen: dict[str, Any] = {"driver": 50, "tensors": 20}
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 1000)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: seen["driver"])
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: seen["tensors"])
+    monkeypatch.setattr(torch.mps, "set_per_process_memory_fraction", lambda fraction: seen.update(fraction=fraction))
+    return seen
+
+
+@pytest.mark.parametrize(("limit", "fraction"), [(250, 0.25), (1500, 1.5), (5000, 2.0), (None, 1.7)])
+def test_the_mps_limit_is_a_share_of_the_recommended_size(mps: dict[str, Any], limit: int | None, fraction: float):
+    assert devices.set_memory_limit(torch.device("mps"), limit)
+    assert mps["fraction"] == fraction
+    assert isinstance(mps["fraction"], float)
+
+
+def test_the_mps_peak_is_the_largest_size_seen_of_what_its_limit_counts(mps: dict[str, Any]):
+    device = torch.device("mps")
+    counters = backend(device)
+    assert (counters.peak_bytes(), counters.peak_live_bytes()) == (50, 20)
+    mps.update(driver=40, tensors=30)
+    assert (counters.peak_bytes(), counters.peak_live_bytes()) == (50, 30)
+    counters.reset_peak()
+    assert counters.peak_bytes() == 40
+    assert (devices.free_bytes(device), devices.used_bytes(device)) == (960, 0)
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused_and_auto_does_without(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SettingsError, match=f"--device {name}"):
+        choose_device(name)
+    assert choose_device("auto") == CPU

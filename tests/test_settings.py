@@ -50,6 +50,7 @@ _BAD = [
     *[(TrainSettings, "dtype", value) for value in ("float16", "bf16")],
     (TrainSettings, "schedule", "joint"),
     (TrainSettings, "tune", "full"),
+    *[(TrainSettings, "cache", value) for value in ("int4", "bfloat16", "")],
     (TrainSettings, "device", "tpu"),
     (QuantizeSettings, "quantize", "int4"),
     (QuantizeSettings, "dtype", "float8"),

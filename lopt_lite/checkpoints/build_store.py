@@ -16,7 +16,8 @@ import torch
 from lopt_lite import files
 from lopt_lite.checkpoints.locate import ModelFiles, locate_model
 from lopt_lite.checkpoints.names import NF4_SUFFIXES, Recipe, plan_names
-from lopt_lite.checkpoints.nf4 import STATE_SUFFIX, dequantize_matrix, packed_specs, quantize_matrix, state_shape
+from lopt_lite.checkpoints.nf4 import dequantize_matrix, quantize_matrix, state_shape
+from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX, packed_specs
 from lopt_lite.checkpoints.shard_writer import TensorSpec, aligned_order, write_shard
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import (

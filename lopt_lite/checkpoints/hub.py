@@ -12,8 +12,10 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from lopt_lite.errors import ModelError
 from lopt_lite.events import Notice, OnEvent
 
+WEIGHTS_PATTERN = "*.safetensors"
+
 #: Files that are fetched. Python code and pickles match none of these.
-ALLOWED_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+ALLOWED_PATTERNS = (WEIGHTS_PATTERN, "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 #: Folders that repositories use for other formats of the same weights.
 IGNORED_PATTERNS = ("original/*", "onnx/*", "gguf/*", "coreml/*", "openvino/*", "consolidated*")
@@ -28,8 +30,13 @@ def looks_like_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and ".." not in text
 
 
-def fetch(hub_id: str, on_event: OnEvent) -> Path:
+def fetch(hub_id: str, on_event: OnEvent, *, weights: bool = True) -> Path:
     """Download a model, or find it in the local cache; without a network the cache is used as it is.
+
+    Parameters
+    ----------
+    weights:
+        Whether weights are needed; without, only the small files are fetched.
 
     Returns
     -------
@@ -48,7 +55,7 @@ def fetch(hub_id: str, on_event: OnEvent) -> Path:
         unreachable = _why_unreachable(hub_id)
         directory = huggingface_hub.snapshot_download(
             hub_id,
-            allow_patterns=list(ALLOWED_PATTERNS),
+            allow_patterns=[p for p in ALLOWED_PATTERNS if weights or p != WEIGHTS_PATTERN],
             ignore_patterns=list(IGNORED_PATTERNS),
             etag_timeout=_ANSWER_WITHIN_S,
             local_files_only=unreachable is not None,

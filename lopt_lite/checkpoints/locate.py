@@ -31,21 +31,32 @@ TOKENIZER_NAMES = (
     "tekken.json",
 )
 
+#: Endings of files that hold weights, usable or not.
+_WEIGHT_SUFFIXES = (WEIGHTS_SUFFIX, INDEX_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFiles:
-    """A model as it lies on disk, checked.
+class ModelDescription:
+    """What can be known of a model without its weights.
 
-    ``origin`` is the hub id, or the absolute directory of the weights: what an adapter names as its base model.
     ``name`` is short, for people and directory names. ``tokenizer_directory`` is None when no vocabulary was found.
     """
 
-    origin: str
     name: str
-    weights: TensorFiles
     config_path: Path
     config: dict[str, Any]
     tokenizer_directory: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles(ModelDescription):
+    """A model as it lies on disk, checked.
+
+    ``origin`` is the hub id, or the absolute directory of the weights: what an adapter names as its base model.
+    """
+
+    origin: str
+    weights: TensorFiles
     generation_config_path: Path | None
 
     def fingerprint(self) -> str:
@@ -106,6 +117,47 @@ def locate_model(model: str, *, config_dirs: Sequence[str] = (), on_event: OnEve
     )
 
 
+def describe_model(model: str, *, config_dirs: Sequence[str] = (), on_event: OnEvent = ignore) -> ModelDescription:
+    """As :func:`locate_model`, for a model whose weights may be missing: a directory with a config.json will do.
+
+    Of a hub id everything but the weights is fetched.
+
+    Returns
+    -------
+    :class:`ModelFiles` where there are weights, else :class:`ModelDescription`.
+
+    Raises
+    ------
+    ModelError
+        There is no config.json, or what is there is damaged, unsafe or of an unsupported kind.
+    """
+    path = _absolute(model) if model else None
+    name = None
+    try:
+        if path is None or not (path.exists() or path.is_symlink()):
+            path, name = _fetch(model, on_event, weights=False), model.split("/")[-1]
+        elif not path.is_dir() or _has_weights(path):
+            return locate_model(model, config_dirs=config_dirs, on_event=on_event)
+        directories = [*(_config_directory(text) for text in config_dirs), path]
+        config_path = _first_with(directories, (CONFIG_NAME,))
+        vocabulary = _first_with(directories, TOKENIZER_NAMES)
+    except OSError as error:
+        raise ModelError(f"cannot read {error.filename or model}: {error.strerror or error}") from error
+    if config_path is None:
+        raise ModelError(f"there is no {CONFIG_NAME} in {path}", fix="name the directory that has it with --config DIR")
+    return ModelDescription(
+        name=name or path.name or "model",
+        config_path=config_path,
+        config=read_config(config_path, on_event),
+        tokenizer_directory=None if vocabulary is None else vocabulary.parent,
+    )
+
+
+def _has_weights(directory: Path) -> bool:
+    """Whether there are files that are, or could be taken for, weights: then they are looked at."""
+    return any(entry.name.endswith(_WEIGHT_SUFFIXES) for entry in directory.iterdir())
+
+
 def _absolute(text: str) -> Path:
     """Absolute, without following symbolic links: what lies beside a link in the hub's cache belongs to it."""
     try:
@@ -121,13 +173,13 @@ def _config_directory(text: str) -> Path:
     return path
 
 
-def _fetch(model: str, on_event: OnEvent) -> Path:
+def _fetch(model: str, on_event: OnEvent, *, weights: bool = True) -> Path:
     if model.endswith((WEIGHTS_SUFFIX, ".json")) or not hub.looks_like_hub_id(model):
         raise ModelError(
             f"there is no file or directory {model!r}",
             expected="a .safetensors file, an index, a directory, or a hub id such as organisation/name",
         )
-    return hub.fetch(model, on_event)
+    return hub.fetch(model, on_event, weights=weights)
 
 
 def _first_with(directories: list[Path], names: tuple[str, ...]) -> Path | None:

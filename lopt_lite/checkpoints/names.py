@@ -11,13 +11,14 @@ import copy
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lopt_lite.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter
 
 #: Endings of the tensors that bitsandbytes keeps beside a packed 4-bit weight.
 NF4_SUFFIXES = (
@@ -79,6 +80,10 @@ def plan_names(checkpoint_names: Iterable[str], model: Any, shapes: dict[str, tu
     ModelError
         Two checkpoint tensors claim the same model tensor.
     """
+    # Imported here: it takes a second, and looking at a model's files needs none of it.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]

@@ -7,28 +7,8 @@ import json
 import bitsandbytes.functional as bnb
 import torch
 
-from lopt_lite.checkpoints.shard_writer import TensorSpec
+from lopt_lite.checkpoints.nf4_layout import BLOCK_SIZE, STATE_BYTES, STATE_SUFFIX
 from lopt_lite.errors import ModelError
-
-BLOCK_SIZE = 64
-_NESTED_BLOCK_SIZE = 256
-#: The JSON side tensor is padded to a fixed size with spaces, so that a shard's layout is known before its content.
-_STATE_BYTES = 256
-STATE_SUFFIX = ".quant_state.bitsandbytes__nf4"
-
-
-def packed_specs(name: str, shape: tuple[int, ...]) -> list[TensorSpec]:
-    """Names, dtypes and shapes of the tensors that NF4 with double quantisation makes of a matrix ``name``."""
-    elements = shape[0] * shape[1]
-    blocks = -(-elements // BLOCK_SIZE)
-    return [
-        TensorSpec(name, torch.uint8, (-(-elements // 2), 1)),
-        TensorSpec(name + ".absmax", torch.uint8, (blocks,)),
-        TensorSpec(name + ".quant_map", torch.float32, (16,)),
-        TensorSpec(name + ".nested_absmax", torch.float32, (-(-blocks // _NESTED_BLOCK_SIZE),)),
-        TensorSpec(name + ".nested_quant_map", torch.float32, (256,)),
-        TensorSpec(name + STATE_SUFFIX, torch.uint8, (_STATE_BYTES,)),
-    ]
 
 
 def quantize_matrix(
@@ -48,7 +28,7 @@ def quantize_matrix(
     Returns
     -------
     dict
-        The tensors of :func:`packed_specs`, on the CPU.
+        The tensors of :func:`~lopt_lite.checkpoints.nf4_layout.packed_specs`, on the CPU.
     """
     packed, state = bnb.quantize_4bit(
         weight.to(device).contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
@@ -58,7 +38,7 @@ def quantize_matrix(
     for key, value in state.as_dict(packed=True).items():
         tensors[f"{name}.{key}"] = value
     text = bytes(tensors[name + STATE_SUFFIX].tolist())
-    tensors[name + STATE_SUFFIX] = torch.frombuffer(bytearray(text.ljust(_STATE_BYTES)), dtype=torch.uint8)
+    tensors[name + STATE_SUFFIX] = torch.frombuffer(bytearray(text.ljust(STATE_BYTES)), dtype=torch.uint8)
     return {key: value.detach().cpu() for key, value in tensors.items()}
 
 

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lopt_lite.checkpoints.locate import ModelFiles
+from lopt_lite.checkpoints.locate import ModelDescription
 from lopt_lite.errors import ModelError
 
 ReadRows = Callable[[torch.Tensor], torch.Tensor]
@@ -124,7 +124,7 @@ class Skeleton:
         The architecture is unknown to transformers, is not a causal decoder, or does not fit this way of driving it.
     """
 
-    def __init__(self, files: ModelFiles, *, dtype: torch.dtype, attention: str | None = None) -> None:
+    def __init__(self, files: ModelDescription, *, dtype: torch.dtype, attention: str | None = None) -> None:
         self.dtype = dtype
         self.config = load_config(files)
         self.model = _empty_model(self.config, dtype, attention)
@@ -239,11 +239,20 @@ class Skeleton:
                     module._buffers[leaf] = buffer.to(device)
 
     def place_head(self, weight: torch.Tensor | None, bias: torch.Tensor | None = None) -> None:
-        """Put the LM head's weight [vocabulary, hidden] on the device, or take it off again (None)."""
-        meta = torch.empty(self._head.out_features, self._head.in_features, device="meta", dtype=self.dtype)
-        self._head._parameters["weight"] = nn.Parameter(meta if weight is None else weight, requires_grad=False)
-        if bias is not None:
-            self._head._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
+        """Put the LM head's weight [rows, hidden] and bias [rows] on the device, or take both off again (None).
+
+        ``rows`` may be fewer than the vocabulary: then :meth:`logits` makes the logits of just these rows.
+        """
+        shapes: dict[str, tuple[int, ...]] = {"weight": (self._head.out_features, self._head.in_features)}
+        if self._head.bias is not None:
+            shapes["bias"] = (self._head.out_features,)
+        for (leaf, shape), value in zip(shapes.items(), (weight, bias), strict=False):
+            placed = torch.empty(shape, device="meta", dtype=self.dtype) if value is None else value
+            self._head._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
+
+    def replace_head(self, module: nn.Module) -> None:
+        """Let ``module`` ([..., hidden] -> [..., vocabulary]) make the model's logits from now on, for generation."""
+        _set_module(self.model, self.head_name.removesuffix(".weight"), module)
 
     # -- driving the model --------------------------------------------------------------------------------------------
 
@@ -273,6 +282,12 @@ class Skeleton:
         self._recorded, self._first_hidden = [], None
         return recording
 
+    def probe(self, tokens: int) -> list[LayerCall]:
+        """How each layer is called for one row of ``tokens`` tokens; also before any weight is there."""
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=self.root_device)
+        with _meta_root_on_cpu(self.model):
+            return self.record(ids, embed=False).calls
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm, LM head, and what the architecture adds to them (soft-capping, scaling).
 
@@ -285,7 +300,8 @@ class Skeleton:
         Returns
         -------
         torch.Tensor
-            [tokens, vocabulary], in the compute dtype; differentiable in ``hidden``.
+            [tokens, vocabulary], or as many columns as the placed head has rows, in the compute dtype; differentiable
+            in ``hidden``.
         """
         ids = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
         self._embedding.read_rows = None
@@ -294,7 +310,8 @@ class Skeleton:
             output = self.model(input_ids=ids, use_cache=False, return_dict=True)
         finally:
             self._inject, self._recorded, self._first_hidden = None, [], None
-        return output.logits[:, 0]
+        # A view with a free backward; indexing would copy the gradient, which is as large as the logits.
+        return output.logits.flatten(0, 1)
 
     def with_layers(self, layers: list[nn.Module]) -> PreTrainedModel:
         """The whole model with real layers in place of the proxies, for transformers' own generation.
@@ -386,8 +403,10 @@ class _meta_root_on_cpu:
         self._saved: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def __enter__(self) -> None:
+        # LM head and input embedding are large, and neither runs: the embedding's stand-in gives zeros.
+        unused = [self._model.get_output_embeddings(), *self._model.get_input_embeddings().children()]
         for module in self._model.modules():
-            if isinstance(module, nn.Linear) and module is self._model.get_output_embeddings():
+            if any(module is other for other in unused):
                 continue
             for leaf, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
@@ -401,7 +420,7 @@ class _meta_root_on_cpu:
             module._parameters[leaf] = parameter
 
 
-def load_config(files: ModelFiles) -> Any:
+def load_config(files: ModelDescription) -> Any:
     """The model's transformers config.
 
     Raises

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lopt_lite import files
 from lopt_lite.checkpoints.header import read_header
-from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.errors import ModelError, RunDirectoryError
+
+if TYPE_CHECKING:
+    from lopt_lite.checkpoints.skeleton import Skeleton
 
 INDEX_NAME = "model.safetensors.index.json"
 EMBEDDING_SHARD = "embedding.safetensors"
@@ -153,9 +155,34 @@ class Store:
 
     def head(self, skeleton: Skeleton) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The LM head's weight [vocabulary, hidden] and bias [vocabulary], as stored, on the CPU."""
-        weight = self._tensors.read(skeleton.embedding_name if skeleton.tied else skeleton.head_name)
-        bias_name = skeleton.head_name.removesuffix("weight") + "bias"
-        return weight, self._tensors.read(bias_name) if bias_name in self._tensors else None
+        return self._tensors.read(self._head_name(skeleton)), self.head_bias(skeleton)
+
+    def head_bias(self, skeleton: Skeleton) -> torch.Tensor | None:
+        """The LM head's bias [vocabulary] as stored, on the CPU, where there is one."""
+        name = skeleton.head_name.removesuffix("weight") + "bias"
+        return self._tensors.read(name) if name in self._tensors else None
+
+    def head_dtype(self, skeleton: Skeleton) -> torch.dtype:
+        """The type in which the LM head's weight is stored."""
+        return self._tensors.info(self._head_name(skeleton)).dtype
+
+    def head_view(self, skeleton: Skeleton, start: int, end: int) -> ShardView:
+        """Rows ``start`` to ``end`` (exclusive) of the LM head as one stretch, its tensor called ``"weight"``."""
+        name = self._head_name(skeleton)
+        info = self._tensors.info(name)
+        if not 0 <= start < end <= info.shape[0]:
+            raise ValueError(f"rows {start} to {end} of an LM head of {info.shape[0]} rows")
+        row_bytes = info.nbytes // info.shape[0]
+        nbytes = (end - start) * row_bytes
+        return ShardView(
+            nbytes=nbytes,
+            tensors={"weight": Place(0, nbytes, info.dtype, (end - start, *info.shape[1:]))},
+            read_into=lambda buffer: self._tensors.read_stretch(name, info.start + start * row_bytes, buffer),
+        )
+
+    @staticmethod
+    def _head_name(skeleton: Skeleton) -> str:
+        return skeleton.embedding_name if skeleton.tied else skeleton.head_name
 
     def root(self, skeleton: Skeleton) -> dict[str, torch.Tensor]:
         """Every stored tensor outside the layers except embedding and LM head (norms, position embeddings)."""

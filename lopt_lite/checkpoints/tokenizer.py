@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lopt_lite.checkpoints.locate import TOKENIZER_NAMES, ModelFiles
+from lopt_lite.checkpoints.locate import TOKENIZER_NAMES, ModelDescription
 from lopt_lite.errors import ModelError
 from lopt_lite.events import Notice, OnEvent, ignore
 from lopt_lite.files import copy_file, explain_os_error, make_directory
@@ -19,7 +19,7 @@ from lopt_lite.files import copy_file, explain_os_error, make_directory
 _FIX = "put the model's tokenizer files beside it, or name their directory with --config DIR"
 
 
-def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
+def load_tokenizer(files: ModelDescription) -> PreTrainedTokenizerBase:
     """Load the tokenizer that came with a model, running none of its code.
 
     Raises

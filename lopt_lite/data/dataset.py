@@ -61,7 +61,8 @@ class TokenizedDataset:
     def select(self, indices: Sequence[int] | torch.Tensor) -> TokenizedDataset:
         """The examples named, in that order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        lengths = self.lengths[chosen]
+        # Only of these: a batch must not cost a pass over the lengths of the whole data set.
+        lengths = self.offsets[chosen + 1] - self.offsets[chosen]
         offsets = torch.zeros(chosen.numel() + 1, dtype=torch.int64)
         torch.cumsum(lengths, 0, out=offsets[1:])
         positions = torch.arange(int(offsets[-1])) + (self.offsets[chosen] - offsets[:-1]).repeat_interleave(lengths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def load_dataset(
     loader = _Loader(path, tokenizer, max_length, skip_bad_lines)
     total_bytes = path.stat().st_size
     done_bytes = 0
-    for done_bytes in loader.run():
+    for done_bytes in loader.run(read_json_lines(path)):
         on_event(Progress(task=f"Reading {path.name}", done=done_bytes, total=total_bytes, unit="bytes"))
     if 0 < done_bytes < total_bytes:
         on_event(Progress(task=f"Reading {path.name}", done=total_bytes, total=total_bytes, unit="bytes"))
@@ -112,6 +112,22 @@ def load_dataset(
     for text in loader.notices():
         on_event(Notice(text=text))
     return dataset, loader.report
+
+
+def load_lines(path: str | Path, lines: Iterable[Line], tokenizer: Any, *, max_length: int) -> TokenizedDataset:
+    """As :func:`load_dataset`, of some ``lines`` of a file alone. Lines that cannot be used are left out.
+
+    Raises
+    ------
+    DataError
+        None of the lines can be used.
+    ModelError
+        The tokenizer's chat template is broken.
+    """
+    loader = _Loader(Path(path), tokenizer, max_length, skip_bad_lines=True)
+    for _ in loader.run(lines):
+        pass
+    return loader.dataset()
 
 
 class _Loader:
@@ -129,11 +145,11 @@ class _Loader:
         self.ids: list[np.ndarray] = []
         self.masks: list[np.ndarray] = []
 
-    def run(self) -> Iterator[int]:
-        """Work through the file; yields the bytes done after each chunk but the last."""
+    def run(self, lines: Iterable[Line]) -> Iterator[int]:
+        """Work through the file's lines; yields the bytes done after each chunk but the last."""
         pending: list[RenderedConversation | PlainText] = []
         characters = 0
-        for line in read_json_lines(self.path):
+        for line in lines:
             self.report.lines += 1
             try:
                 rendered = self._render(self._parse(line))

@@ -1,11 +1,14 @@
 """A whole model's held-out loss with only one block on the device at a time.
 
-Each block is loaded once; all batches pass through it, and its outputs wait in host memory for the next block.
+Each block is loaded once; all batches pass through it, and its outputs wait for the next block: in memory as far as
+they may, else in a scratch file.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,12 +18,17 @@ from lopt_lite.checkpoints.store import Store
 from lopt_lite.data.batches import length_sorted_batches
 from lopt_lite.data.dataset import Batch, TokenizedDataset, collate
 from lopt_lite.events import OnEvent, Progress, ignore
-from lopt_lite.residency.choices import Residence, open_layers
+from lopt_lite.residency.choices import Residence
 from lopt_lite.residency.head import answer_loss_sum, place_head
+from lopt_lite.residency.layers import open_layers
 from lopt_lite.residency.pool import MicroBatch, OnLayer
+from lopt_lite.residency.spill import Spill, SpillLimits
 
 #: Told which variant (index) the layers will run next, to switch adapters on or off.
 SelectVariant = Callable[[list[nn.Module], int], None]
+
+
+_SPILL_EVERYTHING = SpillLimits(device_bytes=0, host_bytes=0)
 
 
 @torch.no_grad()
@@ -34,6 +42,8 @@ def held_out_losses(
     residence: Residence,
     pad_token_id: int,
     max_rows: int,
+    spill_limits: SpillLimits = _SPILL_EVERYTHING,
+    spill_directory: Path | None = None,
     variants: int = 1,
     on_layer: OnLayer | None = None,
     select: SelectVariant | None = None,
@@ -51,6 +61,9 @@ def held_out_losses(
         Where the layers are, and the largest batch in tokens.
     max_rows:
         The largest batch in examples.
+    spill_limits, spill_directory:
+        How much of the outputs that wait for the next block may be in memory, and where the others' file is made. By
+        default all of them are in a file, in the system's directory of temporary files.
     variants:
         How many versions of the model to run side by side through each loaded block.
     select:
@@ -58,67 +71,80 @@ def held_out_losses(
     check:
         Called between batches; may raise to stop.
 
+    Raises
+    ------
+    DoesNotFitError
+        The disk of ``spill_directory`` is full.
+
     Returns
     -------
     list of float
         One mean loss per variant.
     """
-    batches = length_sorted_batches(dataset.lengths, max_tokens=residence.forward_tokens, max_rows=max_rows)
-    waiting: list[list[torch.Tensor]] = [[torch.empty(0)] * variants for _ in batches]
+    lengths = dataset.lengths
+    batches = length_sorted_batches(lengths, max_tokens=residence.forward_tokens, max_rows=max_rows)
+    groups_of_batches = groups(batches, lengths, residence.group_tokens)
     sums = [0.0] * variants
     answer_tokens = int(dataset.target_counts.sum())
     place_head(skeleton, store, device)
     total = len(batches) * len(ranges) * variants
     done = 0
-    for number, (first, end) in enumerate(ranges):
-        last = number == len(ranges) - 1
-        pool = open_layers(residence, store, skeleton, first, end, device=device, on_layer=on_layer)
-        try:
-            for group in groups(batches, dataset.lengths, residence.group_tokens):
-                collated = {b: collate(dataset, batches[b], pad_token_id) for b in group}
-                recordings = {
-                    b: skeleton.record(batch.input_ids.to(device), embed=number == 0) for b, batch in collated.items()
-                }
-                for variant in range(variants):
-                    if select is not None:
-                        select(pool.layers, variant)
+    directory = Path(tempfile.gettempdir()) if spill_directory is None else spill_directory
+    with Spill(spill_limits, directory, device) as waiting:
+        for number, (first, end) in enumerate(ranges):
+            last = number == len(ranges) - 1
+            pool = open_layers(
+                residence, store, skeleton, first, end, device=device, scratch=directory, on_layer=on_layer
+            )
+            try:
+                for group in groups_of_batches:
+                    collated = {b: collate(dataset, batches[b], pad_token_id) for b in group}
+                    recordings = {
+                        b: skeleton.record(batch.input_ids.to(device), embed=number == 0)
+                        for b, batch in collated.items()
+                    }
+                    for variant in range(variants):
+                        if select is not None:
+                            select(pool.layers, variant)
 
-                    def take(
-                        position: int,
-                        output: torch.Tensor,
-                        group: list[int] = group,
-                        collated: dict[int, Batch] = collated,
-                        variant: int = variant,
-                        last: bool = last,
-                    ) -> None:
-                        nonlocal done
-                        check()
-                        b = group[position]
-                        if last:
-                            targets = collated[b].targets.to(device)
-                            sums[variant] += answer_loss_sum(
-                                skeleton, output, targets, logit_elements=residence.logit_elements
-                            )
-                        else:
-                            waiting[b][variant] = output.cpu()
-                        done += 1
-                        on_event(Progress(task=task, done=done, total=total, unit="batches"))
+                        def take(
+                            position: int,
+                            output: torch.Tensor,
+                            group: list[int] = group,
+                            collated: dict[int, Batch] = collated,
+                            variant: int = variant,
+                            last: bool = last,
+                        ) -> None:
+                            nonlocal done
+                            check()
+                            b = group[position]
+                            if last:
+                                targets = collated[b].targets.to(device)
+                                sums[variant] += answer_loss_sum(
+                                    skeleton, output, targets, logit_elements=residence.logit_elements
+                                )
+                            else:
+                                waiting.put((b, variant), output)
+                            done += 1
+                            on_event(Progress(task=task, done=done, total=total, unit="batches"))
 
-                    inputs = [recordings[b].hidden if number == 0 else waiting[b][variant].to(device) for b in group]
-                    pool.forward_all(
-                        [MicroBatch(hidden, recordings[b].calls) for hidden, b in zip(inputs, group, strict=True)], take
-                    )
-        finally:
-            pool.close()
+                        inputs = [recordings[b].hidden if number == 0 else waiting.take((b, variant)) for b in group]
+                        pool.forward_all(
+                            [MicroBatch(hidden, recordings[b].calls) for hidden, b in zip(inputs, group, strict=True)],
+                            take,
+                        )
+            finally:
+                pool.close()
     return [s / max(answer_tokens, 1) for s in sums]
 
 
 def groups(batches: Sequence[Sequence[int]], lengths: torch.Tensor, max_tokens: int) -> list[list[int]]:
     """Numbers of consecutive batches that together hold at most ``max_tokens`` padded tokens (or are one batch)."""
+    sizes = lengths.tolist()
     found: list[list[int]] = []
     held = 0
     for number, batch in enumerate(batches):
-        tokens = len(batch) * max(int(lengths[i]) for i in batch)
+        tokens = len(batch) * max(sizes[i] for i in batch)
         if not found or held + tokens > max_tokens:
             found.append([])
             held = 0

@@ -2,114 +2,153 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 
 from lopt_lite import devices
-from lopt_lite.checkpoints.skeleton import Skeleton
-from lopt_lite.checkpoints.store import Store
 from lopt_lite.errors import DoesNotFitError
-from lopt_lite.residency.layer_cost import LayerCost, measure_layer_cost
-from lopt_lite.residency.pool import LayerPool, OnLayer, ResidentLayers
-from lopt_lite.residency.streamed import StreamedLayers
+from lopt_lite.residency.memory_model import Job, Layout, forward_peak, training_peak
+from lopt_lite.residency.shapes import ModelShapes
+from lopt_lite.residency.spill import SpillLimits
 
 MIB = 2**20
 
 #: Share of the free memory that a run may take when no budget is named.
 _FREE_SHARE = 0.7
-#: Padded tokens of a micro-batch, largest first.
-_MICRO_BATCH_TOKENS = (2048, 1024, 512, 256, 128)
+#: Share of the free host memory that activations put aside by a GPU, and a cache kept in memory, may take.
+_HOST_SHARE = 0.3
+#: Padded tokens of a micro-batch, largest first; small ones make small products, which are slow.
+_ROOMY_TOKENS = (2048, 1024, 512)
+_TIGHT_TOKENS = (256, 128)
+#: The process beside a GPU, once all libraries are loaded.
+_LIBRARIES_BYTES = 700 * MIB
 #: Float32 logits of one chunk of answer tokens, in elements.
 _LOGIT_ELEMENTS = (2**24, 2**22, 2**20)
-#: What libraries allocate on their first use, and what the allocator cannot give back, measured on the CPU build.
-_CPU_OVERHEAD_BYTES = 144 * MIB
-#: AdamW in float32: parameter, gradient, two moments.
-_BYTES_PER_TRAINED = 16
+#: A slice of the LM head, in bytes.
+_HEAD_SLICE_BYTES = 64 * MIB
+#: How many times the tokens of one forward batch may pass through a layer while it is loaded.
+_LARGEST_GROUP = 8
 
 
 @dataclass(frozen=True)
 class Residence:
-    """Where the layers of a block are while they are worked on, and how much goes through them at once.
+    """Where everything is while a block is worked on, and how much goes through it at once.
 
     Attributes
     ----------
-    mode:
-        ``"dequantised"`` (resident, 4-bit matrices turned into the compute dtype once), ``"resident"`` or
-        ``"streamed"``.
+    layers:
+        Layers of the largest block.
+    resident_layers:
+        How many of them stay on the device; the others are streamed.
+    dequantised:
+        Whether those that stay were turned into the compute dtype once.
+    recompute:
+        Whether a layer's forward is run again for its backward pass (always, when layers are streamed), so that only
+        one layer's activations exist.
     micro_batch_tokens:
         Padded tokens that go through a layer at once, forward and backward; a longer single example goes alone.
+    forward_tokens, group_tokens:
+        In passes without gradients: padded tokens that go through a layer at once, and while it is loaded.
     logit_elements:
         Float32 logits of one chunk of answer tokens.
+    head_slice_rows:
+        Rows of the LM head that are on the device at once, None for all.
+    boundary_bytes, boundary_host_bytes:
+        Activations between layers that are kept on the device, and in host memory; the rest goes to a scratch file.
+    offload_state:
+        Whether trained parameters and their optimiser state are on the device only while their layer is.
+    cache_keep_bytes:
+        An activation cache up to this size is kept in host memory once it is read.
     predicted_bytes:
         Predicted peak of device memory (on the CPU: of the process).
+    predicted_host_bytes:
+        Predicted peak of the process; on the CPU the same.
     """
 
-    mode: str
+    layers: int
+    resident_layers: int
+    dequantised: bool
+    recompute: bool
     micro_batch_tokens: int
+    forward_tokens: int
+    group_tokens: int
     logit_elements: int
+    head_slice_rows: int | None
+    boundary_bytes: int
+    boundary_host_bytes: int
+    offload_state: bool
+    cache_keep_bytes: int
     predicted_bytes: int
+    predicted_host_bytes: int
 
     @property
-    def forward_tokens(self) -> int:
-        """Padded tokens of a batch in passes without gradients, which keep one layer's activations only."""
-        return 2 * self.micro_batch_tokens
+    def mode(self) -> str:
+        """``"dequantised"``, ``"resident"``, ``"recomputed"``, ``"partly streamed"`` or ``"streamed"``."""
+        if self.resident_layers == 0:
+            return "streamed"
+        if self.resident_layers < self.layers:
+            return "partly streamed"
+        if self.recompute:
+            return "recomputed"
+        return "dequantised" if self.dequantised else "resident"
 
     @property
-    def group_tokens(self) -> int:
-        """Padded tokens of the batches that pass through a layer while it is loaded, without gradients."""
-        return 8 * self.forward_tokens if self.mode == "streamed" else self.forward_tokens
+    def boundary_limits(self) -> SpillLimits:
+        """Where activations put aside may be."""
+        return SpillLimits(self.boundary_bytes, self.boundary_host_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the journal."""
-        return asdict(self)
+        return {"mode": self.mode, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Residence:
+        """What :meth:`to_json` wrote, among other things."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 
 
-def open_layers(
-    residence: Residence,
-    store: Store,
-    skeleton: Skeleton,
-    first: int,
-    end: int,
-    *,
-    device: torch.device,
-    on_layer: OnLayer | None = None,
-    on_pass: Callable[[int, int], None] = lambda done, total: None,
-) -> LayerPool:
-    """The layers ``first`` to ``end`` (exclusive), as ``residence`` says. To be closed by the caller."""
-    if residence.mode == "streamed":
-        return StreamedLayers(store, skeleton, first, end, device=device, on_layer=on_layer, on_pass=on_pass)
-    dequantize = residence.mode == "dequantised"
-    return ResidentLayers(store, skeleton, first, end, device=device, dequantize=dequantize, on_layer=on_layer)
+@dataclass(frozen=True)
+class Memory:
+    """What there is, in bytes.
 
+    Attributes
+    ----------
+    budget_bytes:
+        What the run may use of the device, as the user named it; None for most of what is free.
+    used_bytes, free_bytes:
+        What the budget counts as used already (on the CPU the process), and what could still be allocated.
+    free_host_bytes:
+        What could still be allocated on the host.
+    """
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that could be allocated on ``device`` now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "mps":
-        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    return int(psutil.virtual_memory().available)
+    budget_bytes: int | None
+    used_bytes: int
+    free_bytes: int
+    free_host_bytes: int
 
+    @classmethod
+    def now(cls, device: torch.device, budget_bytes: int | None) -> Memory:
+        """As it is at this moment."""
+        return cls(
+            budget_bytes,
+            devices.used_bytes(device),
+            devices.free_bytes(device),
+            devices.free_bytes(torch.device("cpu")),
+        )
 
-def used_bytes(device: torch.device) -> int:
-    """Memory that the budget counts as used already: on the CPU the process, elsewhere nothing."""
-    return devices.host_rss_bytes() if device.type == "cpu" else 0
+    @property
+    def limit_bytes(self) -> int:
+        """The budget, or what stands for it."""
+        if self.budget_bytes is not None:
+            return self.budget_bytes
+        return self.used_bytes + int(_FREE_SHARE * self.free_bytes)
 
 
 def choose_residence(
-    store: Store,
-    skeleton: Skeleton,
-    ranges: Sequence[tuple[int, int]],
-    *,
-    device: torch.device,
-    budget_bytes: int | None,
-    step_tokens: int,
-    longest: int,
-    attach: OnLayer | None,
+    shapes: ModelShapes, ranges: Sequence[tuple[int, int]], job: Job, *, device: torch.device, memory: Memory
 ) -> Residence:
     """The fastest way of working within the budget.
 
@@ -117,87 +156,127 @@ def choose_residence(
     ----------
     ranges:
         (first layer, end layer) of each block.
-    budget_bytes:
-        Device memory the run may use; None for most of what is free.
-    step_tokens:
-        Most padded tokens of one optimiser step.
-    longest:
-        Tokens of the longest example.
-    attach:
-        Puts an adapter on a layer (for its cost); None for passes without training.
+    job:
+        What is to be done.
 
     Raises
     ------
     DoesNotFitError
         Nothing fits; names the smallest budget that would do.
     """
-    used = used_bytes(device)
-    budget = used + int(_FREE_SHARE * free_bytes(device)) if budget_bytes is None else budget_bytes
-    cost = measure_layer_cost(skeleton, attach)
-    smallest: Residence | None = None
-    for mode in ("dequantised", "resident", "streamed"):
-        if mode == "dequantised" and store.info.quantize == "none":
-            continue
-        for tokens in _MICRO_BATCH_TOKENS:
-            for elements in _LOGIT_ELEMENTS:
-                peak = used + _predict(
-                    mode, store, skeleton, ranges, cost, device, max(tokens, longest), step_tokens, elements, attach
-                )
-                candidate = Residence(mode, tokens, elements, peak)
-                if peak <= budget:
-                    return candidate
-                if smallest is None or peak < smallest.predicted_bytes:
-                    smallest = candidate
+    block = max(ranges, key=lambda r: shapes.stored_bytes(*r))
+    smallest: int | None = None
+    for layout in _layouts(shapes, block, job):
+        fitted = _fit(layout, shapes, block, job, device, memory)
+        if isinstance(fitted, Residence):
+            return fitted
+        smallest = fitted if smallest is None else min(smallest, fitted)
     assert smallest is not None
     raise DoesNotFitError(
-        f"a budget of {budget / MIB:,.0f} MiB is too small for this model and batch",
-        expected=f"at least --memory {smallest.predicted_bytes / MIB * 1.02:.0f}MiB",
+        f"a budget of {memory.limit_bytes / MIB:,.0f} MiB is too small for this model and batch",
+        expected=f"at least --memory {-(-smallest // MIB)}MiB",
         fix="raise --memory, or lower --batch-size, --max-length or --lora-r, or use more --blocks",
     )
 
 
-def _predict(
-    mode: str,
-    store: Store,
-    skeleton: Skeleton,
-    ranges: Sequence[tuple[int, int]],
-    cost: LayerCost,
-    device: torch.device,
-    micro_tokens: int,
-    step_tokens: int,
-    logit_elements: int,
-    attach: OnLayer | None,
+def smallest_budget(
+    shapes: ModelShapes, ranges: Sequence[tuple[int, int]], job: Job, *, device: torch.device, memory: Memory
 ) -> int:
-    """Peak bytes of working on the most demanding block, beyond what is used already."""
-    item = skeleton.dtype.itemsize
-    hidden = skeleton.hidden_size
-    layers = max(end - first for first, end in ranges)
-    stored = max(store.layer_view(skeleton, i).nbytes for i in range(skeleton.layer_count))
-    dense = max(_dense_bytes(skeleton, i) for i in range(skeleton.layer_count))
-    workspace = 0 if store.info.quantize == "none" else 2 * cost.largest_matrix * item
-    weights = {
-        "dequantised": layers * dense + stored + workspace,
-        "resident": layers * stored + workspace,
-        "streamed": 2 * stored + workspace,
-    }[mode]
-    head = skeleton.vocabulary_rows * hidden * item
-    # Logits in the compute dtype and in float32, their softmax and its gradient.
-    logits = logit_elements * (2 * item + 2 * 4)
-    transient = micro_tokens * cost.transient_bytes_per_token
-    if attach is None:
-        activations = transient + 2 * micro_tokens * hidden * item
-        trained = 0
-    else:
-        depth = 1 if mode == "streamed" else layers
-        activations = depth * micro_tokens * cost.saved_bytes_per_token + transient
-        # Boundaries of a streamed block, the micro-batches' inputs, and the local objective in float32.
-        activations += (layers if mode == "streamed" else 1) * max(step_tokens, micro_tokens) * hidden * item
-        activations += 6 * micro_tokens * hidden * 4
-        trained = _BYTES_PER_TRAINED * (layers * cost.trained_parameters + hidden * hidden // 2)
-    overhead = _CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
-    return weights + head + logits + activations + trained + overhead
+    """The smallest budget, in bytes, with which :func:`choose_residence` finds a way; whole MiB."""
+    block = max(ranges, key=lambda r: shapes.stored_bytes(*r))
+    nothing = replace(memory, budget_bytes=0)
+    needs = [_fit(layout, shapes, block, job, device, nothing) for layout in _layouts(shapes, block, job)]
+    return -(-min(need for need in needs if isinstance(need, int)) // MIB) * MIB
 
 
-def _dense_bytes(skeleton: Skeleton, index: int) -> int:
-    shapes = skeleton.layer_parameters(index).values()
-    return sum(torch.Size(shape).numel() for shape in shapes) * skeleton.dtype.itemsize
+def _layouts(shapes: ModelShapes, block: tuple[int, int], job: Job) -> Iterator[Layout]:
+    """Ways of working, the fastest first.
+
+    Whole graphs first, since recomputing costs a third more; then as many resident layers as fit with micro-batches of
+    a good size; then streaming with less and less on the device.
+    """
+    layers = block[1] - block[0]
+    forms = (True, False) if shapes.quantised else (False,)
+
+    def all_resident(tokens: tuple[int, ...], *, recompute: bool) -> Iterator[Layout]:
+        for dequantised in forms:
+            for micro in tokens:
+                for elements in _LOGIT_ELEMENTS:
+                    yield Layout(layers, dequantised, recompute, micro, elements, None, False)
+
+    yield from all_resident(_ROOMY_TOKENS, recompute=False)
+    if job.trains:
+        yield from all_resident(_ROOMY_TOKENS, recompute=True)
+        yield from all_resident(_TIGHT_TOKENS, recompute=False)
+    slice_rows = max(1, _HEAD_SLICE_BYTES // (shapes.hidden * shapes.head_itemsize))
+    sliced = (None, slice_rows) if slice_rows < shapes.vocabulary else (None,)
+    for tokens in (_ROOMY_TOKENS, _TIGHT_TOKENS):
+        for offload in (False, True) if job.trains else (False,):
+            for rows in sliced:
+                for micro in tokens:
+                    for elements in _LOGIT_ELEMENTS:
+                        yield Layout(0, False, True, micro, elements, rows, offload)
+
+
+def _fit(
+    layout: Layout,
+    shapes: ModelShapes,
+    block: tuple[int, int],
+    job: Job,
+    device: torch.device,
+    memory: Memory,
+) -> Residence | int:
+    """``layout`` with the rest of the budget made use of, or the bytes it would need."""
+    on_cpu = device.type == "cpu"
+
+    def peak(candidate: Layout, boundary_bytes: int) -> int:
+        return memory.used_bytes + max(
+            training_peak(shapes, block, job, candidate, boundary_bytes, on_cpu=on_cpu) if job.trains else 0,
+            forward_peak(shapes, block, job, candidate, candidate.forward_tokens(job), on_cpu=on_cpu),
+        )
+
+    needed = peak(layout, 0)
+    if needed > memory.limit_bytes:
+        return needed
+    boundaries = job.boundary_bytes(shapes, block) if layout.recompute and job.trains else 0
+    kept = min(boundaries, memory.limit_bytes - needed)
+    if layout.resident_layers == 0:
+        layers = block[1] - block[0]
+        for resident in range(layers - 1, 0, -1):
+            candidate = replace(layout, resident_layers=resident)
+            if peak(candidate, kept) <= memory.limit_bytes:
+                layout = candidate
+                break
+    forward_tokens = layout.forward_tokens(job)
+    group_tokens = forward_tokens
+    predicted = peak(layout, kept)
+    if layout.resident_layers < block[1] - block[0]:
+        for factor in range(_LARGEST_GROUP, 1, -1):
+            tokens = factor * forward_tokens
+            grouped = memory.used_bytes + forward_peak(shapes, block, job, layout, tokens, on_cpu=on_cpu)
+            if grouped <= max(predicted, memory.used_bytes if job.trains else memory.limit_bytes):
+                group_tokens, predicted = tokens, max(predicted, grouped)
+                break
+    host = 0 if on_cpu else int(_HOST_SHARE * memory.free_host_bytes)
+    return Residence(
+        layers=block[1] - block[0],
+        resident_layers=layout.resident_layers,
+        dequantised=layout.dequantised,
+        recompute=layout.recompute,
+        micro_batch_tokens=layout.micro_batch_tokens,
+        forward_tokens=forward_tokens,
+        group_tokens=group_tokens,
+        logit_elements=layout.logit_elements,
+        head_slice_rows=layout.head_slice_rows,
+        boundary_bytes=kept,
+        boundary_host_bytes=min(host, max(0, boundaries - kept)),
+        offload_state=layout.offload_state,
+        cache_keep_bytes=host,
+        predicted_bytes=predicted,
+        predicted_host_bytes=predicted if on_cpu else _host_peak(shapes, boundaries - kept, host),
+    )
+
+
+def _host_peak(shapes: ModelShapes, put_aside: int, host: int) -> int:
+    """Bytes of the process beside a GPU: libraries, two pinned slabs, activations put aside."""
+    return _LIBRARIES_BYTES + 2 * shapes.largest_shard + min(host, max(0, put_aside))

@@ -1,76 +1,150 @@
-"""LM head and cross-entropy at answer positions only, in chunks of tokens.
+"""The LM head and the loss at answer positions: one way of asking, wherever the head's weight is.
 
-Logits are the largest activation of a language model (tokens x vocabulary, in float32 for the loss). They are made for
-a chunk of answer tokens at a time and their gradient is taken at once, so only one chunk's logits ever exist.
+Only one chunk's logits ever exist (see :mod:`lopt_lite.residency.logits`): the gradient of a chunk of answer tokens is
+taken as soon as its logits are made, and they are turned into probabilities where they lie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
-from torch.nn import functional
 
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
+from lopt_lite.residency.logits import answers, make_logits, token_chunks, total
+from lopt_lite.residency.sliced_head import SlicedHead
+
+
+class AnswerHead(Protocol):
+    """The model's final norm, LM head and loss, wherever the head's weight is."""
+
+    def loss_backward(self, output: torch.Tensor, targets: torch.Tensor, *, answer_tokens: int) -> float:
+        """Cross-entropy at answer positions, and its gradient into ``output``.
+
+        Parameters
+        ----------
+        output:
+            [rows, tokens, hidden], the last layer's output, attached to the graph that is to receive the gradient.
+        targets:
+            int64 [rows, tokens] on the same device; the token to predict at each position, -100 where there is none.
+        answer_tokens:
+            What the sum is divided by: answer tokens of the whole optimiser step, so that micro-batches add up to the
+            mean over the step's answer tokens whatever their sizes.
+
+        Returns
+        -------
+        float
+            This micro-batch's share of the step's mean loss, in nats; not finite where a logit is not.
+        """
+
+    def loss_sum(self, output: torch.Tensor, targets: torch.Tensor) -> float:
+        """Summed cross-entropy at answer positions, in nats; arguments as :meth:`loss_backward`."""
+
+    def place_for_generation(self) -> None:
+        """Let the whole model, as :meth:`Skeleton.with_layers` gives it, make its logits with this head."""
+
+    def close(self) -> None:
+        """Take the head off the device."""
+
+
+def open_head(
+    skeleton: Skeleton,
+    store: Store,
+    *,
+    device: torch.device,
+    logit_elements: int,
+    slice_rows: int | None,
+    prefetch: bool = True,
+) -> AnswerHead:
+    """The LM head, ready to make losses. To be closed by the caller.
+
+    Parameters
+    ----------
+    logit_elements:
+        Most float32 logits to make at once. (One token's are always made at once.)
+    slice_rows:
+        Rows of the head (tokens of the vocabulary) on the device at once; None for all of them, kept there.
+    prefetch:
+        Read the next slice while this one is in use.
+    """
+    if slice_rows is None:
+        place_head(skeleton, store, device)
+        return WholeHead(skeleton, logit_elements=logit_elements)
+    return SlicedHead(
+        skeleton, store, device=device, logit_elements=logit_elements, slice_rows=slice_rows, prefetch=prefetch
+    )
 
 
 def place_head(skeleton: Skeleton, store: Store, device: torch.device) -> None:
-    """Put the LM head on ``device`` in the compute dtype."""
+    """Put the whole LM head on ``device`` in the compute dtype."""
     weight, bias = store.head(skeleton)
     skeleton.place_head(weight.to(device, skeleton.dtype), None if bias is None else bias.to(device, skeleton.dtype))
 
 
-def _chunks(skeleton: Skeleton, tokens: int, logit_elements: int) -> Iterator[slice]:
-    size = max(1, logit_elements // skeleton.vocabulary_rows)
-    for start in range(0, tokens, size):
-        yield slice(start, min(start + size, tokens))
+class WholeHead:
+    """The head's weight on the device all the time, where :func:`place_head` has put it."""
+
+    def __init__(self, skeleton: Skeleton, *, logit_elements: int) -> None:
+        self._skeleton = skeleton
+        self._logit_elements = logit_elements
+
+    def loss_backward(self, output: torch.Tensor, targets: torch.Tensor, *, answer_tokens: int) -> float:
+        """See :meth:`AnswerHead.loss_backward`."""
+        hidden, labels = answers(output, targets)
+        if not len(labels):
+            return 0.0
+        losses = torch.empty(len(labels), device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        for chunk in self._chunks(len(labels)):
+            leaf = hidden[chunk].detach().requires_grad_()
+            values, edge = make_logits(self._skeleton, leaf)
+            losses[chunk], sums = _exponentials(values, labels[chunk])
+            values.div_(sums[:, None] * answer_tokens)
+            values.scatter_add_(1, labels[chunk, None], values.new_full((len(values), 1), -1 / answer_tokens))
+            values = values.to(hidden.dtype)
+            gradient[chunk] = torch.autograd.grad(edge, leaf, values)[0]
+            del values, edge, leaf  # before the next chunk's are made
+        hidden.backward(gradient)
+        return total(losses) / answer_tokens
+
+    @torch.no_grad()
+    def loss_sum(self, output: torch.Tensor, targets: torch.Tensor) -> float:
+        """See :meth:`AnswerHead.loss_sum`."""
+        hidden, labels = answers(output, targets)
+        losses = torch.empty(len(labels), device=hidden.device)
+        for chunk in self._chunks(len(labels)):
+            losses[chunk] = _exponentials(make_logits(self._skeleton, hidden[chunk])[0], labels[chunk])[0]
+        return total(losses)
+
+    def place_for_generation(self) -> None:
+        """See :meth:`AnswerHead.place_for_generation`: the weight is in its place already."""
+
+    def close(self) -> None:
+        """See :meth:`AnswerHead.close`."""
+        self._skeleton.place_head(None)
+
+    def _chunks(self, tokens: int) -> Iterator[slice]:
+        return token_chunks(self._skeleton, tokens, self._skeleton.vocabulary_rows, self._logit_elements)
+
+
+def _exponentials(values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses [tokens] of float32 logits, which become exp(l_j - max), and the sums of these [tokens]."""
+    highest = values.amax(1)
+    target = values.gather(1, labels[:, None])[:, 0]
+    sums = values.sub_(highest[:, None]).exp_().sum(1)
+    return (highest - target) + sums.log(), sums
 
 
 def answer_loss_backward(
     skeleton: Skeleton, output: torch.Tensor, targets: torch.Tensor, *, answer_tokens: int, logit_elements: int
 ) -> float:
-    """Cross-entropy at answer positions, and its gradient into ``output``.
-
-    Parameters
-    ----------
-    output:
-        [rows, tokens, hidden], the last layer's output, attached to the graph that is to receive the gradient.
-    targets:
-        int64 [rows, tokens]; the token to predict at each position, -100 where there is none.
-    answer_tokens:
-        What the sum is divided by: answer tokens of the whole optimiser step, so that micro-batches add up to the mean
-        over the step's answer tokens whatever their sizes.
-    logit_elements:
-        Most float32 logits to make at once.
-
-    Returns
-    -------
-    float
-        This micro-batch's share of the step's mean loss, in nats.
-    """
-    mask = targets != -100
-    hidden = output[mask]
-    labels = targets[mask]
-    leaf = hidden.detach().requires_grad_()
-    total = 0.0
-    for chunk in _chunks(skeleton, leaf.shape[0], logit_elements):
-        logits = skeleton.logits(leaf[chunk]).float()
-        loss = functional.cross_entropy(logits, labels[chunk], reduction="sum") / answer_tokens
-        loss.backward()
-        total += float(loss.detach())
-    if leaf.grad is not None:
-        hidden.backward(leaf.grad)
-    return total
+    """:meth:`AnswerHead.loss_backward` with the whole head, placed before."""
+    head = WholeHead(skeleton, logit_elements=logit_elements)
+    return head.loss_backward(output, targets, answer_tokens=answer_tokens)
 
 
-@torch.no_grad()
 def answer_loss_sum(skeleton: Skeleton, output: torch.Tensor, targets: torch.Tensor, *, logit_elements: int) -> float:
-    """Summed cross-entropy at answer positions, in nats; arguments as :func:`answer_loss_backward`."""
-    mask = targets != -100
-    hidden, labels = output[mask], targets[mask]
-    total = 0.0
-    for chunk in _chunks(skeleton, hidden.shape[0], logit_elements):
-        logits = skeleton.logits(hidden[chunk]).float()
-        total += float(functional.cross_entropy(logits, labels[chunk], reduction="sum"))
-    return total
+    """:meth:`AnswerHead.loss_sum` with the whole head, placed before."""
+    return WholeHead(skeleton, logit_elements=logit_elements).loss_sum(output, targets)

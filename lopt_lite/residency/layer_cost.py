@@ -1,22 +1,24 @@
-"""What one layer costs per token, found by running it on the meta device: shapes only, no weights, no arithmetic."""
+"""What one layer's activations cost per token, found by running it on the meta device: shapes only, no arithmetic."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_map
 
-from lopt_lite.checkpoints.skeleton import Skeleton
-from lopt_lite.residency.pool import OnLayer
+if TYPE_CHECKING:
+    from lopt_lite.checkpoints.skeleton import Skeleton
+
 
 _PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class LayerCost:
-    """Costs of the model's most demanding layer.
+class ActivationCost:
+    """Costs of a layer, in bytes per token.
 
     Attributes
     ----------
@@ -24,56 +26,56 @@ class LayerCost:
         Activations that autograd keeps for the backward pass.
     transient_bytes_per_token:
         An estimate of what else exists for a moment within a layer: four of its widest activation.
-    trained_parameters:
-        Adapter parameters.
-    largest_matrix:
-        Elements of the largest weight.
+    measured:
+        False where the layer could not run on the meta device and a formula had to do.
     """
 
     saved_bytes_per_token: int
     transient_bytes_per_token: int
-    trained_parameters: int
-    largest_matrix: int
+    measured: bool
 
 
-def measure_layer_cost(skeleton: Skeleton, attach: OnLayer | None) -> LayerCost:
-    """Measure a middle layer of the model.
+def activation_cost(
+    skeleton: Skeleton, index: int, *, targets: Sequence[str], rank: int, dropout: bool, full: bool
+) -> ActivationCost:
+    """Measure layer ``index``.
 
     Parameters
     ----------
-    attach:
-        Puts an adapter on a layer, None without training.
+    targets, rank, dropout:
+        Names (within the layer) of the modules that get a LoRA adapter, and what it is like.
+    full:
+        Whether the layer's own weights are trained, so that every matrix product keeps its input.
     """
-    index = skeleton.layer_count // 2
     layer = skeleton.layer_template(index).to("meta")
     for parameter in layer.parameters():
-        parameter.requires_grad_(False)
-    shapes = [torch.Size(shape) for shape in skeleton.layer_parameters(index).values()]
-    widest = max(shape[0] for shape in shapes if len(shape) > 1)
-    if attach is not None:
-        attach(index, layer)
+        parameter.requires_grad_(full)
+    shapes = {n: torch.Size(shape) for n, shape in skeleton.layer_parameters(index).items()}
+    widest = max(shape[0] for shape in shapes.values() if len(shape) > 1)
+    measured = True
     try:
         saved = _saved_bytes(skeleton, index, layer) // _PROBE_TOKENS
     except (RuntimeError, NotImplementedError):
         # Routing tokens to experts needs their values, which the meta device does not have.
-        saved = _estimated_saved_bytes(skeleton, shapes)
-    return LayerCost(
-        saved_bytes_per_token=saved,
-        transient_bytes_per_token=4 * widest * skeleton.dtype.itemsize,
-        trained_parameters=sum(p.numel() for p in layer.parameters() if p.requires_grad),
-        largest_matrix=max(shape.numel() for shape in shapes),
-    )
+        saved, measured = _estimated_saved_bytes(skeleton, list(shapes.values())), False
+    for target in targets:
+        saved += _lora_saved_bytes(skeleton, shapes[f"{target}.weight"], rank, dropout=dropout)
+    return ActivationCost(saved, 4 * widest * skeleton.dtype.itemsize, measured)
+
+
+def _lora_saved_bytes(skeleton: Skeleton, shape: torch.Size, rank: int, *, dropout: bool) -> int:
+    """What a LoRA adapter on a matrix [out, in] keeps: its input in float32, a mask if it has dropout, its middle."""
+    return shape[-1] * (4 + (5 if dropout else 0)) + 4 * rank
 
 
 def _estimated_saved_bytes(skeleton: Skeleton, shapes: list[torch.Size]) -> int:
-    """Input and output of every matrix twice (adapters keep a float32 copy of their input), and the norms."""
+    """Input and output of every matrix, and the norms."""
     widths = sum(shape[-1] + shape[-2] for shape in shapes if len(shape) > 1)
-    return skeleton.dtype.itemsize * (2 * widths + 12 * skeleton.hidden_size)
+    return skeleton.dtype.itemsize * (widths + 12 * skeleton.hidden_size)
 
 
 def _saved_bytes(skeleton: Skeleton, index: int, layer: torch.nn.Module) -> int:
-    ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device=skeleton.root_device)
-    call = skeleton.record(ids, embed=False).calls[index]
+    call = skeleton.probe(_PROBE_TOKENS)[index]
     on_meta: dict[str, Any] = {"args": call.args, "kwargs": call.kwargs}
     on_meta = tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, on_meta)
     meta_call = type(call)(on_meta["args"], on_meta["kwargs"], call.hidden_keyword)

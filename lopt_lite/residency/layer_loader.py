@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lopt_lite.checkpoints.names import split_nf4_suffix
-from lopt_lite.checkpoints.nf4 import STATE_SUFFIX, dequantize_matrix
+from lopt_lite.checkpoints.nf4 import dequantize_matrix
+from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.errors import ModelError
 
@@ -71,6 +72,18 @@ class LayerShell:
                 if buffer is not None:
                     self._buffers[prefix + leaf] = (module, leaf)
         self.layer.eval()
+
+    def keep_trainable(self) -> bool:
+        """Leave weights that were made trainable alone from now on; whether that leaves nothing to fill in.
+
+        The plain weights of a layer that is trained as a whole are its own then: not from the store, never taken out.
+        """
+        self._plain = {n: place for n, place in self._plain.items() if not place[0]._parameters[place[1]].requires_grad}
+        alone = not self._plain and not self._linears
+        if alone:
+            for module, leaf in self._buffers.values():
+                module._buffers[leaf] = module._buffers[leaf].clone()
+        return alone
 
     def fill(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Put weights in.

@@ -4,8 +4,8 @@ Everything above this room asks for *a range of layers to run*, never for where 
 block; how many of them stay on the device is its own affair:
 
 * :class:`ResidentLayers` loads all of them once. A step pushes one micro-batch after the other through all layers.
-* :class:`StreamedLayers` (in ``streamed.py``) loads each layer for each pass. A step pushes all its micro-batches
-  through one layer after the other.
+* :class:`StreamedLayers` (in ``streamed.py``) keeps some or none of them and loads the others for each pass. A step
+  pushes all its micro-batches through one layer after the other.
 
 Both give the same bits.
 """
@@ -49,6 +49,35 @@ LossBackward = Callable[[int, torch.Tensor], float]
 
 #: Seed for the dropout of (layer, micro-batch number), or None where there is none.
 DropoutSeed = Callable[[int, int], int]
+
+
+class LayerState(Protocol):
+    """What is trained in the layers, told when they are used (so that it may be elsewhere in between)."""
+
+    def enter(self, index: int) -> None:
+        """Layer ``index`` is about to run."""
+        ...
+
+    def leave(self, index: int) -> None:
+        """Layer ``index`` has run on everything of this pass."""
+        ...
+
+    def after_backward(self, index: int) -> None:
+        """The step's gradients of layer ``index`` are complete; it has not been left yet."""
+        ...
+
+
+class NoState:
+    """Nothing is trained, or what is stays where it is until the step is done. See :class:`LayerState`."""
+
+    def enter(self, index: int) -> None:
+        """Nothing to do."""
+
+    def leave(self, index: int) -> None:
+        """Nothing to do."""
+
+    def after_backward(self, index: int) -> None:
+        """Nothing to do."""
 
 
 class LayerPool(Protocol):
@@ -107,6 +136,8 @@ class ResidentLayers:
         See :class:`LayerShell`.
     on_layer:
         Called for each layer once it is loaded.
+    state:
+        See :class:`LayerState`; what it looks after stays on the device.
     """
 
     def __init__(
@@ -119,19 +150,16 @@ class ResidentLayers:
         device: torch.device,
         dequantize: bool,
         on_layer: OnLayer | None = None,
+        state: LayerState | None = None,
     ) -> None:
         self.first, self.end = first, end
         self._device = device
+        self._state = NoState() if state is None else state
         self.layers: list[nn.Module] = []
         for index in range(first, end):
-            tensors = store.layer(skeleton, index)
-            shell = LayerShell(
-                skeleton, index, quantised=quantised_linears(skeleton, index, tensors), dequantize=dequantize
-            )
-            shell.fill(tensors, device)
+            self.layers.append(load_layer(store, skeleton, index, device=device, dequantize=dequantize).layer)
             if on_layer is not None:
-                on_layer(index, shell.layer)
-            self.layers.append(shell.layer)
+                on_layer(index, self.layers[-1])
 
     @torch.no_grad()
     def forward(self, batch: MicroBatch) -> torch.Tensor:
@@ -150,6 +178,8 @@ class ResidentLayers:
         total = 0.0
         for number, batch in enumerate(batches):
             total += loss_backward(number, self._run(batch, number, dropout_seed))
+        for index in reversed(range(self.first, self.end)):
+            self._state.after_backward(index)
         return total
 
     def _run(self, batch: MicroBatch, number: int, dropout_seed: DropoutSeed | None) -> torch.Tensor:
@@ -174,3 +204,11 @@ class ResidentLayers:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def load_layer(store: Store, skeleton: Skeleton, index: int, *, device: torch.device, dequantize: bool) -> LayerShell:
+    """A layer with its weights on ``device``, to stay there."""
+    tensors = store.layer(skeleton, index)
+    shell = LayerShell(skeleton, index, quantised=quantised_linears(skeleton, index, tensors), dequantize=dequantize)
+    shell.fill(tensors, device)
+    return shell

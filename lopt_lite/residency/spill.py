@@ -67,6 +67,9 @@ class Spill:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
     def put(self, key: Hashable, tensor: torch.Tensor) -> None:
         """Put ``tensor`` aside (without its graph); ``key`` must be free.
 
@@ -92,15 +95,34 @@ class Spill:
         """Give the tensor called ``key`` back, on the device, and forget it."""
         kept = self._kept.pop(key)
         if isinstance(kept, torch.Tensor):
-            nbytes = kept.numel() * kept.element_size()
-            if kept.device.type == self._device.type:
-                self._device_bytes -= nbytes
-            else:
-                self._host_bytes -= nbytes
+            self._release(kept)
             return kept.to(self._device)
         tensor = self._read(kept)
         self._holes.setdefault(kept.nbytes, []).append(kept.start)
         return tensor.to(self._device)
+
+    def peek(self, key: Hashable) -> torch.Tensor:
+        """The tensor called ``key``, on the device; it stays put aside, so it must not be changed."""
+        kept = self._kept[key]
+        return (kept if isinstance(kept, torch.Tensor) else self._read(kept)).to(self._device)
+
+    def replace(self, key: Hashable, tensor: torch.Tensor) -> None:
+        """Put ``tensor`` aside in place of what ``key`` stood for, if it stood for anything."""
+        kept = self._kept.get(key)
+        if isinstance(kept, _OnDisk) and kept.shape == tuple(tensor.shape) and kept.dtype == tensor.dtype:
+            self._write_at(kept.start, tensor.detach())
+            return
+        if kept is not None:
+            self.forget(key)
+        self.put(key, tensor)
+
+    def forget(self, key: Hashable) -> None:
+        """Forget the tensor called ``key``."""
+        kept = self._kept.pop(key)
+        if isinstance(kept, _OnDisk):
+            self._holes.setdefault(kept.nbytes, []).append(kept.start)
+        else:
+            self._release(kept)
 
     def clear(self) -> None:
         """Forget everything; the file keeps its size for the next use."""
@@ -128,6 +150,11 @@ class Spill:
         else:
             start = self._end
             self._end += -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        self._write_at(start, tensor)
+        return _OnDisk(start, tuple(tensor.shape), tensor.dtype)
+
+    def _write_at(self, start: int, tensor: torch.Tensor) -> None:
+        nbytes = tensor.numel() * tensor.element_size()
         data = memoryview(tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())
         try:
             if self._file is None:
@@ -137,9 +164,15 @@ class Spill:
             while written < nbytes:
                 written += self._file.write(data[written:])
         except OSError as error:
-            raise explain_os_error(error, self._directory, "put activations aside in") from error
+            raise explain_os_error(error, self._directory, "put tensors aside in") from error
         self.written_bytes += nbytes
-        return _OnDisk(start, tuple(tensor.shape), tensor.dtype)
+
+    def _release(self, kept: torch.Tensor) -> None:
+        nbytes = kept.numel() * kept.element_size()
+        if kept.device.type == self._device.type:
+            self._device_bytes -= nbytes
+        else:
+            self._host_bytes -= nbytes
 
     def _read(self, place: _OnDisk) -> torch.Tensor:
         assert self._file is not None
@@ -154,5 +187,5 @@ class Spill:
                     raise OSError("the scratch file ended early")
                 done += count
         except OSError as error:
-            raise explain_os_error(error, self._directory, "read activations back from") from error
+            raise explain_os_error(error, self._directory, "read tensors back from") from error
         return flat.view(place.dtype).reshape(place.shape)

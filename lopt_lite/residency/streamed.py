@@ -1,16 +1,20 @@
 """Layers that are loaded for each pass: training a block in the memory of two layers.
 
 A step is layer-major. Going up, each layer is loaded once and all micro-batches of the step pass through it, their
-inputs to every layer being kept. At the top layer each micro-batch's loss is taken and sent back at once. Going down,
-each layer is loaded once more, run again on the kept inputs (now with a graph), and sent the gradient of its output.
-So a step loads each layer twice, the turning layer once, however many micro-batches it has; and the only graph that
-ever exists is that of one layer and one micro-batch.
+inputs to every layer being put aside. At the top layer each micro-batch's loss is taken and sent back at once. Going
+down, each layer is loaded once more, run again on the inputs put aside (now with a graph), and sent the gradient of its
+output. So a step loads each layer twice, the turning layer once, however many micro-batches it has; and the only graph
+that ever exists is that of one layer and one micro-batch.
+
+Some layers, or all, may stay on the device: they are not loaded, and pass by pass they are treated like the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +24,9 @@ from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.devices import release_cached_memory
 from lopt_lite.residency.layer_loader import LayerShell, quantised_linears
-from lopt_lite.residency.pool import DropoutSeed, LossBackward, MicroBatch, OnLayer
+from lopt_lite.residency.pool import DropoutSeed, LayerState, LossBackward, MicroBatch, NoState, OnLayer, load_layer
 from lopt_lite.residency.slabs import ShardStream
+from lopt_lite.residency.spill import Spill, SpillLimits
 
 
 class StreamedLayers:
@@ -30,7 +35,16 @@ class StreamedLayers:
     Parameters
     ----------
     store, skeleton, device, on_layer:
-        As :class:`ResidentLayers`. What ``on_layer`` attaches to a layer stays on the device.
+        As :class:`ResidentLayers`. What ``on_layer`` attaches to a layer stays on the device, unless ``state`` moves
+        it. Weights that it makes trainable are no longer loaded from the store: ``state`` has to look after them.
+    resident:
+        Layers that stay on the device.
+    dequantize:
+        Whether those are turned into the compute dtype once.
+    boundaries:
+        Where activations between layers are put aside; closed with the pool. Default: on the device.
+    state:
+        See :class:`LayerState`.
     prefetch:
         See :class:`ShardStream`.
     on_pass:
@@ -46,20 +60,31 @@ class StreamedLayers:
         end: int,
         *,
         device: torch.device,
+        resident: Collection[int] = (),
+        dequantize: bool = False,
+        boundaries: Spill | None = None,
         on_layer: OnLayer | None = None,
+        state: LayerState | None = None,
         prefetch: bool = True,
         on_pass: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.first, self.end = first, end
         self._device = device
         self._on_pass = on_pass
-        views = {index: store.layer_view(skeleton, index) for index in range(first, end)}
-        self._stream = ShardStream(views, device=device, prefetch=prefetch)
+        self._state = NoState() if state is None else state
+        self._boundaries = boundaries or Spill(SpillLimits(1 << 62, 0), Path(tempfile.gettempdir()), device)
+        views = {i: store.layer_view(skeleton, i) for i in range(first, end) if i not in resident}
+        self._stream = ShardStream(views, device=device, prefetch=prefetch) if views else None
+        self._streamed = set(views)
         self._shells: list[LayerShell] = []
         self.layers: list[nn.Module] = []
         for index in range(first, end):
-            quantised = quantised_linears(skeleton, index, self._stream.names(index))
-            shell = LayerShell(skeleton, index, quantised=quantised, dequantize=False)
+            if index in self._streamed:
+                names = views[index].tensors
+                quantised = quantised_linears(skeleton, index, dict.fromkeys(names))
+                shell = LayerShell(skeleton, index, quantised=quantised, dequantize=False)
+            else:
+                shell = load_layer(store, skeleton, index, device=device, dequantize=dequantize)
             self._shells.append(shell)
             self.layers.append(shell.layer)
         if on_layer is not None:
@@ -68,6 +93,18 @@ class StreamedLayers:
                 # PEFT puts an adapter where the weights beside it are, so they have to be there.
                 with self.loaded(index, indices[position + 1 :]) as layer:
                     on_layer(index, layer)
+                    if self._shells[position].keep_trainable() and index in self._streamed:
+                        self._streamed.discard(index)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds for which computing has waited for layers so far."""
+        return self._stream.waited_s if self._stream is not None else 0.0
+
+    @property
+    def loads(self) -> int:
+        """Layers read from the store so far."""
+        return self._stream.loads if self._stream is not None else 0
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """See :class:`LayerPool`. Loads every layer for this one batch: use :meth:`forward_all` for several."""
@@ -81,7 +118,8 @@ class StreamedLayers:
         hidden = [batch.hidden for batch in batches]
         indices = list(range(self.first, self.end))
         for position, index in enumerate(indices):
-            with self.loaded(index, indices[position + 1 :]) as layer:
+            # After the last layer comes the first one again, for the next batches.
+            with self.loaded(index, [*indices[position + 1 :], *indices[:1]]) as layer:
                 for number, batch in enumerate(batches):
                     hidden[number] = batch.calls[index].run(layer, hidden[number])
             self._on_pass(position + 1, len(indices))
@@ -92,11 +130,12 @@ class StreamedLayers:
         self, batches: Iterable[MicroBatch], loss_backward: LossBackward, dropout_seed: DropoutSeed | None = None
     ) -> float:
         """See :class:`LayerPool`."""
+        self._boundaries.clear()
         parts = list(batches)
         top = self.end - 1
         upwards, downwards = list(range(self.first, top)), list(range(top - 1, self.first - 1, -1))
         total_passes = len(upwards) + 1 + len(downwards)
-        kept: dict[int, list[torch.Tensor]] = {}
+        trains_below = self._layers_with_trained_ones_below()
 
         def run(index: int, layer: nn.Module, number: int, hidden: torch.Tensor) -> torch.Tensor:
             if dropout_seed is not None:
@@ -104,33 +143,39 @@ class StreamedLayers:
             return parts[number].calls[index].run(layer, hidden)
 
         hidden = [part.hidden for part in parts]
+        returns = top in trains_below
         for position, index in enumerate(upwards):
-            kept[index] = hidden
             with self.loaded(index, [*upwards[position + 1 :], top]) as layer, torch.no_grad():
-                hidden = [run(index, layer, number, kept[index][number]) for number in range(len(parts))]
+                for number in range(len(parts)):
+                    output = run(index, layer, number, hidden[number])
+                    if returns:
+                        self._boundaries.put((index, number), hidden[number])
+                    hidden[number] = output
             self._on_pass(position + 1, total_passes)
 
         loss = 0.0
         gradients: list[torch.Tensor | None] = []
-        with self.loaded(top, downwards) as layer:
+        # A step that only goes up begins the next one at the first layer.
+        with self.loaded(top, downwards if returns else [self.first]) as layer:
             for number in range(len(parts)):
-                inner = hidden[number].detach().requires_grad_(top > self.first and self._trains_below(top))
+                inner = hidden[number].detach().requires_grad_(returns)
                 loss += loss_backward(number, run(top, layer, number, inner))
                 gradients.append(inner.grad)
+            self._state.after_backward(top)
         del hidden
         self._on_pass(len(upwards) + 1, total_passes)
 
         for position, index in enumerate(downwards):
-            inputs = kept.pop(index)
-            if not any(gradient is not None for gradient in gradients):
+            if not returns or not any(gradient is not None for gradient in gradients):
                 break
             with self.loaded(index, downwards[position + 1 :]) as layer:
                 for number in range(len(parts)):
-                    inner = inputs[number].detach().requires_grad_(self._trains_below(index))
+                    inner = self._boundaries.take((index, number)).requires_grad_(index in trains_below)
                     output = run(index, layer, number, inner)
                     if output.requires_grad:
                         torch.autograd.backward(output, gradients[number])
                     gradients[number] = inner.grad
+                self._state.after_backward(index)
             self._on_pass(len(upwards) + 1 + position + 1, total_passes)
         return loss
 
@@ -140,7 +185,9 @@ class StreamedLayers:
 
     def close(self) -> None:
         """See :class:`LayerPool`."""
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
+        self._boundaries.close()
         self._shells.clear()
         self.layers.clear()
         release_cached_memory(self._device)
@@ -151,20 +198,42 @@ class StreamedLayers:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _trains_below(self, index: int) -> bool:
-        """Whether a layer of the range under ``index`` has trainable parameters, so that a gradient must reach it."""
-        return any(p.requires_grad for layer in self.layers[: index - self.first] for p in layer.parameters())
+    def _layers_with_trained_ones_below(self) -> set[int]:
+        """Layers through which a gradient must pass, because one of the range under them has trainable parameters."""
+        found: set[int] = set()
+        below = False
+        for index, layer in enumerate(self.layers, start=self.first):
+            if below:
+                found.add(index)
+            below = below or any(p.requires_grad for p in layer.parameters())
+        return found
 
     @contextmanager
     def loaded(self, index: int, upcoming: Sequence[int]) -> Iterator[nn.Module]:
         """Layer ``index`` with its weights, until the context ends; ``upcoming`` layers are read ahead."""
         shell = self._shells[index - self.first]
-        with self._stream.item(index, upcoming) as tensors:
-            shell.fill(tensors, self._device)
-            try:
+        self._state.enter(index)
+        try:
+            if self._stream is None or index not in self._streamed:
                 yield shell.layer
-            finally:
-                shell.empty()
+                return
+            with self._stream.item(index, [i for i in upcoming if i in self._streamed]) as tensors:
+                shell.fill(tensors, self._device)
+                try:
+                    yield shell.layer
+                finally:
+                    shell.empty()
+        finally:
+            self._state.leave(index)
+
+
+def spread(first: int, end: int, count: int) -> set[int]:
+    """``count`` of the layers ``first`` to ``end`` (exclusive), evenly spread, so that loads come between them evenly.
+
+    The top layer is among the first to stay: a step turns there.
+    """
+    total = end - first
+    return {end - 1 - (number * total) // count for number in range(count)} if count else set()
 
 
 class _StreamedLayer(nn.Module):

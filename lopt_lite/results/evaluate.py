@@ -10,9 +10,14 @@ from lopt_lite.data.load import load_dataset
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import EvaluateOutcome
 from lopt_lite.residency.block_major import held_out_losses
-from lopt_lite.residency.choices import choose_residence
+from lopt_lite.residency.choices import Memory, choose_residence
+from lopt_lite.residency.memory_model import Job
+from lopt_lite.residency.spill import SpillLimits
 from lopt_lite.results.open_run import open_run
 from lopt_lite.settings import EvaluateSettings, parse_memory
+
+#: Hidden states that may wait in memory: little beside any budget, and enough for a handful of examples.
+_WAITING = SpillLimits(device_bytes=16 << 20, host_bytes=16 << 20)
 
 
 def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> EvaluateOutcome:
@@ -47,17 +52,16 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
             ranges,
             device=device,
             residence=choose_residence(
-                run.store,
-                run.skeleton,
+                run.shapes(),
                 ranges,
+                Job(step_tokens=0, longest=int(dataset.lengths.max())),
                 device=device,
-                budget_bytes=parse_memory(settings.memory),
-                step_tokens=0,
-                longest=int(dataset.lengths.max()),
-                attach=None,
+                memory=Memory.now(device, parse_memory(settings.memory)),
             ),
             pad_token_id=pad_token_id(run.tokenizer),
             max_rows=settings.batch_size,
+            spill_limits=_WAITING,
+            spill_directory=run.paths.root,
             variants=2,
             on_layer=run.on_layer,
             select=lambda layers, variant: run.select(layers, variant == 1),

@@ -12,8 +12,10 @@ from lopt_lite.checkpoints.tokenizer import pad_token_id
 from lopt_lite.data.templates import load_prompt, stop_token_ids
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import GenerateOutcome
-from lopt_lite.residency.choices import choose_residence, open_layers
+from lopt_lite.residency.choices import Memory, choose_residence
 from lopt_lite.residency.head import place_head
+from lopt_lite.residency.layers import open_layers
+from lopt_lite.residency.memory_model import Job
 from lopt_lite.results.open_run import OpenRun, open_run
 from lopt_lite.settings import GenerateSettings, parse_memory
 
@@ -44,14 +46,11 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
     prompt = load_prompt(run.tokenizer, settings.prompt)
     ids = torch.as_tensor([list(prompt)], dtype=torch.long, device=run.device)
     residence = choose_residence(
-        run.store,
-        skeleton,
+        run.shapes(),
         whole,
+        Job(step_tokens=0, longest=ids.shape[1] + settings.max_new_tokens),
         device=run.device,
-        budget_bytes=parse_memory(settings.memory),
-        step_tokens=0,
-        longest=ids.shape[1] + settings.max_new_tokens,
-        attach=None,
+        memory=Memory.now(run.device, parse_memory(settings.memory)),
     )
     pool = open_layers(
         residence,
@@ -60,6 +59,7 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
         0,
         skeleton.layer_count,
         device=run.device,
+        scratch=run.paths.root,
         on_layer=None if settings.base else run.on_layer,
     )
     try:

@@ -16,11 +16,13 @@ from lopt_lite.checkpoints.store import Store
 from lopt_lite.checkpoints.tokenizer import load_tokenizer
 from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.journal import read_facts
+from lopt_lite.residency.shapes import ModelShapes, model_shapes
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import layer_adapters
 from lopt_lite.training.adapters import attach_adapter, enable_adapter, load_adapter, set_training
 from lopt_lite.training.block_plan import Block, plan_blocks
 from lopt_lite.training.run_directory import RunPaths, read_settings
+from lopt_lite.training.targets import tuning
 
 
 def stored_settings(content: dict[str, Any]) -> TrainSettings:
@@ -51,6 +53,15 @@ class OpenRun:
     blocks: list[Block]
     adapters: dict[int, dict[str, torch.Tensor]]
     device: torch.device
+
+    def shapes(self) -> ModelShapes:
+        """The model's shapes with the adapter on it, which is not trained any more."""
+        return model_shapes(
+            self.skeleton,
+            quantize=self.store.info.quantize,
+            stored_dtype=DTYPES[self.store.info.dtype],
+            tuning=tuning(self.skeleton, self.settings),
+        )
 
     def on_layer(self, index: int, layer: nn.Module) -> None:
         """Put the trained adapter on a layer that was just loaded, ready to evaluate."""

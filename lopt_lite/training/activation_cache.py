@@ -1,24 +1,32 @@
 """A block's inputs for every example, on disk: ragged, without padding.
 
-The cache is a directory of safetensors shards. Shard ``n`` holds one tensor ``hidden.n`` [tokens, hidden] with whole
-examples one after the other. Which example lies where follows from the examples' lengths alone (:class:`CacheLayout`),
-so nothing but the activations is stored, and a half-written cache continues at its next shard.
+The cache is a directory of safetensors shards. Shard ``n`` holds whole examples one after the other: ``hidden.n``
+[tokens, hidden], and in the 8-bit format ``scale.n`` [tokens]. Which example lies where follows from the examples'
+lengths alone (:class:`CacheLayout`), so nothing but the activations is stored, and a half-written cache continues at
+its next shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import threading
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
 
 from lopt_lite import files
-from lopt_lite.checkpoints.header import read_header
+from lopt_lite.checkpoints.header import Header, read_header
 from lopt_lite.checkpoints.shard_writer import TensorSpec, write_shard
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.data.batches import length_sorted_batches
+from lopt_lite.errors import ModelError
+from lopt_lite.settings import Cache
+from lopt_lite.training.background_writer import BackgroundWriter
+from lopt_lite.training.cache_format import CacheFormat, StoredError
 
-_SHARD_BYTES = 64 << 20
+#: While a cache is written, two shards are in memory: one is filled, the one before it is written.
+_SHARD_BYTES = 32 << 20
 
 RunBatches = Callable[[list[list[int]], Callable[[int, torch.Tensor], None]], None]
 
@@ -28,8 +36,8 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def _tensor_name(number: int) -> str:
-    return f"hidden.{number:05d}"
+def _tensor_name(part: str, number: int) -> str:
+    return f"{part}.{number:05d}"
 
 
 class CacheLayout:
@@ -43,31 +51,51 @@ class CacheLayout:
         Shape and type of one token's activation.
     max_tokens, max_rows:
         Largest batch of the pass that writes the cache; a shard holds whole batches.
+    cache:
+        How tokens are stored: see :class:`CacheFormat`.
     """
 
     def __init__(
-        self, lengths: torch.Tensor, *, hidden_size: int, dtype: torch.dtype, max_tokens: int, max_rows: int
+        self,
+        lengths: torch.Tensor,
+        *,
+        hidden_size: int,
+        dtype: torch.dtype,
+        max_tokens: int,
+        max_rows: int,
+        cache: Cache = "exact",
     ) -> None:
         self.lengths = lengths
-        self.hidden_size = hidden_size
-        self.dtype = dtype
+        self.format = CacheFormat(cache, hidden_size, dtype)
         self.shards: list[list[list[int]]] = []
         self.shard_tokens: list[int] = []
+        self._sizes: list[int] = lengths.tolist()
         self._place: list[tuple[int, int]] = [(0, 0)] * len(lengths)
-        token_bytes = hidden_size * dtype.itemsize
-        for batch in length_sorted_batches(lengths, max_tokens=max_tokens, max_rows=max_rows):
+        token_bytes = self.format.token_bytes
+        for batch in length_sorted_batches(self._sizes, max_tokens=max_tokens, max_rows=max_rows):
             if not self.shards or self.shard_tokens[-1] * token_bytes >= _SHARD_BYTES:
                 self.shards.append([])
                 self.shard_tokens.append(0)
             self.shards[-1].append(batch)
             for example in batch:
                 self._place[example] = (len(self.shards) - 1, self.shard_tokens[-1])
-                self.shard_tokens[-1] += int(lengths[example])
+                self.shard_tokens[-1] += self._sizes[example]
         self.total_bytes = sum(self.shard_tokens) * token_bytes
 
     def place(self, example: int) -> tuple[int, int]:
         """(shard, first row within the shard) of an example."""
         return self._place[example]
+
+    def length(self, example: int) -> int:
+        """Tokens of an example."""
+        return self._sizes[example]
+
+    def specs(self, shard: int) -> list[TensorSpec]:
+        """The tensors of a shard's file, in file order."""
+        return [
+            TensorSpec(_tensor_name(spec.name, shard), spec.dtype, spec.shape)
+            for spec in self.format.specs(self.shard_tokens[shard])
+        ]
 
 
 def write_cache(
@@ -75,73 +103,138 @@ def write_cache(
     layout: CacheLayout,
     run_batches: RunBatches,
     *,
-    done: Sequence[int],
-    on_shard: Callable[[int], None],
+    done: Collection[int],
+    on_shard: Callable[[int, StoredError], None],
 ) -> None:
-    """Write the shards that are missing.
+    """Write the shards that are missing, each while the batches after it are computed.
 
     Parameters
     ----------
     run_batches:
-        Given a shard's batches of example indices, tells its callback each batch's number, in order, and activations
-        [rows, longest, hidden], right-padded.
+        Given the batches of example indices of all these shards, tells its callback each batch's number, in order, and
+        activations [rows, longest, hidden], right-padded.
     done:
         Shards that are durable already.
     on_shard:
-        Called with a shard's number once it is durable.
+        Called in this thread, in order, with a shard's number and error once it is durable; after an error or an
+        interruption also for the shard that was being written.
+
+    Raises
+    ------
+    DoesNotFitError, RunDirectoryError
+        The disk is full or a file cannot be written.
     """
     files.make_directory(directory)
-    for number, batches in enumerate(layout.shards):
-        if number in done and (directory / shard_name(number)).is_file():
-            continue
-        spec = TensorSpec(_tensor_name(number), layout.dtype, (layout.shard_tokens[number], layout.hidden_size))
+    missing = [n for n in range(len(layout.shards)) if n not in done or not (directory / shard_name(n)).is_file()]
+    batches = [batch for number in missing for batch in layout.shards[number]]
+    last_of_shard = []
+    for number in missing:
+        last_of_shard += [False] * (len(layout.shards[number]) - 1) + [True]
+    remaining = iter(missing)
+    filling: _Shard | None = None
 
-        def content(spec: TensorSpec = spec, batches: list[list[int]] = batches) -> Iterator[tuple[str, torch.Tensor]]:
-            rows = torch.empty(spec.shape, dtype=spec.dtype)
-            start = 0
+    with BackgroundWriter() as writer:
 
-            def keep(position: int, output: torch.Tensor) -> None:
-                nonlocal start
-                output = output.to("cpu", spec.dtype)
-                for row, example in enumerate(batches[position]):
-                    length = int(layout.lengths[example])
-                    rows[start : start + length] = output[row, :length]
-                    start += length
+        def keep(position: int, output: torch.Tensor) -> None:
+            nonlocal filling
+            writer.poll()
+            if filling is None:
+                filling = _Shard(layout, next(remaining))
+            filling.add(batches[position], output)
+            if last_of_shard[position]:
+                shard, filling = filling, None
+                writer.submit(
+                    functools.partial(shard.write, directory), functools.partial(on_shard, shard.number, shard.error)
+                )
 
-            run_batches(batches, keep)
-            yield spec.name, rows
+        run_batches(batches, keep)
 
-        write_shard(directory / shard_name(number), [spec], content(), metadata=None)
-        on_shard(number)
+
+class _Shard:
+    """The content of one shard while it is filled."""
+
+    def __init__(self, layout: CacheLayout, number: int) -> None:
+        self.number = number
+        self.error = StoredError()
+        self._layout = layout
+        self._content = layout.format.empty(layout.shard_tokens[number])
+        self._filled = 0
+
+    def add(self, examples: Sequence[int], output: torch.Tensor) -> None:
+        """Append the examples' rows of ``output`` [rows, longest, hidden]."""
+        for row, example in enumerate(examples):
+            end = self._filled + self._layout.length(example)
+            into = {part: tensor[self._filled : end] for part, tensor in self._content.items()}
+            self.error += self._layout.format.encode(output[row, : end - self._filled], into)
+            self._filled = end
+
+    def write(self, directory: Path) -> None:
+        """Make the shard durable."""
+        tensors = ((_tensor_name(part, self.number), tensor) for part, tensor in self._content.items())
+        write_shard(directory / shard_name(self.number), self._layout.specs(self.number), tensors, metadata=None)
 
 
 class ActivationCache:
-    """Reads a finished cache by batch.
+    """Reads a finished cache by batch. May be used from several threads.
+
+    Parameters
+    ----------
+    keep_bytes:
+        Host memory that may be used to keep the cache: if it fits whole, each shard is read once.
 
     Raises
     ------
     ModelError
-        A shard is missing or damaged.
+        A shard is missing or damaged, or belongs to another layout.
     """
 
-    def __init__(self, directory: Path, layout: CacheLayout) -> None:
+    def __init__(self, directory: Path, layout: CacheLayout, *, keep_bytes: int = 0) -> None:
         self._layout = layout
         headers = {}
         for number in range(len(layout.shards)):
             header = read_header(directory / shard_name(number))
+            _check_shard(header, layout.specs(number))
             headers.update(dict.fromkeys(header.tensors, header))
         self._tensors = TensorFiles(headers)
+        self._keeps = layout.total_bytes <= keep_bytes
+        self._kept: dict[str, torch.Tensor] = {}
+        self._keeping = threading.Lock()
 
     def read(self, examples: Sequence[int], longest: int) -> torch.Tensor:
         """Activations [rows, longest, hidden] on the CPU, zeros at padding."""
         layout = self._layout
-        hidden = torch.zeros(len(examples), longest, layout.hidden_size, dtype=layout.dtype)
+        parts = [spec.name for spec in layout.format.specs(0)]
+        hidden = torch.zeros(len(examples), longest, layout.format.hidden_size, dtype=layout.format.dtype)
         for row, example in enumerate(examples):
             shard, start = layout.place(example)
-            length = int(layout.lengths[example])
-            hidden[row, :length] = self._tensors.read_range(_tensor_name(shard), start, start + length)
+            length = layout.length(example)
+            stored = {part: self._rows(_tensor_name(part, shard), start, start + length) for part in parts}
+            hidden[row, :length] = layout.format.decode(stored)
         return hidden
 
     def close(self) -> None:
-        """Close the shard files."""
+        """Close the shard files and let go of what was kept."""
+        self._kept.clear()
         self._tensors.close()
+
+    def _rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        if not self._keeps:
+            return self._tensors.read_range(name, start, end)
+        with self._keeping:
+            if name not in self._kept:
+                self._kept[name] = self._tensors.read(name)
+            return self._kept[name][start:end]
+
+
+def _check_shard(header: Header, specs: Sequence[TensorSpec]) -> None:
+    expected = {spec.name: (spec.dtype, spec.shape) for spec in specs}
+    found = {name: (info.dtype, tuple(info.shape)) for name, info in header.tensors.items()}
+    if found != expected:
+        raise ModelError(
+            f"{header.path} holds {_listed(found)}", expected=_listed(expected), fix="start anew with --fresh"
+        )
+
+
+def _listed(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
+    parts = [f"{name} ({str(dtype).removeprefix('torch.')} {list(shape)})" for name, (dtype, shape) in tensors.items()]
+    return ", ".join(parts) or "nothing"

@@ -13,10 +13,11 @@ from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.tokenizer import save_tokenizer
 from lopt_lite.errors import RunDirectoryError
 from lopt_lite.settings import TrainSettings
-from lopt_lite.training.adapters import lora_config, target_names
+from lopt_lite.training.adapters import lora_config
 from lopt_lite.training.block_plan import Block
 from lopt_lite.training.checkpoint import load_tensors, save_tensors
 from lopt_lite.training.run_directory import RunPaths
+from lopt_lite.training.targets import target_names
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"

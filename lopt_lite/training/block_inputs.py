@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -12,12 +14,23 @@ from lopt_lite.data.dataset import Batch
 from lopt_lite.residency.pool import MicroBatch
 from lopt_lite.training.activation_cache import ActivationCache, CacheLayout
 
+#: What decides a batch's hidden states: its examples and its width.
+_Wanted: TypeAlias = tuple[tuple[int, ...], int]
+
 
 class BlockInputs(Protocol):
     """Makes what goes into a block."""
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """The block's input and the layers' arguments for a batch, on the device."""
+        ...
+
+    def read_ahead(self, batches: Sequence[Batch]) -> None:
+        """Start reading what coming batches need, in this order, in the background.
+
+        It is a hint: what :meth:`micro_batch` gives is the same without. Nothing but the batches named last is kept in
+        host memory; what was read of others is dropped.
+        """
         ...
 
     def close(self) -> None:
@@ -36,23 +49,73 @@ class EmbeddedInputs:
         recording = self._skeleton.record(batch.input_ids.to(self._device), embed=True)
         return MicroBatch(recording.hidden, recording.calls)
 
+    def read_ahead(self, batches: Sequence[Batch]) -> None:
+        """Does nothing: each distinct token of a batch is one short read, mostly of rows that the system still has."""
+
     def close(self) -> None:
         """Nothing to let go of."""
 
 
 class CachedInputs:
-    """A later block's inputs: what the block before it made of every example."""
+    """A later block's inputs: what the block before it made of every example.
 
-    def __init__(self, skeleton: Skeleton, device: torch.device, directory: Path, layout: CacheLayout) -> None:
+    Parameters
+    ----------
+    directory, layout:
+        The cache of the block before.
+    keep_bytes:
+        See :class:`ActivationCache`.
+
+    Attributes
+    ----------
+    ahead_count:
+        Batches that were there before they were asked for.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, device: torch.device, directory: Path, layout: CacheLayout, *, keep_bytes: int = 0
+    ) -> None:
         self._skeleton, self._device = skeleton, device
-        self._cache = ActivationCache(directory, layout)
+        self._cache = ActivationCache(directory, layout, keep_bytes=keep_bytes)
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache-reader")
+        self._ahead: dict[_Wanted, Future[torch.Tensor]] = {}
+        self.ahead_count = 0
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
-        """See :class:`BlockInputs`."""
+        """See :class:`BlockInputs`.
+
+        Raises
+        ------
+        ModelError
+            The cache cannot be read.
+        """
         recording = self._skeleton.record(batch.input_ids.to(self._device), embed=False)
-        hidden = self._cache.read(batch.examples.tolist(), batch.input_ids.shape[1])
-        return MicroBatch(hidden.to(self._device), recording.calls)
+        return MicroBatch(self._hidden(batch).to(self._device), recording.calls)
+
+    def read_ahead(self, batches: Sequence[Batch]) -> None:
+        """See :class:`BlockInputs`."""
+        wanted = [_wanted(batch) for batch in batches]
+        for key in self._ahead.keys() - set(wanted):
+            self._ahead.pop(key).cancel()
+        for key in wanted:
+            if key not in self._ahead:
+                self._ahead[key] = self._reader.submit(self._cache.read, *key)
 
     def close(self) -> None:
-        """Close the cache's files."""
+        """Stop reading and close the cache's files."""
+        self.read_ahead([])
+        self._reader.shutdown(wait=True)
         self._cache.close()
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        key = _wanted(batch)
+        ahead = self._ahead.pop(key, None)
+        # A read that has not begun would wait behind those announced before it.
+        if ahead is None or ahead.cancel():
+            return self._cache.read(*key)
+        self.ahead_count += 1
+        return ahead.result()
+
+
+def _wanted(batch: Batch) -> _Wanted:
+    return tuple(batch.examples.tolist()), batch.input_ids.shape[1]

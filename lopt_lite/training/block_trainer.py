@@ -19,17 +19,19 @@ from lopt_lite.data.dataset import Batch, collate
 from lopt_lite.errors import DivergedError
 from lopt_lite.events import BlockDone, BlockStarted, CheckpointSaved, Notice, Progress, Step, Validation
 from lopt_lite.residency.block_major import groups
-from lopt_lite.residency.choices import open_layers
 from lopt_lite.residency.head import answer_loss_backward, answer_loss_sum, place_head
+from lopt_lite.residency.layers import open_layers
 from lopt_lite.residency.pool import LayerPool, MicroBatch
+from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_training
 from lopt_lite.training.block_inputs import BlockInputs
 from lopt_lite.training.block_plan import Block
-from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_cursor, restore_checkpoint, save_tensors
+from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_cursor, restore_checkpoint, save_lazily
 from lopt_lite.training.objectives import ReconstructionHead, reconstruction_loss
-from lopt_lite.training.optimisation import learning_rate, make_optimizer, optimizer_step
+from lopt_lite.training.optimisation import learning_rate
 from lopt_lite.training.stopping import stopped
+from lopt_lite.training.trained import TrainedParameters
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
 PHASES = ("head-fit", "train")
@@ -39,12 +41,11 @@ _STEPS_WITHOUT_FINITE_LOSS = 5
 
 @dataclass(frozen=True)
 class _Phase:
-    """A stretch of training with one optimiser: which parameters, for how long, how fast."""
+    """A stretch of training with new optimisers: how long, how fast. ``"head-fit"`` leaves the layers alone."""
 
     name: str
     epochs: int
     peak_lr: float
-    parameters: dict[str, nn.Parameter]
 
 
 class BlockTrainer:
@@ -70,6 +71,11 @@ class BlockTrainer:
         self._last_checkpoint_s = time.monotonic()
         self._not_finite = 0
         self._head: ReconstructionHead | None = None
+        # On the CPU what is put aside goes to a file, elsewhere to host memory.
+        self._storage = Spill(SpillLimits(0, 1 << 62), bench.paths.root, bench.device)
+        self._trained = TrainedParameters(
+            storage=self._storage if bench.residence.offload_state else None, per_layer=False
+        )
 
     def run(self) -> None:
         """Train the block, from the last checkpoint if there is one, until its adapter is durable.
@@ -91,13 +97,16 @@ class BlockTrainer:
             block.first,
             block.end,
             device=bench.device,
-            on_layer=lambda i, layer: attach_adapter(layer, i, skeleton=bench.skeleton, settings=bench.settings),
+            scratch=bench.paths.root,
+            on_layer=self._attach,
+            state=self._trained,
             on_pass=self._report_pass,
         )
         try:
             digest = self._train(pool)
         finally:
             pool.close()
+            self._storage.close()
         bench.journal.add("block", block=block.index, sha256=digest)
         bench.on_event(BlockDone(block=block.index, blocks=len(bench.blocks)))
 
@@ -105,17 +114,18 @@ class BlockTrainer:
         """Go through the phases and write the adapter; returns its file's sha256."""
         bench, block = self._bench, self._block
         self._pool = pool
-        adapter = {
-            f"{index}.{name}": parameter
-            for index, layer in enumerate(pool.layers, start=block.first)
-            for name, parameter in adapter_parameters(layer).items()
-        }
-        phases = self._plan_phases(adapter)
+        phases = self._plan_phases()
         cursor = self._cursor()
         for phase in phases[[p.name for p in phases].index(cursor.phase) :]:
             self._run_phase(phase, cursor if phase.name == cursor.phase else Cursor(phase.name, 0))
         files.make_directory(bench.paths.block(block.index))
-        return save_tensors(bench.paths.block_adapter(block.index), dict(adapter))
+        layers = {tensor.name: tensor for tensor in self._trained.parameters(lambda group: isinstance(group, int))}
+        return save_lazily(bench.paths.block_adapter(block.index), layers)
+
+    def _attach(self, index: int, layer: nn.Module) -> None:
+        """Put a new adapter on a layer, to be trained."""
+        attach_adapter(layer, index, skeleton=self._bench.skeleton, settings=self._bench.settings)
+        self._trained.add(index, {f"{index}.{name}": p for name, p in adapter_parameters(layer).items()})
 
     def _report_pass(self, done: int, total: int) -> None:
         """Progress within one step of a streamed block, layer by layer."""
@@ -125,20 +135,17 @@ class BlockTrainer:
 
     # -- the stretches of training ------------------------------------------------------------------------------------
 
-    def _plan_phases(self, adapter: dict[str, nn.Parameter]) -> list[_Phase]:
+    def _plan_phases(self) -> list[_Phase]:
         settings = self._bench.settings
-        peak = settings.lr if self._is_last else settings.early_lr
-        self._trainable = dict(adapter)
+        train = _Phase("train", settings.epochs, settings.lr if self._is_last else settings.early_lr)
         if self._block.objective != "reconstruct":
-            return [_Phase("train", settings.epochs, peak, dict(adapter))]
+            return [train]
         seed = derive_seed(settings.seed, "block", self._block.index)
         self._head = ReconstructionHead(self._bench.skeleton.hidden_size, seed=seed).to(self._bench.device)
-        head = {f"head.{name}": parameter for name, parameter in self._head.named_parameters()}
-        self._trainable |= head
-        phases = [_Phase("train", settings.epochs, peak, {**adapter, **head})]
-        if settings.head_fit_epochs:
-            phases.insert(0, _Phase("head-fit", settings.head_fit_epochs, HEAD_FIT_LR, head))
-        return phases
+        self._trained.add("head", {f"head.{name}": parameter for name, parameter in self._head.named_parameters()})
+        if not settings.head_fit_epochs:
+            return [train]
+        return [_Phase("head-fit", settings.head_fit_epochs, HEAD_FIT_LR), train]
 
     def _cursor(self) -> Cursor:
         """Where to begin: at the last journalled checkpoint, or at the first phase."""
@@ -152,9 +159,11 @@ class BlockTrainer:
 
     def _run_phase(self, phase: _Phase, cursor: Cursor) -> None:
         bench, block = self._bench, self._block
-        optimizer = make_optimizer(phase.parameters.values())
+        self._trained.begin(layers=phase.name == "train")
+        for layer in self._pool.layers:
+            set_training(layer, phase.name == "train")
         if self._restore_name is not None and cursor.step > 0:
-            restore_checkpoint(self._checkpoints.path(self._restore_name), self._trainable, optimizer)
+            restore_checkpoint(self._checkpoints.path(self._restore_name), self._trained)
         bench.metrics.forget_undone(block.index, PHASES, phase.name, cursor.step)
         steps = phase.epochs * self._steps_per_epoch
         bench.on_event(
@@ -171,7 +180,7 @@ class BlockTrainer:
         self._last_checkpoint_s = time.monotonic()
         if cursor.step > 0 and cursor.step % self._steps_per_epoch == 0:
             # The checkpoint was made between an epoch's last step and its validation.
-            self._end_epoch(phase, cursor.step // self._steps_per_epoch, optimizer)
+            self._end_epoch(phase, cursor.step // self._steps_per_epoch)
         for epoch in range(cursor.step // self._steps_per_epoch, phase.epochs):
             batches = epoch_batches(
                 self._lengths[: bench.train_count],
@@ -181,14 +190,12 @@ class BlockTrainer:
             for number, indices in enumerate(batches, start=epoch * self._steps_per_epoch):
                 if number < cursor.step:
                     continue
-                self._stop_or_checkpoint(phase, number, optimizer, needed_s=0.0)
-                took_s = self._step(phase, optimizer, epoch, number, steps, indices)
-                self._stop_or_checkpoint(phase, number + 1, optimizer, needed_s=took_s)
-            self._end_epoch(phase, epoch + 1, optimizer)
+                self._stop_or_checkpoint(phase, number, needed_s=0.0)
+                took_s = self._step(phase, epoch, number, steps, indices)
+                self._stop_or_checkpoint(phase, number + 1, needed_s=took_s)
+            self._end_epoch(phase, epoch + 1)
 
-    def _step(
-        self, phase: _Phase, optimizer: torch.optim.AdamW, epoch: int, number: int, steps: int, indices: list[int]
-    ) -> float:
+    def _step(self, phase: _Phase, epoch: int, number: int, steps: int, indices: list[int]) -> float:
         """One optimiser step on the examples ``indices``; returns the seconds it took."""
         bench = self._bench
         started = time.monotonic()
@@ -196,11 +203,10 @@ class BlockTrainer:
             collate(bench.dataset, part, bench.pad_token_id)
             for part in micro_batches(indices, self._lengths, max_tokens=bench.residence.micro_batch_tokens)
         ]
-        loss = self._accumulate(phase, batches, number)
         lr = learning_rate(number, steps, phase.peak_lr)
-        norm = optimizer_step(optimizer, lr=lr) if math.isfinite(loss) else math.nan
-        if not math.isfinite(norm):
-            optimizer.zero_grad(set_to_none=True)
+        self._trained.begin_step(lr)
+        loss = self._accumulate(phase, batches, number)
+        norm = self._trained.end_step(finite=math.isfinite(loss))
         devices.synchronize(bench.device)
         took_s = time.monotonic() - started
         tokens = sum(batch.tokens for batch in batches)
@@ -254,18 +260,9 @@ class BlockTrainer:
         def dropout_seed(layer: int, part: int) -> int:
             return derive_seed(settings.seed, "dropout", phase.name, number, layer, part)
 
-        for layer in self._pool.layers:
-            set_training(layer, phase.name == "train")
-        # Fitting the head needs no graph through the block, which is still as the user brought it.
-        self._adapter_requires_grad(phase.name == "train")
         return self._pool.accumulate(
             micro_batches_of_step(), loss_backward, dropout_seed if settings.lora_dropout else None
         )
-
-    def _adapter_requires_grad(self, required: bool) -> None:
-        for layer in self._pool.layers:
-            for parameter in adapter_parameters(layer).values():
-                parameter.requires_grad_(required)
 
     def _watch_for_divergence(self, finite: bool, step: int) -> None:
         if finite:
@@ -282,22 +279,22 @@ class BlockTrainer:
 
     # -- between steps ------------------------------------------------------------------------------------------------
 
-    def _stop_or_checkpoint(self, phase: _Phase, step: int, optimizer: torch.optim.AdamW, *, needed_s: float) -> None:
+    def _stop_or_checkpoint(self, phase: _Phase, step: int, *, needed_s: float) -> None:
         """Checkpoint when it is time to, or when there is a reason to stop; then stop."""
         bench = self._bench
         reason = bench.stop.reason(needed_s=needed_s)
         due = time.monotonic() - self._last_checkpoint_s >= bench.settings.checkpoint_every_s
         if (reason is not None or due) and step > 0 and self._not_finite == 0:
-            self._checkpoint(phase, step, optimizer)
+            self._checkpoint(phase, step)
         if reason is not None:
             steps = phase.epochs * self._steps_per_epoch
             raise stopped(
                 f"{reason} in block {self._block.index + 1} of {len(bench.blocks)}, after step {step} of {steps}"
             )
 
-    def _checkpoint(self, phase: _Phase, step: int, optimizer: torch.optim.AdamW) -> None:
+    def _checkpoint(self, phase: _Phase, step: int) -> None:
         bench, started = self._bench, time.monotonic()
-        name = self._checkpoints.save(Cursor(phase.name, step), self._trainable, optimizer)
+        name = self._checkpoints.save(Cursor(phase.name, step), self._trained)
         newest = bench.journal.last("checkpoint", block=self._block.index)
         if newest is None or newest["name"] != name:
             bench.journal.add("checkpoint", block=self._block.index, name=name)
@@ -306,14 +303,14 @@ class BlockTrainer:
         seconds = self._last_checkpoint_s - started
         bench.on_event(CheckpointSaved(block=self._block.index, step=step, seconds=seconds))
 
-    def _end_epoch(self, phase: _Phase, epoch: int, optimizer: torch.optim.AdamW) -> None:
+    def _end_epoch(self, phase: _Phase, epoch: int) -> None:
         """Held-out loss after an epoch of the last block, once per epoch however often the run is resumed."""
         bench = self._bench
         if not self._is_last or not bench.held_out_count or bench.journal.last("validation", epoch=epoch):
             return
         if self._not_finite == 0:
             # So that a stop while the loss is measured costs no step.
-            self._checkpoint(phase, epoch * self._steps_per_epoch, optimizer)
+            self._checkpoint(phase, epoch * self._steps_per_epoch)
         self._validate(phase, epoch)
 
     def _validate(self, phase: _Phase, epoch: int) -> None:
@@ -338,6 +335,8 @@ class BlockTrainer:
                 bench.on_event(Progress(task="held-out loss", done=done, total=len(batches), unit="batches"))
 
             self._pool.forward_all([self._inputs.micro_batch(part) for part in parts], take)
+        for layer in self._pool.layers:
+            set_training(layer, phase.name == "train")
         loss = total / answer_tokens
         bench.journal.add("validation", epoch=epoch, loss=loss, answer_tokens=answer_tokens)
         bench.on_event(Validation(epoch=epoch, epochs=phase.epochs, loss=loss, answer_tokens=answer_tokens))

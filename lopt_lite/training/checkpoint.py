@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from lopt_lite import files
 from lopt_lite.checkpoints.header import read_header
 from lopt_lite.checkpoints.shard_writer import TensorSpec, aligned_order, write_shard
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.errors import RunDirectoryError
+from lopt_lite.training.trained import SavedTensor, TrainedParameters
 
 _CURSOR = "cursor"
 
@@ -33,37 +34,32 @@ class Cursor:
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
     """Write tensors durably to one safetensors file; returns the file's sha256."""
-    specs = aligned_order([TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in sorted(tensors.items())])
-    content = ((spec.name, tensors[spec.name].detach().cpu().contiguous()) for spec in specs)
+    saved = {n: SavedTensor(n, t.dtype, tuple(t.shape), partial(torch.Tensor.detach, t)) for n, t in tensors.items()}
+    return save_lazily(path, saved, metadata)
+
+
+def save_lazily(path: Path, tensors: dict[str, SavedTensor], metadata: dict[str, str] | None = None) -> str:
+    """As :func:`save_tensors`, with tensors that are made one at a time; the keys are their names in the file."""
+    specs = aligned_order([TensorSpec(n, t.dtype, t.shape) for n, t in sorted(tensors.items())])
+    content = ((spec.name, tensors[spec.name].read().cpu().contiguous()) for spec in specs)
     return write_shard(path, specs, content, metadata=metadata).sha256
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of one safetensors file, on the CPU."""
+def load_tensors(path: Path, *, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of one safetensors file whose names begin with ``prefix``, without it, on the CPU."""
     header = read_header(path)
     source = TensorFiles(dict.fromkeys(header.tensors, header))
     try:
-        return {name: source.read(name) for name in header.tensors}
+        return {n.removeprefix(prefix): source.read(n) for n in header.tensors if n.startswith(prefix)}
     finally:
         source.close()
 
 
-def save_checkpoint(
-    path: Path, cursor: Cursor, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
-    """Write a checkpoint.
-
-    Parameters
-    ----------
-    parameters:
-        Everything trainable of the block, by name. Those that ``optimizer`` has stepped are saved with its state.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters.items():
-        tensors[f"parameter.{name}"] = parameter
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-    save_tensors(path, tensors, {_CURSOR: json.dumps({"phase": cursor.phase, "step": cursor.step})})
+def save_checkpoint(path: Path, cursor: Cursor, trained: TrainedParameters) -> None:
+    """Write a checkpoint: everything trainable of the block, and the state of its optimisers, one tensor at a time."""
+    saved = {f"parameter.{tensor.name}": tensor for tensor in trained.parameters()}
+    saved |= {f"optimizer.{tensor.name}": tensor for tensor in trained.state()}
+    save_lazily(path, saved, {_CURSOR: json.dumps({"phase": cursor.phase, "step": cursor.step})})
 
 
 def read_cursor(path: Path) -> Cursor:
@@ -81,34 +77,31 @@ def read_cursor(path: Path) -> Cursor:
         raise RunDirectoryError(f"{path} is not a checkpoint of lopt-lite: {error}") from error
 
 
-def restore_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's values back into ``parameters`` and ``optimizer``.
+def restore_checkpoint(path: Path, trained: TrainedParameters) -> None:
+    """Put a checkpoint's values back, one tensor at a time.
 
     Raises
     ------
     RunDirectoryError
         The checkpoint does not hold exactly these parameters.
     """
-    tensors = load_tensors(path)
-    saved = {n.removeprefix("parameter.") for n in tensors if n.startswith("parameter.")}
-    if saved != set(parameters):
+    header = read_header(path)
+    saved = {n.removeprefix("parameter.") for n in header.tensors if n.startswith("parameter.")}
+    if saved != {tensor.name for tensor in trained.parameters()}:
         raise RunDirectoryError(
             f"the checkpoint {path} holds other parameters than this run trains",
             fix="start anew with --fresh, or use the release of lopt-lite that wrote it",
         )
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[f"parameter.{name}"])
-        state = {
-            key.split(".")[1]: value
-            for key, value in tensors.items()
-            if key.startswith("optimizer.") and key.split(".", 2)[2] == name
-        }
-        if state and id(parameter) in trained:
-            # AdamW keeps its step count on the CPU and its moments beside the parameter.
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-            }
+    keys: dict[str, list[str]] = {}
+    for name in header.tensors:
+        if name.startswith("optimizer."):
+            _, key, parameter = name.split(".", 2)
+            keys.setdefault(parameter, []).append(key)
+    source = TensorFiles(dict.fromkeys(header.tensors, header))
+    try:
+        trained.restore(source.read, keys)
+    finally:
+        source.close()
 
 
 class CheckpointDirectory:
@@ -121,11 +114,11 @@ class CheckpointDirectory:
         """Path of the checkpoint called ``name``."""
         return self._directory / name
 
-    def save(self, cursor: Cursor, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> str:
+    def save(self, cursor: Cursor, trained: TrainedParameters) -> str:
         """Write a checkpoint; returns its name, for the journal."""
         files.make_directory(self._directory)
         name = f"{cursor.phase}-{cursor.step:08d}.safetensors"
-        save_checkpoint(self.path(name), cursor, parameters, optimizer)
+        save_checkpoint(self.path(name), cursor, trained)
         return name
 
     def keep_only(self, name: str | None) -> None:

@@ -1,15 +1,17 @@
-"""Optimiser, learning-rate schedule and gradient clipping."""
+"""Optimisers, learning-rate schedule and gradient clipping."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 WARM_UP_FRACTION = 0.03
 CLIP_NORM = 1.0
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -24,21 +26,56 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW with PyTorch's betas and epsilon and no weight decay; the learning rate is set before each step."""
-    return torch.optim.AdamW(list(parameters), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+def make_optimizer(parameters: Iterable[nn.Parameter], *, eight_bit: bool = False) -> torch.optim.Optimizer:
+    """AdamW with PyTorch's betas and epsilon and no weight decay; the learning rate is set before each step.
 
-
-def optimizer_step(optimizer: torch.optim.AdamW, *, lr: float) -> float:
-    """Clip the gradients at norm 1.0, step with ``lr``, clear the gradients; returns the norm before clipping.
-
-    A norm that is not finite leaves the parameters untouched.
+    With ``eight_bit`` bitsandbytes' block-wise quantised moments (Dettmers et al., arXiv:2110.02861): parameters of
+    fewer than 4,096 elements keep float32 ones.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, CLIP_NORM))
-    if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+    if eight_bit:
+        import bitsandbytes as bnb
+
+        optimizer: torch.optim.Optimizer = bnb.optim.AdamW8bit(
+            list(parameters), lr=0.0, betas=_BETAS, eps=_EPSILON, weight_decay=0.0
+        )
+        return optimizer
+    return torch.optim.AdamW(list(parameters), lr=0.0, betas=_BETAS, eps=_EPSILON, weight_decay=0.0)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    """What ``optimizer`` remembers of ``parameter``, as tensors; empty before its first step."""
+    state = optimizer.state.get(parameter, {})
+    return {key: torch.as_tensor(value) for key, value in state.items() if not key.startswith("qmap")}
+
+
+def set_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, torch.Tensor]
+) -> None:
+    """Make ``optimizer`` remember what :func:`optimizer_state` gave."""
+    values: dict[str, Any] = {}
+    fill_maps = getattr(optimizer, "fill_qmap", None)
+    for key, value in state.items():
+        if key == "step":
+            # AdamW keeps its step count on the CPU, bitsandbytes keeps a number.
+            values[key] = value.cpu() if fill_maps is None else int(value)
+        else:
+            values[key] = value.to(parameter.device)
+    if fill_maps is not None and "absmax1" in values:
+        fill_maps()
+        values["qmap1"] = optimizer.name2qmap["dynamic"].to(parameter.device)
+        values["qmap2"] = optimizer.name2qmap["udynamic"].to(parameter.device)
+    optimizer.state[parameter] = values
+
+
+def gradient_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm of each gradient, float32 [number of gradients]."""
+    return torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
+
+
+def clipped_step(optimizer: torch.optim.Optimizer, *, norm: torch.Tensor, lr: float) -> None:
+    """Scale the gradients as clipping a total norm of ``norm`` to 1.0 does, and step with ``lr``."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    nn.utils.clip_grads_with_norm_(parameters, CLIP_NORM, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()

@@ -26,18 +26,18 @@ from lopt_lite.journal import Journal
 from lopt_lite.locks import locked
 from lopt_lite.outcomes import TrainOutcome
 from lopt_lite.residency.block_major import held_out_losses
-from lopt_lite.residency.choices import Residence, choose_residence
+from lopt_lite.residency.choices import Memory, Residence, choose_residence
+from lopt_lite.residency.memory_model import Job
+from lopt_lite.residency.shapes import model_shapes
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import write_adapter
-from lopt_lite.training.adapters import attach_adapter, target_names
 from lopt_lite.training.block_plan import Block, plan_blocks
 from lopt_lite.training.metrics import Metrics, read_metrics
-from lopt_lite.training.run_directory import RunIdentity, RunPaths, claim, start_fresh
+from lopt_lite.training.run_directory import RunIdentity, RunPaths, claim, run_directory, start_fresh
 from lopt_lite.training.sequential import train_sequentially
 from lopt_lite.training.stopping import Stopper
+from lopt_lite.training.targets import target_names, tuning
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
-
-RUNS_DIRECTORY = "runs"
 
 
 def train(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
@@ -66,7 +66,7 @@ def train(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
         devices.return_freed_memory(device)
     with Stopper(max_hours=settings.max_hours, deadline=settings.deadline) as stop:
         given = _read_inputs(settings, on_event)
-        paths = RunPaths(_run_directory(settings, given.model))
+        paths = RunPaths(run_directory(settings, given.model.name))
         store_directory = _store_directory(settings, given.model, paths)
         builder = _store_builder(settings, given.model, store_directory, device, stop, on_event)
         files.make_directory(paths.root)
@@ -137,13 +137,6 @@ def _read_inputs(settings: TrainSettings, on_event: OnEvent) -> _Given:
     return _Given(model, skeleton, blocks, tokenizer, training, held_out)
 
 
-def _run_directory(settings: TrainSettings, model: ModelFiles) -> Path:
-    if settings.output is not None:
-        return Path(settings.output)
-    name = f"{files.safe_name(model.name)}-{files.safe_name(Path(settings.data).stem)}"
-    return Path(RUNS_DIRECTORY) / name
-
-
 def _store_directory(settings: TrainSettings, model: ModelFiles, paths: RunPaths) -> Path:
     """``--store``; or MODEL itself when it is a store of the kind asked for; or RUN/store."""
     if settings.store is not None:
@@ -198,6 +191,9 @@ def _open_bench(
         metrics = Metrics(paths.metrics)
         stack.callback(metrics.close)
         skeleton = given.skeleton
+        dataset = given.train if given.held_out is None else TokenizedDataset.concat(given.train, given.held_out)
+        # Before the store is made: what cannot work is refused before anything large is written.
+        residence = _decide_residence(journal, given, dataset.lengths, settings, device, on_event)
         if builder is not None:
             builder.build()
         store = Store(store_directory)
@@ -208,7 +204,6 @@ def _open_bench(
             journal.add("started", examples=len(given.train))
         skeleton.set_embedding_reader(lambda ids: store.embedding_rows(skeleton, ids))
         skeleton.place_root_tensors(store.root(skeleton), device)
-        dataset = given.train if given.held_out is None else TokenizedDataset.concat(given.train, given.held_out)
         yield Workbench(
             settings=settings,
             paths=paths,
@@ -222,7 +217,7 @@ def _open_bench(
             train_count=len(given.train),
             blocks=given.blocks,
             device=device,
-            residence=_decide_residence(journal, store, given, dataset, settings, device, on_event),
+            residence=residence,
             stop=stop,
             on_event=on_event,
         )
@@ -230,9 +225,8 @@ def _open_bench(
 
 def _decide_residence(
     journal: Journal,
-    store: Store,
     given: _Given,
-    dataset: TokenizedDataset,
+    lengths: torch.Tensor,
     settings: TrainSettings,
     device: torch.device,
     on_event: OnEvent,
@@ -240,19 +234,25 @@ def _decide_residence(
     """Decide once per run, so that a resumed run computes as the first part did."""
     fact = journal.last("residence", device=device.type)
     if fact is not None:
-        residence = Residence(**{k: v for k, v in fact.items() if k not in ("fact", "device")})
+        residence = Residence.from_json(fact)
     else:
-        skeleton = given.skeleton
-        longest = int(dataset.lengths.max())
+        longest = int(lengths.max())
+        shapes = model_shapes(
+            given.skeleton,
+            quantize=settings.quantize,
+            stored_dtype=DTYPES["bfloat16" if settings.quantize == "nf4" else settings.dtype],
+            tuning=tuning(given.skeleton, settings),
+        )
         residence = choose_residence(
-            store,
-            skeleton,
+            shapes,
             [(b.first, b.end) for b in given.blocks],
+            Job(
+                step_tokens=min(settings.batch_size, len(given.train)) * longest,
+                longest=longest,
+                early_blocks="reconstruct" in settings.objectives(),
+            ),
             device=device,
-            budget_bytes=settings.memory_bytes(),
-            step_tokens=min(settings.batch_size, len(given.train)) * longest,
-            longest=longest,
-            attach=lambda index, layer: attach_adapter(layer, index, skeleton=skeleton, settings=settings),
+            memory=Memory.now(device, settings.memory_bytes()),
         )
         journal.add("residence", device=device.type, **residence.to_json())
     if journal.last("adapter") is None:
@@ -263,6 +263,8 @@ def _decide_residence(
 _RESIDENCE_TEXTS = {
     "dequantised": "the block in work stays in memory, dequantised once; predicted peak {gib:.2f} GiB",
     "resident": "the block in work stays in memory; predicted peak {gib:.2f} GiB",
+    "recomputed": "the block in work stays in memory, its activations do not; predicted peak {gib:.2f} GiB",
+    "partly streamed": "some layers stay in memory, the others are streamed; predicted peak {gib:.2f} GiB",
     "streamed": "layers are streamed through memory one by one; predicted peak {gib:.2f} GiB",
 }
 

@@ -12,6 +12,8 @@ from lopt_lite import files
 from lopt_lite.errors import RunDirectoryError
 from lopt_lite.settings import TrainSettings
 
+RUNS_DIRECTORY = "runs"
+
 _OWNED = ("settings.json", "journal.jsonl", "metrics.jsonl", "store", "cache", "blocks", "adapter")
 _START_ANEW = "restore it from a backup, start anew with --fresh, or choose another directory"
 _PACKAGES = ("lopt-lite", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
@@ -63,6 +65,13 @@ class RunPaths:
     def block_adapter(self, block: int) -> Path:
         """The trained adapter of a block."""
         return self.block(block) / "adapter.safetensors"
+
+
+def run_directory(settings: TrainSettings, model_name: str) -> Path:
+    """``--output``, or ``runs/MODEL-DATA``."""
+    if settings.output is not None:
+        return Path(settings.output)
+    return Path(RUNS_DIRECTORY) / f"{files.safe_name(model_name)}-{files.safe_name(Path(settings.data).stem)}"
 
 
 def versions() -> dict[str, str]:

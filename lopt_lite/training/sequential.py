@@ -8,16 +8,19 @@ import torch
 from torch import nn
 
 from lopt_lite import files
-from lopt_lite.data.dataset import collate
-from lopt_lite.events import Progress
+from lopt_lite.data.dataset import Batch, collate
+from lopt_lite.events import Notice, Progress
 from lopt_lite.residency.block_major import groups
-from lopt_lite.residency.choices import open_layers
+from lopt_lite.residency.layers import open_layers
+from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.training.activation_cache import CacheLayout, shard_name, write_cache
-from lopt_lite.training.adapters import attach_adapter, load_adapter, set_training
+from lopt_lite.training.adapters import adapter_parameters, attach_adapter, load_adapter, set_training
 from lopt_lite.training.block_inputs import BlockInputs, CachedInputs, EmbeddedInputs
 from lopt_lite.training.block_plan import Block
 from lopt_lite.training.block_trainer import BlockTrainer
+from lopt_lite.training.cache_format import StoredError
 from lopt_lite.training.checkpoint import load_tensors
+from lopt_lite.training.trained import TrainedParameters
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
 
@@ -31,33 +34,40 @@ def train_sequentially(bench: Workbench) -> None:
     StoppedError, DivergedError, DoesNotFitError
         See :class:`BlockTrainer` and :func:`write_cache`.
     """
+    layout = _layout(bench)
     for block in bench.blocks:
         is_last = block.index == len(bench.blocks) - 1
         if is_last or not bench.journal.last("cache", block=block.index + 1):
             if not bench.journal.last("block", block=block.index):
-                _train(bench, block)
+                _train(bench, block, layout)
             if not is_last:
-                _write_next_inputs(bench, block)
+                _write_next_inputs(bench, block, layout)
         # Also for a block that was done before: a crash may have come between the fact and the tidying.
         files.remove_tree(bench.paths.cache(block.index))
         files.remove_tree(bench.paths.checkpoint(block.index))
 
 
-def _train(bench: Workbench, block: Block) -> None:
+def _train(bench: Workbench, block: Block, layout: CacheLayout) -> None:
     if block.objective == "none":
         bench.journal.add("block", block=block.index)
         return
-    inputs = _inputs(bench, block)
+    inputs = _inputs(bench, block, layout)
     try:
         BlockTrainer(bench, block, inputs).run()
     finally:
         inputs.close()
 
 
-def _inputs(bench: Workbench, block: Block) -> BlockInputs:
+def _inputs(bench: Workbench, block: Block, layout: CacheLayout) -> BlockInputs:
     if block.index == 0:
         return EmbeddedInputs(bench.skeleton, bench.device)
-    return CachedInputs(bench.skeleton, bench.device, bench.paths.cache(block.index), _layout(bench))
+    return CachedInputs(
+        bench.skeleton,
+        bench.device,
+        bench.paths.cache(block.index),
+        layout,
+        keep_bytes=bench.residence.cache_keep_bytes,
+    )
 
 
 def _layout(bench: Workbench) -> CacheLayout:
@@ -67,31 +77,33 @@ def _layout(bench: Workbench) -> CacheLayout:
         dtype=bench.skeleton.dtype,
         max_tokens=bench.residence.forward_tokens,
         max_rows=FORWARD_ROWS,
+        cache=bench.settings.cache,
     )
 
 
-def _write_next_inputs(bench: Workbench, block: Block) -> None:
+def _write_next_inputs(bench: Workbench, block: Block, layout: CacheLayout) -> None:
     """Pass all examples through the trained block and cache what comes out."""
     following = block.index + 1
     directory = bench.paths.cache(following)
-    layout = _layout(bench)
-    done = [int(f["shard"]) for f in bench.journal.all("cache-shard", block=following)]
+    journalled = {int(f["shard"]) for f in bench.journal.all("cache-shard", block=following)}
+    done = {number for number in journalled if (directory / shard_name(number)).is_file()}
     files.require_free_space(
         bench.paths.root,
         layout.total_bytes - files.directory_bytes(directory) + (16 << 20),
         what=f"the activation cache of block {following + 1}",
     )
-    trained = {} if block.objective == "none" else load_tensors(bench.paths.block_adapter(block.index))
+    storage = Spill(SpillLimits(0, 1 << 62), bench.paths.root, bench.device)
+    trained = TrainedParameters(storage=storage if bench.residence.offload_state else None, per_layer=False)
 
     def with_adapter(index: int, layer: nn.Module) -> None:
         if block.objective == "none":
             return
         attach_adapter(layer, index, skeleton=bench.skeleton, settings=bench.settings)
-        prefix = f"{index}."
-        load_adapter(layer, {n.removeprefix(prefix): t for n, t in trained.items() if n.startswith(prefix)})
+        load_adapter(layer, load_tensors(bench.paths.block_adapter(block.index), prefix=f"{index}."))
         set_training(layer, False)
+        trained.add(index, {f"{index}.{name}": p for name, p in adapter_parameters(layer).items()})
 
-    inputs = _inputs(bench, block)
+    inputs = _inputs(bench, block, layout)
     total = sum(len(batches) for batches in layout.shards)
     finished = sum(len(layout.shards[n]) for n in done)
     pool = open_layers(
@@ -101,11 +113,21 @@ def _write_next_inputs(bench: Workbench, block: Block) -> None:
         block.first,
         block.end,
         device=bench.device,
+        scratch=bench.paths.root,
         on_layer=with_adapter,
+        state=trained,
     )
 
+    def collated(examples: list[int]) -> Batch:
+        return collate(bench.dataset, examples, bench.pad_token_id)
+
+    def on_shard(number: int, error: StoredError) -> None:
+        measured = error.to_json() if layout.format.name == "int8" else {}
+        bench.journal.add("cache-shard", block=following, shard=number, name=shard_name(number), **measured)
+
     def run_batches(batches: list[list[int]], on_output: Callable[[int, torch.Tensor], None]) -> None:
-        for group in groups(batches, layout.lengths, bench.residence.group_tokens):
+        of_pass = groups(batches, layout.lengths, bench.residence.group_tokens)
+        for number, group in enumerate(of_pass):
 
             def take(position: int, output: torch.Tensor, group: list[int] = group) -> None:
                 nonlocal finished
@@ -115,18 +137,29 @@ def _write_next_inputs(bench: Workbench, block: Block) -> None:
                 task = f"outputs of block {block.index + 1}"
                 bench.on_event(Progress(task=task, done=finished, total=total, unit="batches"))
 
-            parts = [collate(bench.dataset, batches[b], bench.pad_token_id) for b in group]
-            pool.forward_all([inputs.micro_batch(part) for part in parts], take)
+            micro_batches = [inputs.micro_batch(collated(batches[b])) for b in group]
+            # One batch is what memory has room for beside a group; the others' reading is short beside computing it.
+            inputs.read_ahead([collated(batches[coming[0]]) for coming in of_pass[number + 1 : number + 2]])
+            pool.forward_all(micro_batches, take)
 
     try:
-        write_cache(
-            directory,
-            layout,
-            run_batches,
-            done=done,
-            on_shard=lambda n: bench.journal.add("cache-shard", block=following, shard=n, name=shard_name(n)),
-        )
+        write_cache(directory, layout, run_batches, done=done, on_shard=on_shard)
     finally:
         pool.close()
         inputs.close()
-    bench.journal.add("cache", block=following)
+        storage.close()
+    _finish_cache(bench, layout, following)
+
+
+def _finish_cache(bench: Workbench, layout: CacheLayout, block: int) -> None:
+    """Note that the inputs of ``block`` are there, and how exact they are."""
+    if layout.format.name == "exact":
+        bench.journal.add("cache", block=block)
+        return
+    # A shard that was lost and written again has several facts; they say the same.
+    newest = {fact["shard"]: fact for fact in bench.journal.all("cache-shard", block=block)}
+    error = StoredError.total(newest[number] for number in range(len(layout.shards)))
+    bench.journal.add("cache", block=block, relative_error=error.relative)
+    bench.on_event(
+        Notice(text=f"the 8-bit cache of block {block + 1} has a relative error of {100 * error.relative:.2g} %")
+    )

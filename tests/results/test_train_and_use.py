@@ -25,7 +25,7 @@ from lopt_lite.journal import read_facts
 from lopt_lite.residency.pool import MicroBatch
 from lopt_lite.results.open_run import open_run
 from lopt_lite.training.optimisation import learning_rate
-from tests.rig import CPU, plain_kernels
+from tests.rig import CPU, plain_kernels, residence
 from tests.tiny_models import make_data, make_model
 
 
@@ -167,7 +167,7 @@ def test_gradient_accumulation_is_weighted_by_answer_tokens(tmp_path: Path, monk
     model = make_model(tmp_path / "model", "llama")
     whole: list[Event] = []
     _train(tmp_path, model, whole, epochs=1)
-    monkeypatch.setattr(choices, "_MICRO_BATCH_TOKENS", (60,))
+    monkeypatch.setattr(choices, "_ROOMY_TOKENS", (60,))
     parts: list[Event] = []
     _train(tmp_path, model, parts, epochs=1, fresh=True)
     for a, b in zip((e for e in whole if isinstance(e, Step)), (e for e in parts if isinstance(e, Step)), strict=True):
@@ -288,13 +288,12 @@ def test_a_foreign_nf4_checkpoint_gives_the_same_store(tmp_path: Path) -> None:
     assert (b / "adapter" / "adapter_model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.parametrize("mode", ["resident", "streamed"])
+@pytest.mark.parametrize("mode", ["resident", "recomputed", "partly streamed", "streamed", "offloaded"])
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_where_layers_are_does_not_change_the_result(
     mode: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Resident dequantised, resident 4-bit and streamed runs end with the same adapter bytes and held-out losses."""
-    from lopt_lite.residency.choices import Residence
     from lopt_lite.training import run as training_run
 
     model = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
@@ -311,10 +310,10 @@ def test_where_layers_are_does_not_change_the_result(
     losses = [f["loss"] for f in read_facts(expected / "journal.jsonl")[0] if f["fact"] == "validation"]
     assert _mode(expected) == "dequantised"
 
-    monkeypatch.setattr(training_run, "choose_residence", lambda *a, **k: Residence(mode, 2048, 2**24, 0))
+    monkeypatch.setattr(training_run, "choose_residence", lambda *a, **k: residence(mode))
     run = _train(tmp_path, model, fresh=True, **changes)
 
-    assert _mode(run) == mode
+    assert _mode(run) == {"offloaded": "streamed"}.get(mode, mode)
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     assert [f["loss"] for f in read_facts(run / "journal.jsonl")[0] if f["fact"] == "validation"] == losses
 
@@ -324,13 +323,12 @@ def _mode(run: Path) -> str:
 
 
 def test_generation_is_the_same_with_streamed_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lopt_lite.residency.choices import Residence
     from lopt_lite.results import generate as generation
 
     run = _train(tmp_path, make_model(tmp_path / "model", "llama"), epochs=1)
     settings = GenerateSettings(run=str(run), prompt="What is 3 + 4?", max_new_tokens=6)
     expected = lopt_lite.generate(settings).text
-    monkeypatch.setattr(generation, "choose_residence", lambda *a, **k: Residence("streamed", 2048, 2**24, 0))
+    monkeypatch.setattr(generation, "choose_residence", lambda *a, **k: residence("streamed", layers=4))
     assert lopt_lite.generate(settings).text == expected
 
 

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from lopt_lite_cli.main import main
 
-from lopt_lite.residency.choices import Residence
 from lopt_lite.training import activation_cache
 from lopt_lite.training import run as training_run
+from tests.rig import residence
 
 #: Attempts per cut that the job wants, before it is given up.
 _ATTEMPTS_PER_CUT = 6
@@ -39,8 +39,8 @@ _ATTEMPTS_PER_CUT = 6
 def make_everything_small(mode: str) -> None:
     """Several micro-batches a step and several shards a cache for a tiny model too; layers where ``mode`` says."""
     activation_cache._SHARD_BYTES = 12 << 10
-    residence = Residence(mode, micro_batch_tokens=80, logit_elements=2**20, predicted_bytes=0)
-    training_run.choose_residence = lambda *args, **kwargs: residence
+    chosen = residence(mode, micro_batch_tokens=80)
+    training_run.choose_residence = lambda *args, **kwargs: chosen
 
 
 def attempt(arguments: list[str], log: Path, *, prepare: Callable[[], None], cut: Callable[[int], None]) -> int:

@@ -22,10 +22,10 @@ from lopt_lite import TrainSettings
 from lopt_lite.errors import RunDirectoryError, StoppedError
 from lopt_lite.events import BlockDone, BlockStarted, Event, Progress, Step, Validation
 from lopt_lite.journal import read_facts
-from lopt_lite.residency.choices import Residence
 from lopt_lite.training import block_trainer, stopping
 from lopt_lite.training import run as training_run
 from lopt_lite.training.metrics import read_metrics
+from tests.rig import residence
 from tests.tiny_models import make_data, make_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -164,8 +164,8 @@ def _settings(inputs: tuple[Path, Path], output: Path, **changes: Any) -> TrainS
 @pytest.fixture
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the layers are, and several micro-batches a step."""
-    residence = Residence(getattr(request, "param", "resident"), 80, 2**20, 0)
-    monkeypatch.setattr(training_run, "choose_residence", lambda *args, **kwargs: residence)
+    chosen = residence(getattr(request, "param", "resident"), micro_batch_tokens=80)
+    monkeypatch.setattr(training_run, "choose_residence", lambda *args, **kwargs: chosen)
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def _ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("mode", ["resident", "streamed"], indirect=True)
+@pytest.mark.parametrize("mode", ["resident", "recomputed", "partly streamed", "streamed", "offloaded"], indirect=True)
 def test_stopped_at_every_step_it_ends_with_the_same_bytes(inputs, tmp_path, reference):
     """One step an attempt: also at the last step of a phase, of an epoch, of a block."""
     settings = _settings(inputs, tmp_path / "run")

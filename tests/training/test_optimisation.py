@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lopt_lite.training.optimisation import learning_rate, make_optimizer, optimizer_step
+from lopt_lite.training.optimisation import learning_rate
+from lopt_lite.training.trained import TrainedParameters
 
 
 def test_the_rate_rises_for_three_percent_of_the_steps_and_then_falls_along_a_cosine():
@@ -36,6 +37,20 @@ def _parameters(*values: list[float]) -> list[nn.Parameter]:
     return [nn.Parameter(torch.tensor(v)) for v in values]
 
 
+def _trained(parameters: list[nn.Parameter]) -> TrainedParameters:
+    """The parameters under control, each in a group of its own."""
+    trained = TrainedParameters(storage=None, per_layer=False)
+    for number, parameter in enumerate(parameters):
+        trained.add(number, {f"{number}.p": parameter})
+    trained.begin(layers=True)
+    return trained
+
+
+def _step(trained: TrainedParameters, *, lr: float) -> float:
+    trained.begin_step(lr)
+    return trained.end_step(finite=True)
+
+
 def _adamw_by_hand(values, gradients, rates, *, clip):
     """AdamW without weight decay in float64 lists, gradients clipped over all of a step's values together."""
     m, v = [0.0] * len(values), [0.0] * len(values)
@@ -51,12 +66,12 @@ def _adamw_by_hand(values, gradients, rates, *, clip):
 
 def test_steps_equal_adamw_written_out_by_hand():
     parameters = _parameters([1.0, -2.0], [0.5])
-    optimizer = make_optimizer(parameters)
+    trained = _trained(parameters)
     gradients = [[0.3, -0.1, 0.2], [30.0, -10.0, 5.0], [0.0, 0.01, -4.0]]
     rates = [1e-2, 2e-2, 5e-3]
     for gradient, rate in zip(gradients, rates, strict=True):
         parameters[0].grad, parameters[1].grad = torch.tensor(gradient[:2]), torch.tensor(gradient[2:])
-        norm = optimizer_step(optimizer, lr=rate)
+        norm = _step(trained, lr=rate)
         assert norm == pytest.approx(math.sqrt(sum(g * g for g in gradient))), "the norm before clipping"
         assert all(p.grad is None for p in parameters)
     expected = _adamw_by_hand([1.0, -2.0, 0.5], gradients, rates, clip=1.0)
@@ -65,22 +80,23 @@ def test_steps_equal_adamw_written_out_by_hand():
 
 def test_weights_are_not_decayed():
     (parameter,) = _parameters([3.0])
-    optimizer = make_optimizer([parameter])
+    trained = _trained([parameter])
     parameter.grad = torch.zeros(1)
-    optimizer_step(optimizer, lr=0.1)
+    _step(trained, lr=0.1)
     assert parameter.item() == 3.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_leaves_weights_and_state_alone(bad):
     parameters = _parameters([1.0, 2.0], [3.0])
-    optimizer = make_optimizer(parameters)
+    trained = _trained(parameters)
     parameters[0].grad, parameters[1].grad = torch.tensor([0.1, 0.2]), torch.tensor([0.3])
-    optimizer_step(optimizer, lr=0.1)
+    _step(trained, lr=0.1)
     before = [p.detach().clone() for p in parameters]
-    state = {k: v.clone() for k, v in optimizer.state[parameters[0]].items()}
+    state = {t.name: t.read().clone() for t in trained.state()}
     parameters[0].grad, parameters[1].grad = torch.tensor([0.1, bad]), torch.tensor([0.3])
-    assert not math.isfinite(optimizer_step(optimizer, lr=0.1))
+    assert not math.isfinite(_step(trained, lr=0.1))
     assert all(torch.equal(p.detach(), b) for p, b in zip(parameters, before, strict=True))
-    assert all(torch.equal(optimizer.state[parameters[0]][k], v) for k, v in state.items())
+    assert state
+    assert all(torch.equal(t.read(), state[t.name]) for t in trained.state())
     assert all(p.grad is None for p in parameters), "the bad gradient must not be added to the next one"

@@ -1,0 +1,42 @@
+"""Making logits: at answer positions only, in chunks of tokens.
+
+Logits are the largest activation of a language model (tokens x vocabulary, in float32 for the loss).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from lopt_lite.checkpoints.skeleton import Skeleton
+
+
+def token_chunks(skeleton: Skeleton, tokens: int, rows: int, logit_elements: int) -> Iterator[slice]:
+    """Chunks of answer tokens: neither a chunk's logits (``rows`` each) nor its hidden states exceed the limit."""
+    size = max(1, logit_elements // max(rows, skeleton.hidden_size))
+    for start in range(0, tokens, size):
+        yield slice(start, min(start + size, tokens))
+
+
+def answers(output: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [n, hidden] and labels [n] at answer positions."""
+    mask = targets != -100
+    return output[mask], targets[mask]
+
+
+def make_logits(skeleton: Skeleton, hidden: torch.Tensor) -> tuple[torch.Tensor, GradientEdge | None]:
+    """Logits in float32 [tokens, rows], free to be overwritten, and where their gradient goes in.
+
+    In float32 they are the model's own output. Were it something that the model's backward pass needs (the output of a
+    last tanh, say; no known model is like that), autograd would refuse the gradient.
+    """
+    logits = skeleton.logits(hidden)
+    edge = get_gradient_edge(logits) if logits.requires_grad else None
+    return logits.detach().float(), edge
+
+
+def total(losses: torch.Tensor) -> float:
+    """The sum, in float64 whatever the device can."""
+    return float(losses.cpu().double().sum())

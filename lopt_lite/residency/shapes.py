@@ -1,0 +1,194 @@
+"""What a model weighs, layer by layer, from its architecture alone: no weights are read and nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lopt_lite.checkpoints.nf4_layout import packed_specs
+from lopt_lite.residency.layer_cost import activation_cost
+
+if TYPE_CHECKING:
+    from lopt_lite.checkpoints.skeleton import Skeleton
+
+#: Names (within a layer, given its index) of the modules that get a LoRA adapter.
+TargetNames = Callable[[int], Sequence[str]]
+
+#: AdamW in float32: parameter, gradient, two moments.
+_LORA_BYTES_PER_PARAMETER = 16
+
+
+@dataclass(frozen=True)
+class LayerShapes:
+    """One layer.
+
+    Attributes
+    ----------
+    stored_bytes:
+        As it lies in the store.
+    dense_bytes:
+        With every weight in the compute dtype.
+    largest_matrix:
+        Elements of its largest weight.
+    trained_parameters:
+        Parameters that training changes.
+    """
+
+    stored_bytes: int
+    dense_bytes: int
+    largest_matrix: int
+    trained_parameters: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is trained: LoRA adapters of rank ``rank`` on ``targets``, or (``rank`` None) all weights of a layer.
+
+    Attributes
+    ----------
+    dropout:
+        Whether adapters have dropout, which keeps its mask.
+    eight_bit:
+        Full tuning with Adam's moments in 8 bits.
+    """
+
+    targets: TargetNames = lambda index: ()
+    rank: int | None = None
+    dropout: bool = False
+    eight_bit: bool = False
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """A whole model, and what a token of it costs.
+
+    Attributes
+    ----------
+    itemsize:
+        Bytes of a number of the compute dtype.
+    quantised:
+        Whether the store is NF4.
+    saved_bytes_per_token:
+        Activations of one layer that autograd keeps for the backward pass, adapters included.
+    transient_bytes_per_token:
+        What else exists for a moment within a layer.
+    measured:
+        False where a layer cannot run without values (routed experts), so that the two are a formula's estimate.
+    state_bytes_per_parameter:
+        Value, gradient and optimiser state of a trained parameter; 0 without training.
+    """
+
+    hidden: int
+    vocabulary: int
+    head_itemsize: int
+    itemsize: int
+    quantised: bool
+    layers: tuple[LayerShapes, ...]
+    saved_bytes_per_token: int
+    transient_bytes_per_token: int
+    measured: bool
+    state_bytes_per_parameter: float
+    full: bool
+
+    @property
+    def largest_shard(self) -> int:
+        """Bytes of the largest layer in the store: the size of a slab."""
+        return max(layer.stored_bytes for layer in self.layers)
+
+    @property
+    def largest_matrix(self) -> int:
+        """Elements of the largest weight of any layer."""
+        return max(layer.largest_matrix for layer in self.layers)
+
+    @property
+    def head_bytes(self) -> int:
+        """The LM head in the compute dtype."""
+        return self.vocabulary * self.hidden * self.itemsize
+
+    def stored_bytes(self, first: int, end: int) -> int:
+        """Bytes of layers ``first`` to ``end`` (exclusive) in the store."""
+        return sum(layer.stored_bytes for layer in self.layers[first:end])
+
+    def dense_bytes(self, first: int, end: int) -> int:
+        """Bytes of layers ``first`` to ``end`` (exclusive) in the compute dtype."""
+        return sum(layer.dense_bytes for layer in self.layers[first:end])
+
+    def trained_parameters(self, first: int, end: int) -> int:
+        """Trained parameters of layers ``first`` to ``end`` (exclusive)."""
+        return sum(layer.trained_parameters for layer in self.layers[first:end])
+
+
+def model_shapes(
+    skeleton: Skeleton, *, quantize: str, stored_dtype: torch.dtype, tuning: Tuning | None = None
+) -> ModelShapes:
+    """The shapes of a model.
+
+    Parameters
+    ----------
+    quantize, stored_dtype:
+        The store's kind: ``"nf4"`` or ``"none"``, and the dtype of what is not 4 bits.
+    tuning:
+        What is trained; None without training.
+    """
+    layers = tuple(_layer_shapes(skeleton, i, quantize, stored_dtype, tuning) for i in range(skeleton.layer_count))
+    middle = skeleton.layer_count // 2
+    targets = [] if tuning is None or tuning.rank is None else list(tuning.targets(middle))
+    cost = activation_cost(
+        skeleton,
+        middle,
+        targets=targets,
+        rank=0 if tuning is None or tuning.rank is None else tuning.rank,
+        dropout=tuning is not None and tuning.dropout,
+        full=tuning is not None and tuning.rank is None,
+    )
+    return ModelShapes(
+        hidden=skeleton.hidden_size,
+        vocabulary=skeleton.vocabulary_rows,
+        head_itemsize=stored_dtype.itemsize,
+        itemsize=skeleton.dtype.itemsize,
+        quantised=quantize == "nf4",
+        layers=layers,
+        saved_bytes_per_token=cost.saved_bytes_per_token,
+        transient_bytes_per_token=cost.transient_bytes_per_token,
+        measured=cost.measured,
+        state_bytes_per_parameter=_state_bytes(tuning, skeleton.dtype.itemsize),
+        full=tuning is not None and tuning.rank is None,
+    )
+
+
+def _state_bytes(tuning: Tuning | None, itemsize: int) -> float:
+    if tuning is None:
+        return 0
+    if tuning.rank is not None:
+        return _LORA_BYTES_PER_PARAMETER
+    # Value and gradient in the compute dtype; moments of one byte each with a float32 scale per 256, or like the value.
+    return 2 * itemsize + (2 * (1 + 4 / 256) if tuning.eight_bit else 2 * itemsize)
+
+
+def _layer_shapes(
+    skeleton: Skeleton, index: int, quantize: str, stored_dtype: torch.dtype, tuning: Tuning | None
+) -> LayerShapes:
+    shapes = skeleton.layer_parameters(index)
+    linear = {f"{name}.weight" for name in skeleton.linear_names(index)}
+    stored = 0
+    for name, shape in shapes.items():
+        if quantize == "nf4" and name in linear:
+            stored += sum(spec.nbytes for spec in packed_specs(name, shape))
+        else:
+            stored += torch.Size(shape).numel() * stored_dtype.itemsize
+    elements = sum(torch.Size(shape).numel() for shape in shapes.values())
+    if tuning is None:
+        trained = 0
+    elif tuning.rank is None:
+        trained = elements
+    else:
+        trained = sum(tuning.rank * sum(shapes[f"{target}.weight"]) for target in tuning.targets(index))
+    return LayerShapes(
+        stored_bytes=stored,
+        dense_bytes=elements * skeleton.dtype.itemsize,
+        largest_matrix=max(torch.Size(shape).numel() for shape in shapes.values()),
+        trained_parameters=trained,
+    )

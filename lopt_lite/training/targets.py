@@ -1,0 +1,44 @@
+"""Which modules of a layer get an adapter. Apart from the adapters, whose library takes seconds to import."""
+
+from __future__ import annotations
+
+from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.errors import SettingsError
+from lopt_lite.residency.shapes import Tuning
+from lopt_lite.settings import TrainSettings
+
+
+def target_names(skeleton: Skeleton, index: int, settings: TrainSettings) -> list[str]:
+    """Names within layer ``index`` of the modules that get an adapter.
+
+    Raises
+    ------
+    SettingsError
+        ``--lora-targets`` names a module that no layer has.
+    """
+    adaptable = skeleton.adaptable_names(index)
+    if not settings.target_names:
+        return adaptable
+    wanted = settings.target_names
+    everywhere = {n for i in range(skeleton.layer_count) for n in skeleton.adaptable_names(i)}
+    for name in wanted:
+        if not any(_is_called(n, name) for n in everywhere):
+            choices = sorted({n.rpartition(".")[2] for n in everywhere})
+            raise SettingsError(
+                f"--lora-targets names {name!r}, which no layer of {skeleton.architecture} has",
+                expected=f"all-linear, or some of {', '.join(choices)}",
+            )
+    return [n for n in adaptable if any(_is_called(n, name) for name in wanted)]
+
+
+def _is_called(full: str, name: str) -> bool:
+    return full == name or full.endswith("." + name)
+
+
+def tuning(skeleton: Skeleton, settings: TrainSettings) -> Tuning:
+    """What is trained, for the memory plan."""
+    return Tuning(
+        targets=lambda index: target_names(skeleton, index, settings),
+        rank=settings.lora_r,
+        dropout=settings.lora_dropout > 0,
+    )
