@@ -1,22 +1,28 @@
-"""Random models of real shapes, written layer by layer, and runs of them in a process of their own.
+"""Random models of real shapes, and data of a certain length.
 
-Weights are random, so losses mean nothing; memory, disk and time do.
+Weights are random, so losses mean nothing; memory, disk and time do. A store is made by quantising one layer and
+writing it once per layer: nothing that is measured depends on the values.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from lopt_lite import QuantizeSettings, files, quantize
+from lopt_lite.checkpoints.header import read_header
 from lopt_lite.checkpoints.shard_writer import TensorSpec, aligned_order, write_shard
+from lopt_lite.checkpoints.store import INDEX_NAME, layer_shard, store_info
+from lopt_lite.checkpoints.tensors import TensorFiles
+from lopt_lite.settings import Quantize
 from tests.data.tiny_tokenizers import make_tokenizer
+
+_LAYERS = "model.layers."
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,50 @@ class Shape:
     key_value_heads: int
     vocabulary: int
 
+    def __str__(self) -> str:
+        return f"{self.hidden} x {self.layers}"
 
-def write_model(directory: Path, shape: Shape) -> Path:
-    """Write a random bfloat16 checkpoint with a small tokenizer, one shard per layer; nothing if it is there."""
-    if (directory / "model.safetensors.index.json").exists():
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model."""
+        key_value = self.hidden // self.heads * self.key_value_heads
+        layer = 2 * self.hidden * (self.hidden + key_value) + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        return self.layers * layer + 2 * self.vocabulary * self.hidden + self.hidden
+
+
+def write_store(directory: Path, shape: Shape, quantize_to: Quantize = "nf4") -> Path:
+    """Write a store (NF4, or ``"none"``) of random weights with a small tokenizer; nothing if it is there.
+
+    The store of a model with one layer is made in the ordinary way. Then that layer's tensors are written again under
+    the names of each other layer, and index and config are told.
+
+    Raises
+    ------
+    DoesNotFitError
+        The disk is too small; nothing large was written.
+    """
+    info = store_info(directory)
+    if info is not None and info.layers == shape.layers:
         return directory
-    directory.mkdir(parents=True, exist_ok=True)
+    # The dense layer, embedding and head; in the store, NF4 takes a quarter of a layer and a little.
+    one = dataclasses.replace(shape, layers=1)
+    layer_bytes = 2 * (one.parameters - 2 * shape.vocabulary * shape.hidden)
+    stored = 0.3 if quantize_to == "nf4" else 1.0
+    needed = layer_bytes + 8 * shape.vocabulary * shape.hidden + int(shape.layers * layer_bytes * stored)
+    files.require_free_space(directory, needed, what="the benchmark's store")
+    files.remove_tree(directory)
+    source = directory.with_name(directory.name + "-source")
+    _write_model(source, one)
+    quantize(QuantizeSettings(model=str(source), store=str(directory), quantize=quantize_to, device="cpu"))
+    files.remove_tree(source)
+    _multiply_layer(directory, shape.layers)
+    return directory
+
+
+def _write_model(directory: Path, shape: Shape) -> None:
+    """Write a random bfloat16 checkpoint with a small tokenizer, one shard per layer."""
+    files.remove_tree(directory)
+    files.make_directory(directory)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -49,13 +93,13 @@ def write_model(directory: Path, shape: Shape) -> Path:
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }
-    (directory / "config.json").write_text(json.dumps(config))
+    files.write_json(directory / "config.json", config)
     make_tokenizer().save_pretrained(directory)
-    kv = shape.hidden // shape.heads * shape.key_value_heads
+    key_value = shape.hidden // shape.heads * shape.key_value_heads
     layer: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj.weight": (shape.hidden, shape.hidden),
-        "self_attn.k_proj.weight": (kv, shape.hidden),
-        "self_attn.v_proj.weight": (kv, shape.hidden),
+        "self_attn.k_proj.weight": (key_value, shape.hidden),
+        "self_attn.v_proj.weight": (key_value, shape.hidden),
         "self_attn.o_proj.weight": (shape.hidden, shape.hidden),
         "mlp.gate_proj.weight": (shape.intermediate, shape.hidden),
         "mlp.up_proj.weight": (shape.intermediate, shape.hidden),
@@ -64,7 +108,7 @@ def write_model(directory: Path, shape: Shape) -> Path:
         "post_attention_layernorm.weight": (shape.hidden,),
     }
     shards: dict[str, dict[str, tuple[int, ...]]] = {
-        f"layer-{i}.safetensors": {f"model.layers.{i}.{n}": s for n, s in layer.items()} for i in range(shape.layers)
+        f"layer-{i}.safetensors": {f"{_LAYERS}{i}.{n}": s for n, s in layer.items()} for i in range(shape.layers)
     }
     shards["rest.safetensors"] = {
         "model.embed_tokens.weight": (shape.vocabulary, shape.hidden),
@@ -74,69 +118,55 @@ def write_model(directory: Path, shape: Shape) -> Path:
     weight_map: dict[str, str] = {}
     for file, tensors in shards.items():
         specs = aligned_order([TensorSpec(n, torch.bfloat16, s) for n, s in tensors.items()])
-        write_shard(directory / file, specs, _random(specs), metadata={"format": "pt"})
+        write_shard(directory / file, specs, _random(specs))
         weight_map.update(dict.fromkeys(tensors, file))
-    index = {"metadata": {}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    return directory
+    files.write_json(directory / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
 
 
 def _random(specs: list[TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     for spec in specs:
-        if len(spec.shape) == 1:
-            yield spec.name, torch.ones(spec.shape, dtype=spec.dtype)
-        else:
-            yield spec.name, torch.randn(spec.shape, generator=generator).mul_(0.02).to(spec.dtype)
+        tensor = torch.ones(spec.shape, dtype=spec.dtype)
+        yield spec.name, tensor.normal_(0, 0.02, generator=generator) if len(spec.shape) > 1 else tensor
+
+
+def _multiply_layer(directory: Path, layers: int) -> None:
+    """Make a store with one layer one with ``layers`` equal ones; the index, written last, makes it complete."""
+    info = store_info(directory)
+    assert info is not None
+    index = json.loads((directory / INDEX_NAME).read_text())
+    files.remove_file(directory / INDEX_NAME)
+    first = read_header(directory / layer_shard(0))
+    tensors = TensorFiles(dict.fromkeys(first.tensors, first))
+    held = {name: tensors.read(name) for name in first.tensors}
+    tensors.close()
+    shards = dict(info.shards)
+    for number in range(1, layers):
+        names = {name: name.replace(f"{_LAYERS}0.", f"{_LAYERS}{number}.") for name in held}
+        specs = [TensorSpec(names[name], tensor.dtype, tuple(tensor.shape)) for name, tensor in held.items()]
+        record = write_shard(
+            directory / layer_shard(number), specs, ((names[name], tensor) for name, tensor in held.items())
+        )
+        shards[record.name] = {"bytes": record.bytes, "sha256": record.sha256}
+        index["weight_map"].update(dict.fromkeys(names.values(), record.name))
+        index["metadata"]["total_size"] += sum(spec.nbytes for spec in specs)
+    config = json.loads((directory / "config.json").read_text())
+    files.write_json(directory / "config.json", {**config, "num_hidden_layers": layers})
+    index["metadata"]["lopt_lite"] = asdict(dataclasses.replace(info, layers=layers, shards=shards))
+    files.write_json(directory / INDEX_NAME, index)
 
 
 def write_data(path: Path, examples: int, tokens: int) -> Path:
-    """Write examples that are at least ``tokens`` tokens long, so that ``--max-length`` cuts all to one length."""
+    """Write examples that ``--max-length`` of ``tokens`` cuts all to that length, about half of it answer."""
+    tokenizer = make_tokenizer()
     lines = []
     for number in range(examples):
-        text = " ".join(f"w{(number * 31 + i * 7) % 97}" for i in range(tokens))
-        lines.append(json.dumps({"prompt": text[: len(text) // 2], "completion": text[len(text) // 2 :]}))
-    path.write_text("\n".join(lines) + "\n")
+        answer = ""
+        word = 0
+        while len(tokenizer(answer)["input_ids"]) < tokens // 2:
+            answer += f"w{(number * 31 + word * 7) % 97} "
+            word += 1
+        prompt = " ".join(f"q{(number * 17 + i * 5) % 89}" for i in range(tokens))
+        lines.append(json.dumps({"prompt": prompt, "completion": answer.strip()}))
+    files.write_bytes(path, ("\n".join(lines) + "\n").encode())
     return path
-
-
-_CHILD = """
-import json, pathlib, resource, sys, time
-import torch
-import lopt_lite
-from lopt_lite.events import Step
-from lopt_lite.journal import read_facts
-
-operation, arguments, threads = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-torch.set_num_threads(threads)
-steps = []
-settings = {"train": lopt_lite.TrainSettings, "evaluate": lopt_lite.EvaluateSettings}[operation](**arguments)
-started = time.monotonic()
-getattr(lopt_lite, operation)(settings, lambda e: steps.append(e) if isinstance(e, Step) else None)
-facts, _ = read_facts(pathlib.Path(arguments.get("output") or arguments["run"]) / "journal.jsonl")
-residence = next(f for f in facts if f["fact"] == "residence")
-print(json.dumps({
-    "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    "mode": residence["mode"],
-    "predicted_bytes": residence["predicted_bytes"],
-    "micro_batch_tokens": residence["micro_batch_tokens"],
-    "seconds": time.monotonic() - started,
-    "step_s": [s.tokens / s.tokens_per_s for s in steps],
-}))
-"""
-
-
-def run_alone(operation: str, threads: int = 2, **arguments: Any) -> dict[str, Any]:
-    """Run an operation in a fresh process; returns its peak resident memory, choices and times.
-
-    Raises
-    ------
-    RuntimeError
-        It failed; the message is the end of its output.
-    """
-    command = [sys.executable, "-c", _CHILD, operation, json.dumps(arguments), str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-600:])
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result

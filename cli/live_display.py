@@ -9,10 +9,10 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from lopt_lite.events import BlockDone, Event, RunStarted, Validation
+from lopt_lite.events import BlockDone, Event, Planned, RunStarted, Validation
 
 from .plain_display import validation_text
-from .progress_state import ProgressState, run_text
+from .progress_state import ProgressState, plan_texts, run_text
 from .text import one_line
 
 _BAR_WIDTH = 28
@@ -52,6 +52,9 @@ class LiveDisplay:
         self._state.update(event)
         if isinstance(event, RunStarted):
             self.line(one_line(run_text(event)))
+        elif isinstance(event, Planned):
+            for text in plan_texts(event):
+                self.line(text)
         elif isinstance(event, Validation):
             self.line(validation_text(event))
         elif isinstance(event, BlockDone):

@@ -9,12 +9,20 @@ import typer
 
 import lopt_lite
 
-from . import evaluate, export, generate, quantize, status, train
+from . import evaluate, export, generate, plan, quantize, status, train
 from .command import add_command
 from .errors import ErrorBoundary, print_lines
 
 #: In the order of a user's work, which is the order of --help.
-COMMANDS = (train.COMMAND, status.COMMAND, evaluate.COMMAND, generate.COMMAND, export.COMMAND, quantize.COMMAND)
+COMMANDS = (
+    train.COMMAND,
+    plan.COMMAND,
+    status.COMMAND,
+    evaluate.COMMAND,
+    generate.COMMAND,
+    export.COMMAND,
+    quantize.COMMAND,
+)
 
 _HELP = (
     "Post-train language models that are larger than your memory, block by block (LoPT). "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from lopt_lite.events import BlockDone, BlockStarted, Event, Progress, RunStarted, Step, Validation
+from lopt_lite.events import BlockDone, BlockStarted, Event, Planned, Progress, RunStarted, Step, Validation
 
-from .progress_state import ProgressState, run_text
+from .progress_state import ProgressState, plan_texts, run_text
 from .units import loss_text
 
 #: A line of progress comes when a tenth of the work or a minute has passed, and not within five seconds of another.
@@ -50,6 +50,9 @@ class PlainDisplay:
         self._state.update(event)
         if isinstance(event, RunStarted):
             self._write_line(run_text(event))
+        elif isinstance(event, Planned):
+            for text in plan_texts(event):
+                self._write_line(text)
         elif isinstance(event, BlockStarted):
             resumed = f", going on at step {event.step}" if event.step else ""
             self._write_line(f"{self._state.block_text()}, {event.steps} steps{resumed}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from lopt_lite.events import BlockDone, BlockStarted, Event, Progress, RunStarted, Step
+from lopt_lite.events import BlockDone, BlockStarted, Event, Planned, Progress, RunStarted, Step
 
-from .units import bytes_text, counted, duration_text, loss_text
+from .units import bytes_text, counted, duration_text, gib_text, loss_text, residence_text
 
 #: Weight of the newest step in the running mean of seconds per step.
 _NEWEST = 0.1
@@ -96,6 +96,20 @@ class ProgressState:
             # On the CPU the device's memory is the process's.
             return f"memory {host}"
         return f"device {bytes_text(step.device_peak_bytes)}, host {host}"
+
+
+def plan_texts(plan: Planned) -> list[str]:
+    """What a run is going to do: layers, memory, disk and time, and what limits it."""
+    device = "the process" if plan.device == "cpu" else f"{plan.device} memory"
+    host = "" if plan.device == "cpu" else f" and {gib_text(plan.predicted_host_bytes)} of host memory"
+    again = ", each layer run again on the way back" if plan.recompute else ""
+    return [
+        f"plan: {residence_text(plan.mode, plan.resident_layers, plan.layers)}",
+        f"  {plan.step_tokens:,} tokens a step, up to {plan.micro_batch_tokens:,} at once{again}",
+        f"  predicted peak {gib_text(plan.predicted_bytes)} of {device} (budget {gib_text(plan.budget_bytes)}){host}; "
+        f"{gib_text(plan.disk_bytes)} of disk; about {duration_text(plan.seconds)} in all",
+        *(f"  {text}" for text in plan.advice),
+    ]
 
 
 def run_text(run: RunStarted) -> str:

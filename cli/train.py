@@ -29,7 +29,10 @@ def _render(outcome: TrainOutcome) -> str:
         lines.append("held-out loss  not measured: give --validation FILE or --validation 0.05 to see it")
     if outcome.device_peak_bytes:
         lines.append(f"peak memory    {bytes_text(outcome.device_peak_bytes)}")
-    lines.append(f"adapter        {outcome.adapter}")
+    if outcome.tuned_model is not None:
+        lines.append(f"model          {outcome.tuned_model}")
+    else:
+        lines.append(f"adapter        {outcome.adapter}")
     lines.append(f'try it         lopt-lite generate {shlex.quote(outcome.run)} --prompt "..."')
     return "\n".join(lines)
 
@@ -38,7 +41,7 @@ COMMAND = Command(
     name="train",
     help=(
         "Train MODEL on DATA, or continue: the same command again goes on where an earlier one stopped. "
-        "The result is a PEFT adapter in the run directory."
+        "The result is a PEFT adapter in the run directory, or with --tune full a Hugging Face checkpoint."
     ),
     settings=TrainSettings,
     operation=_train,

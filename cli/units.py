@@ -14,6 +14,23 @@ def bytes_text(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
+def gib_text(count: int) -> str:
+    """Bytes in GiB with two digits: ``0.03 GiB``, ``12.50 GiB``."""
+    return f"{count / 2**30:.2f} GiB"
+
+
+def residence_text(mode: str, resident: int, layers: int) -> str:
+    """Where a block's layers are while it is worked on."""
+    block = counted(layers, "layer")
+    return {
+        "dequantised": f"a block ({block}) stays in memory, its 4-bit weights turned into the compute type once",
+        "resident": f"a block ({block}) stays in memory",
+        "recomputed": f"a block ({block}) stays in memory, its activations do not",
+        "partly streamed": f"{resident} of a block's {block} stay in memory, the others are streamed from disk",
+        "streamed": f"all {block} of a block are streamed from disk through the memory of two",
+    }[mode]
+
+
 def duration_text(seconds: float) -> str:
     """Seconds as ``0.4 s``, ``12 s``, ``3m 05s`` or ``2h 07m``."""
     if seconds < 10:

@@ -13,7 +13,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lopt_lite.settings import EvaluateSettings, ExportSettings, GenerateSettings, QuantizeSettings, TrainSettings
+from lopt_lite.settings import (
+    EvaluateSettings,
+    ExportSettings,
+    GenerateSettings,
+    PlanSettings,
+    QuantizeSettings,
+    TrainSettings,
+)
 
 if TYPE_CHECKING:
     from lopt_lite.checkpoints.build_store import quantize
@@ -21,6 +28,7 @@ if TYPE_CHECKING:
     from lopt_lite.results.export import export
     from lopt_lite.results.generate import generate
     from lopt_lite.results.status import status
+    from lopt_lite.training.plan import plan
     from lopt_lite.training.run import train
 
 __version__ = "0.1.0"
@@ -29,12 +37,14 @@ __all__ = [
     "EvaluateSettings",
     "ExportSettings",
     "GenerateSettings",
+    "PlanSettings",
     "QuantizeSettings",
     "TrainSettings",
     "__version__",
     "evaluate",
     "export",
     "generate",
+    "plan",
     "quantize",
     "status",
     "train",
@@ -44,6 +54,7 @@ _OPERATIONS = {
     "evaluate": "lopt_lite.results.evaluate",
     "export": "lopt_lite.results.export",
     "generate": "lopt_lite.results.generate",
+    "plan": "lopt_lite.training.plan",
     "quantize": "lopt_lite.checkpoints.build_store",
     "status": "lopt_lite.results.status",
     "train": "lopt_lite.training.run",

@@ -38,6 +38,25 @@ class Progress(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Planned(Event):
+    """What a run is going to do, decided before anything is loaded. See :class:`~lopt_lite.outcomes.PlanMemory`."""
+
+    mode: str
+    layers: int
+    resident_layers: int
+    recompute: bool
+    micro_batch_tokens: int
+    step_tokens: int
+    budget_bytes: int
+    predicted_bytes: int
+    predicted_host_bytes: int
+    disk_bytes: int
+    seconds: float
+    device: str
+    advice: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
     """The run directory is locked and its settings are known."""
 

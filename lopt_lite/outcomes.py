@@ -17,10 +17,15 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOutcome(Outcome):
-    """A finished run. Losses are held-out nats per answer token, None without ``--validation``."""
+    """A finished run. Losses are held-out nats per answer token, None without ``--validation``.
+
+    ``adapter`` is the directory of the PEFT adapter, or None and ``tuned_model`` that of the checkpoint, if the model
+    was tuned in full.
+    """
 
     run: str
-    adapter: str
+    adapter: str | None
+    tuned_model: str | None = None
     already_done: bool
     examples: int
     steps: int
@@ -29,6 +34,114 @@ class TrainOutcome(Outcome):
     final_train_loss: float | None
     seconds: float
     device_peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanMemory(Outcome):
+    """Where everything is, and the peaks that follow, in bytes.
+
+    ``mode`` is one of ``"dequantised"``, ``"resident"``, ``"recomputed"``, ``"partly streamed"``, ``"streamed"``. Of
+    the activations between layers that a step keeps (``boundary_bytes``), some are on the device, some in host memory,
+    and the rest in a scratch file.
+    """
+
+    mode: str
+    layers: int
+    resident_layers: int
+    recompute: bool
+    offload_state: bool
+    head_sliced: bool
+    micro_batch_tokens: int
+    boundary_bytes: int
+    boundary_device_bytes: int
+    boundary_host_bytes: int
+    budget_bytes: int
+    smallest_budget_bytes: int
+    predicted_bytes: int
+    predicted_host_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanDisk(Outcome):
+    """Disk space, in bytes. ``checkpoints_bytes`` counts two of them, which there are for a moment."""
+
+    store: str
+    store_exists: bool
+    store_bytes: int
+    caches_bytes: int
+    checkpoints_bytes: int
+    adapter_bytes: int
+    scratch_bytes: int
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanBlock(Outcome):
+    """Seconds of one block, and the part of its steps spent waiting for layers."""
+
+    block: int
+    objective: str
+    first_layer: int
+    end_layer: int
+    load_s: float
+    head_fit_s: float
+    train_s: float
+    held_out_s: float
+    cache_s: float
+    total_s: float
+    waiting_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanAlternative(Outcome):
+    """Another budget or number of blocks. Where it does not fit, only ``smallest_budget_bytes`` is known."""
+
+    options: str
+    chosen: bool
+    fits: bool
+    mode: str
+    smallest_budget_bytes: int
+    predicted_bytes: int | None
+    disk_bytes: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOutcome(Outcome):
+    """What ``train`` would do with the same options; nothing was done.
+
+    ``data_how`` says how tokens were found out: ``"counted"``, ``"sampled"`` or ``"from bytes"``. ``hiding_tokens`` is
+    how many tokens a step needs for streamed layers to load beside the computing, None where nothing is streamed.
+    """
+
+    command: str
+    run: str
+    model: str
+    architecture: str
+    parameters: int
+    layers: int
+    weights_found: bool
+    data: str
+    data_how: str
+    examples: int
+    held_out_examples: int
+    tokens: int
+    answer_tokens: int
+    longest_tokens: int
+    device: str
+    steps_per_epoch: int
+    batch_size: int
+    step_tokens: int
+    hiding_tokens: int | None
+    memory: PlanMemory
+    disk: PlanDisk
+    store_s: float
+    held_out_before_s: float
+    blocks: tuple[PlanBlock, ...]
+    total_s: float
+    advice: tuple[str, ...]
+    alternatives: tuple[PlanAlternative, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

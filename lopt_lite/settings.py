@@ -21,7 +21,7 @@ Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["bfloat16", "float32"]
 Quantize = Literal["nf4", "none"]
 Schedule = Literal["sequential"]
-Tune = Literal["lora"]
+Tune = Literal["lora", "full"]
 Cache = Literal["exact", "int8"]
 ExportFormat = Literal["adapter", "merged"]
 Onto = Literal["original", "quantized"]
@@ -75,8 +75,17 @@ class TrainSettings:
         "task (the training task itself, read out early through the model's own head) or none (left as they are; "
         "fastest). One word, or one per block separated by commas. The last block always learns the task.",
     )
-    tune: Tune = option("lora", "What is trained: lora (a PEFT adapter on the linear layers).")
-    quantize: Quantize = option("nf4", "Storage of the frozen weights: nf4 (4 bits) or none (in --dtype).")
+    tune: Tune = option(
+        "lora",
+        "What is trained: lora (a PEFT adapter on the linear layers) or full (all weights of the layers, in --dtype; "
+        "gradients are clipped and applied one layer at a time, by Adam with 8-bit moments when --dtype is bfloat16). "
+        "Embedding and LM head stay frozen in either case, tied or not.",
+    )
+    quantize: Quantize = option(
+        None,
+        "Storage of the frozen weights: nf4 (4 bits) or none (in --dtype). Default: nf4; none with --tune full, whose "
+        "weights cannot have 4 bits.",
+    )
     dtype: Dtype = option("bfloat16", "Type to compute in; with --quantize none also the type of stored weights.")
     cache: Cache = option(
         "exact",
@@ -87,8 +96,16 @@ class TrainSettings:
         None, "Directory of the prepared weights; runs may share one. Default: RUN/store, or MODEL if it is a store."
     )
     epochs: int = option(1, "Passes over the data for each block.")
-    lr: float = option(4e-4, "Peak learning rate of the last block (cosine to 0 after 3 % linear warm-up).")
-    lr_early: float | None = option(None, "Peak learning rate of the blocks before the last. Default: a tenth of --lr.")
+    lr: float = option(
+        None,
+        "Peak learning rate of the last block (cosine to 0 after 3 % linear warm-up). Default: 4e-4; 2e-5 with --tune "
+        "full.",
+    )
+    lr_early: float | None = option(
+        None,
+        "Peak learning rate of the blocks before the last. Default: a tenth of --lr, whatever is tuned (the paper, "
+        "which fits no reconstruction head first, tunes all blocks in full with the same 2e-5).",
+    )
     head_fit_epochs: int = option(
         1,
         "Epochs for which the reconstruction head is first fitted on the untouched block, so that training starts "
@@ -119,7 +136,13 @@ class TrainSettings:
     quiet: bool = option(False, "Only warnings, errors and the final summary.")
 
     def __post_init__(self) -> None:
+        # Defaults that depend on another option; nobody sees None here afterwards.
+        for name, value in _DEFAULTS_OF_TUNE["full" if self.tune == "full" else "lora"].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         _check_types(self)
+        if self.tune == "full":
+            _check_full_tuning(self)
         _at_least(self, 1, "blocks", "epochs", "batch_size", "lora_r")
         _at_least(self, 0, "head_fit_epochs", "seed")
         _at_least(self, 2, "max_length")
@@ -205,6 +228,28 @@ class TrainSettings:
         return values
 
 
+_DEFAULTS_OF_TUNE: dict[str, dict[str, Any]] = {
+    "lora": {"quantize": "nf4", "lr": 4e-4},
+    "full": {"quantize": "none", "lr": 2e-5},
+}
+
+
+def _check_full_tuning(settings: TrainSettings) -> None:
+    """Refuse what means nothing when there is no adapter."""
+    if settings.quantize != "none":
+        raise SettingsError(
+            f"--quantize {settings.quantize} is asked for with --tune full, and 4-bit weights cannot be trained",
+            expected="--quantize none",
+            fix="leave --quantize out, or train an adapter on 4-bit weights with --tune lora",
+        )
+    for field_ in dataclasses.fields(settings):
+        if field_.name.startswith("lora_") and getattr(settings, field_.name) != field_.default:
+            raise SettingsError(
+                f"--{field_.name.replace('_', '-')} describes an adapter, and --tune full trains none",
+                fix="leave it out, or use --tune lora",
+            )
+
+
 #: Options that may differ when a run is continued: they change when it stops, or where things lie, not its result.
 #: The model and the data are compared by fingerprint instead, so that a moved file does not matter.
 _FREE_TO_CHANGE = (
@@ -221,6 +266,11 @@ _FREE_TO_CHANGE = (
     "deadline",
     "quiet",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(TrainSettings):
+    """Everything ``lopt-lite plan`` can be told: the same as ``train``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +342,9 @@ class ExportSettings:
     run: str = argument("Run directory.")
     out: str = argument("Directory to write; it must not exist yet, or be empty.")
     format: ExportFormat = option(
-        "adapter", "adapter: a PEFT adapter; merged: a whole Hugging Face checkpoint in bfloat16."
+        "adapter",
+        "adapter: a PEFT adapter; merged: a whole Hugging Face checkpoint in bfloat16 (that of a run with --tune full: "
+        "in its --dtype).",
     )
     onto: Onto = option(
         "original",

@@ -43,6 +43,9 @@ Transform = Callable[[str, torch.Tensor], torch.Tensor]
 
 JOURNAL_NAME = "journal.jsonl"
 
+#: Files that only building needs, not part of what is handed out.
+BUILD_FILES = (JOURNAL_NAME, "lock", "lock.pid")
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -360,7 +363,8 @@ class StoreBuilder:
             version=STORE_VERSION,
             quantize=self._quantize,
             dtype=str(self._stored_dtype).removeprefix("torch."),
-            model_fingerprint=self._files.fingerprint(),
+            # Transformed weights are no longer that model's, and must not be taken for its store.
+            model_fingerprint="+".join(filter(None, (self._files.fingerprint(), self._transform_fingerprint))),
             source=self._files.origin,
             layers=self._skeleton.layer_count,
             unquantized=tuple(self.unquantized),

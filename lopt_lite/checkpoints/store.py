@@ -6,7 +6,8 @@ It is complete when its index file is there, which is written last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lopt_lite import files
-from lopt_lite.checkpoints.header import read_header
+from lopt_lite.checkpoints.header import Header, read_header
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.errors import ModelError, RunDirectoryError
 
@@ -113,7 +114,7 @@ class Store:
             raise RunDirectoryError(f"{directory} holds no complete store", fix="run the same command again")
         self.directory = directory
         self.info = info
-        located = {}
+        located: dict[str, Header] = {}
         for name, record in info.shards.items():
             path = directory / name
             if Path(name).name != name or not path.is_file() or path.stat().st_size != record["bytes"]:
@@ -123,12 +124,44 @@ class Store:
                 )
             header = read_header(path)
             located.update(dict.fromkeys(header.tensors, header))
+        self._located = located
         self._tensors = TensorFiles(located)
+
+    def overlaid(self, shards: Iterable[Path]) -> Store:
+        """This store as if ``shards`` replaced those of the same layers; it has to be closed by itself.
+
+        Each shard holds all tensors of a layer (or of several), by their full names.
+
+        Raises
+        ------
+        ModelError
+            A shard is missing or damaged.
+        RunDirectoryError
+            A shard holds something that the store does not have, or only part of a layer.
+        """
+        overlay = copy.copy(self)
+        overlay._located = dict(self._located)
+        for path in shards:
+            header = read_header(path)
+            replaced = {self._located[name].path for name in header.tensors if name in self._located}
+            whole = {name for name, other in self._located.items() if other.path in replaced}
+            if set(header.tensors) != whole:
+                raise RunDirectoryError(
+                    f"{path} does not hold the same tensors as the shards it stands for",
+                    fix="start anew with --fresh",
+                )
+            overlay._located.update(dict.fromkeys(header.tensors, header))
+        overlay._tensors = TensorFiles(overlay._located)
+        return overlay
 
     def layer(self, skeleton: Skeleton, index: int) -> dict[str, torch.Tensor]:
         """The tensors of one layer by name within the layer, on the CPU as stored."""
         prefix = skeleton.layer_prefix(index)
         return {n[len(prefix) :]: self._tensors.read(n) for n in self._tensors.names() if n.startswith(prefix)}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor by its full name, on the CPU as stored."""
+        return self._tensors.read(name)
 
     def layer_names(self, skeleton: Skeleton, index: int) -> set[str]:
         """Names (within the layer) of the tensors of one layer."""

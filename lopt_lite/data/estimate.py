@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from lopt_lite.data.json_lines import MAX_LINE_BYTES, Line, check_is_data_file, parse_line
-from lopt_lite.data.load import load_lines
 from lopt_lite.errors import DataError
 
 #: Lines that are tokenised at most, and how many of them are the file's longest.
@@ -21,7 +20,7 @@ _SCANNED_BYTES, _STRETCHES = 64 << 20, 16
 BYTES_PER_TOKEN = 3.6
 _ANSWER_SHARE = 0.5
 #: Lengths that an estimate keeps.
-_KEPT_LENGTHS = 4096
+_KEPT_LENGTHS = 1024
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,8 @@ def estimate_data(path: str | Path, tokenizer: Any | None, *, max_length: int) -
         if tokenizer is None:
             lengths = np.clip(np.ceil(sizes / BYTES_PER_TOKEN), 1, max_length)
             return _estimate(lengths, scale, _ANSWER_SHARE, "from bytes")
+        from lopt_lite.data.load import load_lines  # here, as chat templates need a library that takes a second
+
         chosen = _sample(sizes)
         dataset = load_lines(path, _read(path, [lines[i] for i in chosen]), tokenizer, max_length=max_length)
     except OSError as error:

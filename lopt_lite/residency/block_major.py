@@ -6,7 +6,7 @@ they may, else in a scratch file.
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,16 +19,16 @@ from lopt_lite.data.batches import length_sorted_batches
 from lopt_lite.data.dataset import Batch, TokenizedDataset, collate
 from lopt_lite.events import OnEvent, Progress, ignore
 from lopt_lite.residency.choices import Residence
-from lopt_lite.residency.head import answer_loss_sum, place_head
+from lopt_lite.residency.head import open_head
 from lopt_lite.residency.layers import open_layers
 from lopt_lite.residency.pool import MicroBatch, OnLayer
 from lopt_lite.residency.spill import Spill, SpillLimits
 
+#: Hidden states that may wait in memory: little beside any budget, and enough for a handful of examples.
+WAITING = SpillLimits(device_bytes=16 << 20, host_bytes=16 << 20)
+
 #: Told which variant (index) the layers will run next, to switch adapters on or off.
 SelectVariant = Callable[[list[nn.Module], int], None]
-
-
-_SPILL_EVERYTHING = SpillLimits(device_bytes=0, host_bytes=0)
 
 
 @torch.no_grad()
@@ -42,8 +42,8 @@ def held_out_losses(
     residence: Residence,
     pad_token_id: int,
     max_rows: int,
-    spill_limits: SpillLimits = _SPILL_EVERYTHING,
-    spill_directory: Path | None = None,
+    spill_limits: SpillLimits,
+    spill_directory: Path,
     variants: int = 1,
     on_layer: OnLayer | None = None,
     select: SelectVariant | None = None,
@@ -62,8 +62,7 @@ def held_out_losses(
     max_rows:
         The largest batch in examples.
     spill_limits, spill_directory:
-        How much of the outputs that wait for the next block may be in memory, and where the others' file is made. By
-        default all of them are in a file, in the system's directory of temporary files.
+        How much of the outputs that wait for the next block may be in memory, and where the others' file is made.
     variants:
         How many versions of the model to run side by side through each loaded block.
     select:
@@ -86,15 +85,20 @@ def held_out_losses(
     groups_of_batches = groups(batches, lengths, residence.group_tokens)
     sums = [0.0] * variants
     answer_tokens = int(dataset.target_counts.sum())
-    place_head(skeleton, store, device)
     total = len(batches) * len(ranges) * variants
     done = 0
-    directory = Path(tempfile.gettempdir()) if spill_directory is None else spill_directory
-    with Spill(spill_limits, directory, device) as waiting:
+    head = open_head(
+        skeleton,
+        store,
+        device=device,
+        logit_elements=residence.logit_elements,
+        slice_rows=residence.head_slice_rows,
+    )
+    with contextlib.closing(head), Spill(spill_limits, spill_directory, device) as waiting:
         for number, (first, end) in enumerate(ranges):
             last = number == len(ranges) - 1
             pool = open_layers(
-                residence, store, skeleton, first, end, device=device, scratch=directory, on_layer=on_layer
+                residence, store, skeleton, first, end, device=device, scratch=spill_directory, on_layer=on_layer
             )
             try:
                 for group in groups_of_batches:
@@ -120,9 +124,7 @@ def held_out_losses(
                             b = group[position]
                             if last:
                                 targets = collated[b].targets.to(device)
-                                sums[variant] += answer_loss_sum(
-                                    skeleton, output, targets, logit_elements=residence.logit_elements
-                                )
+                                sums[variant] += head.loss_sum(output, targets)
                             else:
                                 waiting.put((b, variant), output)
                             done += 1

@@ -16,6 +16,8 @@ from lopt_lite.residency.spill import SpillLimits
 
 MIB = 2**20
 
+#: By how much a process's size varies when it starts.
+_SLACK_MIB = 8
 #: Share of the free memory that a run may take when no budget is named.
 _FREE_SHARE = 0.7
 #: Share of the free host memory that activations put aside by a GPU, and a cache kept in memory, may take.
@@ -165,16 +167,14 @@ def choose_residence(
         Nothing fits; names the smallest budget that would do.
     """
     block = max(ranges, key=lambda r: shapes.stored_bytes(*r))
-    smallest: int | None = None
     for layout in _layouts(shapes, block, job):
         fitted = _fit(layout, shapes, block, job, device, memory)
         if isinstance(fitted, Residence):
             return fitted
-        smallest = fitted if smallest is None else min(smallest, fitted)
-    assert smallest is not None
+    smallest = smallest_budget(shapes, ranges, job, device=device, memory=memory)
     raise DoesNotFitError(
         f"a budget of {memory.limit_bytes / MIB:,.0f} MiB is too small for this model and batch",
-        expected=f"at least --memory {-(-smallest // MIB)}MiB",
+        expected=f"at least --memory {smallest // MIB}MiB",
         fix="raise --memory, or lower --batch-size, --max-length or --lora-r, or use more --blocks",
     )
 
@@ -182,11 +182,12 @@ def choose_residence(
 def smallest_budget(
     shapes: ModelShapes, ranges: Sequence[tuple[int, int]], job: Job, *, device: torch.device, memory: Memory
 ) -> int:
-    """The smallest budget, in bytes, with which :func:`choose_residence` finds a way; whole MiB."""
+    """The smallest budget, in bytes, with which :func:`choose_residence` surely finds a way; whole MiB."""
     block = max(ranges, key=lambda r: shapes.stored_bytes(*r))
     nothing = replace(memory, budget_bytes=0)
     needs = [_fit(layout, shapes, block, job, device, nothing) for layout in _layouts(shapes, block, job)]
-    return -(-min(need for need in needs if isinstance(need, int)) // MIB) * MIB
+    # A process that begins a little larger than this one did must not be refused in its turn.
+    return (-(-min(need for need in needs if isinstance(need, int)) // MIB) + _SLACK_MIB) * MIB
 
 
 def _layouts(shapes: ModelShapes, block: tuple[int, int], job: Job) -> Iterator[Layout]:
@@ -208,7 +209,7 @@ def _layouts(shapes: ModelShapes, block: tuple[int, int], job: Job) -> Iterator[
     if job.trains:
         yield from all_resident(_ROOMY_TOKENS, recompute=True)
         yield from all_resident(_TIGHT_TOKENS, recompute=False)
-    slice_rows = max(1, _HEAD_SLICE_BYTES // (shapes.hidden * shapes.head_itemsize))
+    slice_rows = max(1, _HEAD_SLICE_BYTES // (shapes.hidden * shapes.head.stored.itemsize))
     sliced = (None, slice_rows) if slice_rows < shapes.vocabulary else (None,)
     for tokens in (_ROOMY_TOKENS, _TIGHT_TOKENS):
         for offload in (False, True) if job.trains else (False,):
@@ -232,7 +233,7 @@ def _fit(
     def peak(candidate: Layout, boundary_bytes: int) -> int:
         return memory.used_bytes + max(
             training_peak(shapes, block, job, candidate, boundary_bytes, on_cpu=on_cpu) if job.trains else 0,
-            forward_peak(shapes, block, job, candidate, candidate.forward_tokens(job), on_cpu=on_cpu),
+            forward_peak(shapes, block, job, candidate, candidate.forward_tokens, on_cpu=on_cpu),
         )
 
     needed = peak(layout, 0)
@@ -247,7 +248,7 @@ def _fit(
             if peak(candidate, kept) <= memory.limit_bytes:
                 layout = candidate
                 break
-    forward_tokens = layout.forward_tokens(job)
+    forward_tokens = layout.forward_tokens
     group_tokens = forward_tokens
     predicted = peak(layout, kept)
     if layout.resident_layers < block[1] - block[0]:

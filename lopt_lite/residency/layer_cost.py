@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
+
+from lopt_lite.residency import lora_cost
 
 if TYPE_CHECKING:
     from lopt_lite.checkpoints.skeleton import Skeleton
 
 
-_PROBE_TOKENS = 8
+#: Two lengths, so that what grows with the square of the length (attention without a fused kernel) is told apart.
+_PROBE_TOKENS = (8, 16)
+#: Widths of a layer's widest activation that exist for a moment beside what it keeps.
+_TRANSIENT_WIDTHS = 2.5
 
 
 @dataclass(frozen=True)
@@ -22,15 +29,17 @@ class ActivationCost:
 
     Attributes
     ----------
-    saved_bytes_per_token:
-        Activations that autograd keeps for the backward pass.
+    saved_bytes_per_token, saved_bytes_per_pair:
+        Activations that autograd keeps for the backward pass: of each token, and of each pair of tokens of a row
+        (attention weights, where the architecture has no fused kernel for them).
     transient_bytes_per_token:
-        An estimate of what else exists for a moment within a layer: four of its widest activation.
+        An estimate of what else exists for a moment within a layer's backward pass, fitted to measured peaks.
     measured:
         False where the layer could not run on the meta device and a formula had to do.
     """
 
     saved_bytes_per_token: int
+    saved_bytes_per_pair: int
     transient_bytes_per_token: int
     measured: bool
 
@@ -52,20 +61,48 @@ def activation_cost(
         parameter.requires_grad_(full)
     shapes = {n: torch.Size(shape) for n, shape in skeleton.layer_parameters(index).items()}
     widest = max(shape[0] for shape in shapes.values() if len(shape) > 1)
-    measured = True
+    measured, pairs = True, 0
     try:
-        saved = _saved_bytes(skeleton, index, layer) // _PROBE_TOKENS
+        kept = targets if lora_cost.keeps_inputs(skeleton.dtype, dropout=dropout) else ()
+        short, long = _PROBE_TOKENS
+        few, many = (_saved_bytes(skeleton, index, layer, tokens, kept) for tokens in _PROBE_TOKENS)
+        # few = a * short + b * short ** 2, and the same with many and long.
+        pairs = max(0, round((many / long - few / short) / (long - short)))
+        saved = few // short - pairs * short
     except (RuntimeError, NotImplementedError):
         # Routing tokens to experts needs their values, which the meta device does not have.
         saved, measured = _estimated_saved_bytes(skeleton, list(shapes.values())), False
-    for target in targets:
-        saved += _lora_saved_bytes(skeleton, shapes[f"{target}.weight"], rank, dropout=dropout)
-    return ActivationCost(saved, 4 * widest * skeleton.dtype.itemsize, measured)
+    widths = [_input_width(layer.get_submodule(target)) for target in targets]
+    saved += lora_cost.saved_bytes_per_token(widths, rank=rank, dtype=skeleton.dtype, dropout=dropout)
+    return ActivationCost(saved, pairs, round(_TRANSIENT_WIDTHS * widest * skeleton.dtype.itemsize), measured)
 
 
-def _lora_saved_bytes(skeleton: Skeleton, shape: torch.Size, rank: int, *, dropout: bool) -> int:
-    """What a LoRA adapter on a matrix [out, in] keeps: its input in float32, a mask if it has dropout, its middle."""
-    return shape[-1] * (4 + (5 if dropout else 0)) + 4 * rank
+class _FusedAttention(torch.autograd.Function):
+    """Shapes of a fused attention kernel: it keeps what goes in, what comes out, and a number per row and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """On the meta device PyTorch takes its slow attention, which keeps other tensors than the kernels of real ones."""
+    plain = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = lambda q, k, v, *args, **kwargs: _FusedAttention.apply(q, k, v)
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = plain
+
+
+def _input_width(module: nn.Module) -> int:
+    """What goes into an adaptable module: ``nn.Linear`` [out, in] or GPT-2's ``Conv1D`` [in, out]."""
+    assert isinstance(module.weight, torch.Tensor)
+    return int(module.weight.shape[1 if isinstance(module, nn.Linear) else 0])
 
 
 def _estimated_saved_bytes(skeleton: Skeleton, shapes: list[torch.Size]) -> int:
@@ -74,8 +111,11 @@ def _estimated_saved_bytes(skeleton: Skeleton, shapes: list[torch.Size]) -> int:
     return skeleton.dtype.itemsize * (widths + 12 * skeleton.hidden_size)
 
 
-def _saved_bytes(skeleton: Skeleton, index: int, layer: torch.nn.Module) -> int:
-    call = skeleton.probe(_PROBE_TOKENS)[index]
+def _saved_bytes(
+    skeleton: Skeleton, index: int, layer: nn.Module, tokens: int = _PROBE_TOKENS[0], kept: Sequence[str] = ()
+) -> int:
+    """Bytes that a layer keeps of the probe's tokens, the inputs of the modules called in ``kept`` included."""
+    call = skeleton.probe(tokens)[index]
     on_meta: dict[str, Any] = {"args": call.args, "kwargs": call.kwargs}
     on_meta = tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, on_meta)
     meta_call = type(call)(on_meta["args"], on_meta["kwargs"], call.hidden_keyword)
@@ -88,9 +128,13 @@ def _saved_bytes(skeleton: Skeleton, index: int, layer: torch.nn.Module) -> int:
             storages[storage._cdata] = storage
         return tensor
 
-    shape = (1, _PROBE_TOKENS, skeleton.hidden_size)
+    shape = (1, tokens, skeleton.hidden_size)
     hidden = torch.empty(shape, dtype=skeleton.dtype, device="meta", requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with (
+        _fused_attention(),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        lora_cost.noting_inputs(layer, kept, note),
+    ):
         output = meta_call.run(layer, hidden)
     note(output)
     return sum(storage.nbytes() for storage in storages.values())

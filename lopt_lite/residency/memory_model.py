@@ -1,22 +1,26 @@
 """How much memory a way of working needs at its peak.
 
 The parts are those of the design: resident layers, two slabs, one micro-batch's activations, trained parameters with
-their optimiser state, the LM head or slices of it. The constants were fitted to measured peaks of the CPU build
-(``benchmarks/prediction.py`` compares predicted and measured).
+their optimiser state, the LM head or slices of it. ``benchmarks/prediction.py`` compares the sum with measured peaks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lopt_lite.residency import head_cost
 from lopt_lite.residency.shapes import ModelShapes
 
 MIB = 2**20
 
-#: What libraries allocate on their first use, and what the allocator cannot give back, measured on the CPU build.
-_CPU_OVERHEAD_BYTES = 96 * MIB
-#: A reconstruction head: two matrices of hidden x hidden / 4.
-_HEAD_SHARE = 0.5
+#: What libraries allocate on their first use, and what the allocator cannot give back, fitted on the CPU build.
+_CPU_OVERHEAD_BYTES = 56 * MIB
+#: Workspaces of CUDA's libraries and rounding of its allocator: an estimate.
+_GPU_OVERHEAD_BYTES = 96 * MIB
+#: Activations of the reconstruction head, in float32 values per token and hidden unit.
+_RECONSTRUCTION_VALUES = 6
+#: Two shards of an activation cache: one is filled while the other is written.
+_CACHE_BUFFERS_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,28 @@ class Job:
         Most padded tokens of one optimiser step, 0 without training.
     longest:
         Tokens of the longest example.
+    answer_tokens:
+        Most answer tokens of one optimiser step (without training: of one forward batch); None when any token may be one.
     early_blocks:
         Whether there is a block that trains a reconstruction head.
+    cache_bytes:
+        Size of one activation cache, 0 when there is only one block.
     """
 
     step_tokens: int
     longest: int
+    answer_tokens: int | None = None
     early_blocks: bool = False
+    cache_bytes: int = 0
 
     @property
     def trains(self) -> bool:
         """Whether anything is trained."""
         return self.step_tokens > 0
+
+    def answers_among(self, tokens: int) -> int:
+        """Most answer tokens among ``tokens`` that go through a layer at once."""
+        return tokens if self.answer_tokens is None else min(tokens, self.answer_tokens)
 
     def boundary_bytes(self, shapes: ModelShapes, block: tuple[int, int]) -> int:
         """Inputs of all layers of a block but the last, for one optimiser step."""
@@ -64,82 +78,107 @@ class Layout:
         tokens = max(self.micro_batch_tokens, job.longest)
         return min(tokens, job.step_tokens) if job.trains else tokens
 
-    def forward_tokens(self, job: Job) -> int:
+    @property
+    def forward_tokens(self) -> int:
         """Tokens that go through a layer at once without gradients, where only one layer's activations exist."""
         return 2 * self.micro_batch_tokens
+
+
+def training_parts(
+    shapes: ModelShapes, block: tuple[int, int], job: Job, layout: Layout, boundary_bytes: int, *, on_cpu: bool
+) -> dict[str, int]:
+    """What there is at the peak of training ``block``, in bytes, beyond what is used already.
+
+    Parameters
+    ----------
+    boundary_bytes:
+        Activations between layers that are kept on the device.
+    """
+    micro = layout.micro_tokens(job)
+    row = shapes.hidden * shapes.itemsize
+    saved_layers = 1 if layout.recompute else block[1] - block[0]
+    saved = shapes.saved_bytes_per_token + shapes.saved_bytes_per_pair * job.longest
+    answers = job.answers_among(micro)
+    losses = _loss_bytes(shapes, layout, answers, gradient=True) + micro * row
+    local = _RECONSTRUCTION_VALUES * micro * shapes.hidden * 4 if job.early_blocks else 0
+    # Inputs of the block, and of the layer at hand with their gradients; and what is read for the next step.
+    copies = (3 if layout.recompute else 1) + (1 if job.cache_bytes else 0)
+    return {
+        "weights": _weights(shapes, block, layout),
+        "head": _head(shapes, layout),
+        "activations": micro * saved_layers * saved + max(losses, local, micro * shapes.transient_bytes_per_token),
+        "hidden states": copies * job.step_tokens * row + boundary_bytes,
+        "trained": _state(shapes, block, job, layout),
+        "overhead": _CPU_OVERHEAD_BYTES if on_cpu else _GPU_OVERHEAD_BYTES,
+    }
 
 
 def training_peak(
     shapes: ModelShapes, block: tuple[int, int], job: Job, layout: Layout, boundary_bytes: int, *, on_cpu: bool
 ) -> int:
-    """Peak bytes of training ``block``, beyond what is used already, with ``boundary_bytes`` of boundaries kept."""
-    micro = layout.micro_tokens(job)
-    row = shapes.hidden * shapes.itemsize
-    layers = block[1] - block[0]
-    saved_layers = 1 if layout.recompute else layers
-    inside = micro * (saved_layers * shapes.saved_bytes_per_token + shapes.transient_bytes_per_token)
-    # Inputs of the block and of the layer at hand for all micro-batches, and their gradients.
-    step = job.step_tokens * row * (3 if layout.recompute else 1)
-    # Logits of a chunk with their softmax and gradient; or the local objective's activations in float32.
-    local = 6 * micro * shapes.hidden * 4 if job.early_blocks else 0
-    losses = max(_logit_bytes(shapes, layout), local)
-    at_top = losses + inside
-    return (
-        _weights(shapes, block, layout)
-        + _head(shapes, layout)
-        + at_top
-        + step
-        + boundary_bytes
-        + _state(shapes, block, job, layout)
-        + (_CPU_OVERHEAD_BYTES if on_cpu else 0)
-    )
+    """The sum of :func:`training_parts`."""
+    return sum(training_parts(shapes, block, job, layout, boundary_bytes, on_cpu=on_cpu).values())
 
 
 def forward_peak(
     shapes: ModelShapes, block: tuple[int, int], job: Job, layout: Layout, group_tokens: int, *, on_cpu: bool
 ) -> int:
     """Peak bytes of a pass without gradients, with ``group_tokens`` of hidden states on the device."""
-    tokens = max(layout.forward_tokens(job), job.longest)
+    tokens = max(layout.forward_tokens, job.longest)
     row = shapes.hidden * shapes.itemsize
     trained = 0.0
-    if shapes.state_bytes_per_parameter and not layout.offload_state:
-        trained = shapes.trained_parameters(*block) * (shapes.itemsize if shapes.full else 4)
+    if shapes.state_bytes_per_parameter:
+        item = shapes.itemsize if shapes.full else 4
+        kept = max(layer.trained_parameters for layer in shapes.layers)
+        trained = item * (kept if layout.offload_state else shapes.trained_parameters(*block))
+    inside = tokens * (shapes.transient_bytes_per_token + shapes.saved_bytes_per_pair * job.longest // 2)
+    losses = _loss_bytes(shapes, layout, job.answers_among(tokens), gradient=False)
     return int(
         _weights(shapes, block, layout)
         + _head(shapes, layout)
-        + _logit_bytes(shapes, layout)
-        + tokens * shapes.transient_bytes_per_token
+        + max(losses, inside)
         + 2 * max(group_tokens, tokens) * row
         + trained
-        + (_CPU_OVERHEAD_BYTES if on_cpu else 0)
+        + (min(_CACHE_BUFFERS_BYTES, 2 * job.cache_bytes) if on_cpu else 0)
+        + (_CPU_OVERHEAD_BYTES if on_cpu else _GPU_OVERHEAD_BYTES)
     )
 
 
 def _weights(shapes: ModelShapes, block: tuple[int, int], layout: Layout) -> int:
     """Resident layers, the slabs of the others, and the matrix that is being dequantised."""
     layers = block[1] - block[0]
-    workspace = 2 * shapes.largest_matrix * shapes.itemsize if shapes.quantised else 0
     whole = shapes.dense_bytes(*block) if layout.dequantised else shapes.stored_bytes(*block)
     resident = whole * layout.resident_layers // layers
-    streams = layout.resident_layers < layers and not (shapes.full and shapes.state_bytes_per_parameter)
-    return resident + (2 if streams else 1) * shapes.largest_shard + workspace
+    if shapes.full and shapes.state_bytes_per_parameter:
+        # The weights are counted with what is trained.
+        return 0 if layout.resident_layers else 2 * shapes.largest_shard
+    streams = layout.resident_layers < layers
+    # Dequantised once, a layer exists twice while it is loaded. In 4 bits, the matrix at hand is dequantised, and the
+    # product makes another copy of it in its own order.
+    loading = 2 * shapes.largest_shard if streams or layout.dequantised else 0
+    at_hand = 0 if layout.dequantised or not shapes.quantised else 2 * shapes.largest_matrix * shapes.itemsize
+    return resident + loading + at_hand
 
 
 def _head(shapes: ModelShapes, layout: Layout) -> int:
-    if layout.head_slice_rows is None:
-        return shapes.head_bytes
-    return 2 * layout.head_slice_rows * shapes.hidden * shapes.head_itemsize
+    return head_cost.head_bytes(shapes.head, layout.head_slice_rows)
 
 
-def _logit_bytes(shapes: ModelShapes, layout: Layout) -> int:
-    """Logits of a chunk in the compute dtype and in float32, their softmax and its gradient."""
-    return layout.logit_elements * (2 * shapes.itemsize + 2 * 4)
+def _loss_bytes(shapes: ModelShapes, layout: Layout, answers: int, *, gradient: bool) -> int:
+    """Everything that making the losses of a micro-batch needs: never more logits than it has answer tokens."""
+    rows = shapes.vocabulary if layout.head_slice_rows is None else min(shapes.vocabulary, layout.head_slice_rows)
+    elements = min(layout.logit_elements, answers * rows)
+    return (
+        head_cost.logit_bytes(shapes.head, max(elements, rows), gradient=gradient)
+        + head_cost.norm_bytes(shapes.head, elements, layout.head_slice_rows, gradient=gradient)
+        + head_cost.answer_bytes(shapes.head, answers, layout.head_slice_rows, gradient=gradient)
+    )
 
 
 def _state(shapes: ModelShapes, block: tuple[int, int], job: Job, layout: Layout) -> int:
-    """Trained parameters with gradients and optimiser state."""
+    """Trained parameters with gradients and optimiser state; two matrices of hidden x hidden / 4 of the local head."""
     state = shapes.state_bytes_per_parameter
-    head = int(_HEAD_SHARE * shapes.hidden**2 * 16) if job.early_blocks else 0
+    head = shapes.hidden**2 // 2 * 16 if job.early_blocks else 0
     if layout.offload_state:
         return head + int(state * max(layer.trained_parameters for layer in shapes.layers))
     return head + int(state * shapes.trained_parameters(*block))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lopt_lite.checkpoints.nf4_layout import packed_specs
+from lopt_lite.residency.head_cost import HeadShapes
 from lopt_lite.residency.layer_cost import activation_cost
 
 if TYPE_CHECKING:
@@ -71,8 +72,9 @@ class ModelShapes:
         Bytes of a number of the compute dtype.
     quantised:
         Whether the store is NF4.
-    saved_bytes_per_token:
-        Activations of one layer that autograd keeps for the backward pass, adapters included.
+    saved_bytes_per_token, saved_bytes_per_pair:
+        Activations of one layer that autograd keeps for the backward pass, adapters included: of each token, and of
+        each pair of tokens of a row.
     transient_bytes_per_token:
         What else exists for a moment within a layer.
     measured:
@@ -83,11 +85,12 @@ class ModelShapes:
 
     hidden: int
     vocabulary: int
-    head_itemsize: int
+    head: HeadShapes
     itemsize: int
     quantised: bool
     layers: tuple[LayerShapes, ...]
     saved_bytes_per_token: int
+    saved_bytes_per_pair: int
     transient_bytes_per_token: int
     measured: bool
     state_bytes_per_parameter: float
@@ -147,11 +150,12 @@ def model_shapes(
     return ModelShapes(
         hidden=skeleton.hidden_size,
         vocabulary=skeleton.vocabulary_rows,
-        head_itemsize=stored_dtype.itemsize,
+        head=HeadShapes.of(skeleton.config, stored=stored_dtype, compute=skeleton.dtype),
         itemsize=skeleton.dtype.itemsize,
         quantised=quantize == "nf4",
         layers=layers,
         saved_bytes_per_token=cost.saved_bytes_per_token,
+        saved_bytes_per_pair=cost.saved_bytes_per_pair,
         transient_bytes_per_token=cost.transient_bytes_per_token,
         measured=cost.measured,
         state_bytes_per_parameter=_state_bytes(tuning, skeleton.dtype.itemsize),

@@ -23,6 +23,10 @@ from lopt_lite.checkpoints.store import Store
 from lopt_lite.residency.logits import answers, make_logits, token_chunks, total
 from lopt_lite.residency.slabs import ShardStream
 
+#: Tokens whose targets' rows are gathered at once. Always so many, since every new shape of a product costs time and
+#: memory on the CPU, where kernels are compiled for it and kept.
+_PULLED_TOKENS = 64
+
 
 class SlicedHead:
     """The head's weight in the store's file, slices of it on the device while they are worked with.
@@ -109,28 +113,40 @@ class SlicedHead:
         bias = None if self._bias is None else self._bias[start:end]
         for chunk in token_chunks(self._skeleton, len(sums.labels), end - start, self._logit_elements):
             self._skeleton.place_head(weight, bias)
-            places, columns = sums.targets_within(chunk, start, end)
-            own = places.to(weight.device)
-            leaf = sums.hidden[chunk].detach().requires_grad_(sums.with_gradient)
-            values, edge = make_logits(self._skeleton, leaf)
-            shrink = sums.add(chunk, values, own, columns.to(weight.device))
-            if edge is None:
+            self._pass_chunk(chunk, start, end, sums)
+            if not sums.with_gradient:
                 continue
-            values = values.to(weight.dtype)
+            places, columns = sums.targets_within(chunk, start, end)
+            for first in range(0, len(places), _PULLED_TOKENS):
+                some = slice(first, first + _PULLED_TOKENS)
+                self._pull_to_targets(chunk, places[some], columns[some], weight, bias, sums)
+
+    def _pass_chunk(self, chunk: slice, start: int, end: int, sums: _Sums) -> None:
+        leaf = sums.hidden[chunk].detach().requires_grad_(sums.with_gradient)
+        values, edge = make_logits(self._skeleton, leaf)
+        shrink = sums.add(chunk, values, start, end)
+        if edge is not None:
+            values = values.to(leaf.dtype)  # frees those in float32 before gradients are made
             sums.add_pull(chunk, shrink, torch.autograd.grad(edge, leaf, values)[0])
-            del values, edge, leaf  # before the next chunk's are made
-            if len(places):
-                sums.target_pull[chunk][own] = self._pull_to_targets(sums.hidden[chunk][own], columns, weight, bias)
 
     def _pull_to_targets(
-        self, hidden: torch.Tensor, columns: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Gradient of each token's target logit with respect to ``hidden`` [tokens, hidden], by the few rows needed."""
-        distinct, which = (found.to(weight.device) for found in torch.unique(columns, return_inverse=True))
-        self._skeleton.place_head(weight[distinct], None if bias is None else bias[distinct])
-        leaf = hidden.detach().requires_grad_()
-        own = self._skeleton.logits(leaf).gather(1, which[:, None])
-        return torch.autograd.grad(own, leaf, torch.ones_like(own))[0]
+        self,
+        chunk: slice,
+        places: torch.Tensor,
+        columns: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        sums: _Sums,
+    ) -> None:
+        """Note the gradients of the target logits of tokens ``places`` of ``chunk``, by just their targets' rows."""
+        count = len(places)
+        padding = torch.zeros(_PULLED_TOKENS - count, dtype=torch.long)
+        places, columns = (torch.cat([found, padding]).to(weight.device) for found in (places, columns))
+        self._skeleton.place_head(weight[columns], None if bias is None else bias[columns])
+        leaf = sums.hidden[chunk][places].detach().requires_grad_()
+        own = self._skeleton.logits(leaf).diagonal()
+        pull = torch.autograd.grad(own, leaf, torch.ones_like(own))[0]
+        sums.target_pull[chunk][places[:count]] = pull[:count]
 
 
 class _SlicedLinear(nn.Module):
@@ -158,19 +174,20 @@ class _Sums:
         self.target_pull = torch.zeros_like(hidden) if with_gradient else hidden.new_empty(0)
 
     def targets_within(self, chunk: slice, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which tokens of ``chunk`` have their target in rows ``start`` to ``end``, and in which of these; on the host."""
+        """Tokens of ``chunk`` with their target in rows ``start`` to ``end``, and in which of these; on the host."""
         labels = self._labels_on_host[chunk]
         places = torch.nonzero((labels >= start) & (labels < end)).flatten()
         return places, labels[places] - start
 
-    def add(self, chunk: slice, values: torch.Tensor, places: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Add a slice's logits ``values``, float32 [tokens, rows], which become exp(l_j - m) (0 for targets).
+    def add(self, chunk: slice, values: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """Add logits of rows ``start`` to ``end``, float32 [tokens, rows], which become exp(l_j - m), 0 for targets.
 
         Returns
         -------
         torch.Tensor
             By what earlier sums were scaled, [tokens].
         """
+        places, columns = (found.to(values.device) for found in self.targets_within(chunk, start, end))
         self._target[chunk][places] = values[places, columns]
         values[places, columns] = -math.inf
         before = self._highest[chunk]
@@ -193,8 +210,7 @@ class _Sums:
 
     def gradient(self, answer_tokens: int) -> torch.Tensor:
         """Gradient of the losses' sum / ``answer_tokens``, [tokens, hidden] in the type of ``hidden``. Call once."""
-        # The sum is at least 1, its largest term, unless it is empty; then A is 0 as well.
-        pull = self._pull.div_(self._sum.clamp_min(1.0)[:, None]).sub_(self.target_pull)
+        pull = self._pull.div_(self._sum[:, None]).sub_(self.target_pull)
         return pull.mul_(torch.sigmoid(self._z())[:, None] / answer_tokens).to(self.hidden.dtype)
 
     def _z(self) -> torch.Tensor:

@@ -21,7 +21,7 @@ from lopt_lite.residency.machine import MachineSpeeds
 from lopt_lite.residency.shapes import ModelShapes
 
 #: Bytes read and written, and bytes of new memory, for each byte that a layer keeps, in a pass one way.
-_TRAFFIC, _NEW_MEMORY = 6.0, 1.5
+_TRAFFIC, _NEW_MEMORY = 8.0, 2.0
 #: Operations of a layer's pass one way, however small.
 _OPERATIONS = 120
 #: NF4 until it is measured: dense bytes per second as a share of elementwise traffic, and for each CPU thread.
@@ -125,7 +125,7 @@ class TimeModel:
         products = 2 * self._active[layer] * tokens / self._flops
         # Scores and weighted sum, over half the tokens on average (causal).
         attention = 2 * shapes.hidden * mean_length * tokens / self._flops
-        kept = shapes.saved_bytes_per_token * tokens
+        kept = (shapes.saved_bytes_per_token + shapes.saved_bytes_per_pair * mean_length) * tokens
         traffic = _TRAFFIC * kept / speeds.elementwise_bytes_per_s
         fresh = _NEW_MEMORY * kept / speeds.fresh_bytes_per_s if self._on_cpu else 0.0
         adapters = 2 * shapes.layers[layer].trained_parameters * tokens / speeds.float32_flops
@@ -230,7 +230,7 @@ class TimeModel:
     def put_in_place_s(self, block: tuple[int, int]) -> float:
         """Making a block's modules and loading what stays."""
         first, end = block
-        resident = range(first, first + self._residence.resident_layers)
+        resident = range(first, min(end, first + self._residence.resident_layers))
         loading = sum(self.load_s(i) + (self.dequantise_s(i) if self._residence.dequantised else 0) for i in resident)
         return loading + _SET_UP_S_PER_LAYER * (end - first)
 

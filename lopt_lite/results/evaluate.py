@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from lopt_lite import devices
 from lopt_lite.checkpoints.tokenizer import pad_token_id
 from lopt_lite.data.load import load_dataset
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import EvaluateOutcome
-from lopt_lite.residency.block_major import held_out_losses
+from lopt_lite.residency.block_major import WAITING, held_out_losses
 from lopt_lite.residency.choices import Memory, choose_residence
 from lopt_lite.residency.memory_model import Job
-from lopt_lite.residency.spill import SpillLimits
 from lopt_lite.results.open_run import open_run
 from lopt_lite.settings import EvaluateSettings, parse_memory
-
-#: Hidden states that may wait in memory: little beside any budget, and enough for a handful of examples.
-_WAITING = SpillLimits(device_bytes=16 << 20, host_bytes=16 << 20)
 
 
 def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> EvaluateOutcome:
     """Compare base and tuned model on held-out examples (``lopt-lite evaluate``).
 
-    Both models run side by side through each loaded block, so every layer is loaded once.
+    With an adapter both models run side by side through each loaded block, so every layer is loaded once. A model that
+    was tuned in full runs after its base.
 
     Raises
     ------
@@ -45,11 +43,11 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
             on_event=on_event,
         )
         ranges = [(b.first, b.end) for b in run.blocks]
-        base, tuned = held_out_losses(
-            run.store,
-            run.skeleton,
-            dataset,
-            ranges,
+        measure = partial(
+            held_out_losses,
+            skeleton=run.skeleton,
+            dataset=dataset,
+            ranges=ranges,
             device=device,
             residence=choose_residence(
                 run.shapes(),
@@ -60,13 +58,20 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
             ),
             pad_token_id=pad_token_id(run.tokenizer),
             max_rows=settings.batch_size,
-            spill_limits=_WAITING,
+            spill_limits=WAITING,
             spill_directory=run.paths.root,
-            variants=2,
-            on_layer=run.on_layer,
-            select=lambda layers, variant: run.select(layers, variant == 1),
             on_event=on_event,
         )
+        if run.settings.tune == "full":
+            (base,) = measure(run.store, task="held-out loss of the base model")
+            (tuned,) = measure(run.tuned_store, task="held-out loss of the tuned model")
+        else:
+            base, tuned = measure(
+                run.store,
+                variants=2,
+                on_layer=run.on_layer,
+                select=lambda layers, variant: run.select(layers, variant == 1),
+            )
     finally:
         run.close()
     return EvaluateOutcome(

@@ -1,4 +1,4 @@
-"""Taking the result elsewhere: the PEFT adapter, or a merged Hugging Face checkpoint written layer by layer."""
+"""Taking the result elsewhere: the PEFT adapter, or a Hugging Face checkpoint (merged layer by layer, if need be)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lopt_lite import devices, files
-from lopt_lite.checkpoints.build_store import StoreBuilder
+from lopt_lite.checkpoints.build_store import BUILD_FILES, StoreBuilder
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import store_info
-from lopt_lite.errors import ModelError, RunDirectoryError
+from lopt_lite.errors import ModelError, RunDirectoryError, SettingsError
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import ExportOutcome
 from lopt_lite.results.open_run import OpenRun, open_run
@@ -21,9 +21,6 @@ from lopt_lite.settings import ExportSettings
 from lopt_lite.training.run_directory import read_settings
 
 _NAME_ORIGINAL = "name the original with --model, or merge with --onto quantized"
-
-#: Files that only building needs, not part of what is handed out.
-_BUILD_FILES = ("journal.jsonl", "lock", "lock.pid")
 
 
 def export(settings: ExportSettings, on_event: OnEvent = ignore) -> ExportOutcome:
@@ -33,6 +30,8 @@ def export(settings: ExportSettings, on_event: OnEvent = ignore) -> ExportOutcom
     ------
     RunDirectoryError
         The run is not finished, or OUT is not empty.
+    SettingsError
+        Asks for an adapter, or for merging, of a run that tuned the whole model.
     ModelError
         The original model is gone or has changed.
     """
@@ -40,8 +39,11 @@ def export(settings: ExportSettings, on_event: OnEvent = ignore) -> ExportOutcom
     out = Path(settings.out)
     run = open_run(settings.run, device)
     try:
-        if settings.format == "adapter":
-            _copy_adapter(run, out)
+        if run.settings.tune == "full":
+            _check_nothing_to_merge(settings)
+            _copy_directory(run.paths.model, out)
+        elif settings.format == "adapter":
+            _copy_directory(run.paths.adapter, out)
         else:
             _write_merged(run, out, settings, on_event)
     finally:
@@ -49,16 +51,29 @@ def export(settings: ExportSettings, on_event: OnEvent = ignore) -> ExportOutcom
     return ExportOutcome(
         out=str(out),
         format=settings.format,
-        onto=settings.onto if settings.format == "merged" else None,
+        onto=settings.onto if settings.format == "merged" and run.settings.tune == "lora" else None,
         bytes=files.directory_bytes(out),
     )
 
 
-def _copy_adapter(run: OpenRun, out: Path) -> None:
+def _check_nothing_to_merge(settings: ExportSettings) -> None:
+    if settings.format == "adapter":
+        raise SettingsError(
+            f"the run in {settings.run} tuned the model in full and has no adapter",
+            fix="take the whole model with --format merged",
+        )
+    if settings.onto != "original" or settings.model is not None:
+        raise SettingsError(
+            f"the run in {settings.run} tuned the model in full, so there is nothing to merge",
+            fix="leave --onto and --model out",
+        )
+
+
+def _copy_directory(source: Path, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunDirectoryError(f"{out} exists and is not an empty directory", fix="name a new directory")
     files.make_directory(out)
-    for path in sorted(run.paths.adapter.iterdir()):
+    for path in sorted(source.iterdir()):
         files.copy_file(path, out / path.name)
 
 
@@ -97,7 +112,7 @@ def _write_merged(run: OpenRun, out: Path, settings: ExportSettings, on_event: O
         transform_fingerprint=_adapter_fingerprint(run),
         on_event=on_event,
     ).build()
-    for name in _BUILD_FILES:
+    for name in BUILD_FILES:
         files.remove_file(out / name)
 
 

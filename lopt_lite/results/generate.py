@@ -13,7 +13,7 @@ from lopt_lite.data.templates import load_prompt, stop_token_ids
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import GenerateOutcome
 from lopt_lite.residency.choices import Memory, choose_residence
-from lopt_lite.residency.head import place_head
+from lopt_lite.residency.head import open_head
 from lopt_lite.residency.layers import open_layers
 from lopt_lite.residency.memory_model import Job
 from lopt_lite.results.open_run import OpenRun, open_run
@@ -33,7 +33,8 @@ def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> Generate
         devices.return_freed_memory(device)
     run = open_run(settings.run, device)
     try:
-        return _answer(run, settings)
+        with devices.memory_limited(device, parse_memory(settings.memory)):
+            return _answer(run, settings)
     finally:
         run.close()
 
@@ -42,7 +43,6 @@ def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> Generate
 def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
     skeleton = run.skeleton
     whole = [(0, skeleton.layer_count)]
-    place_head(skeleton, run.store, run.device)
     prompt = load_prompt(run.tokenizer, settings.prompt)
     ids = torch.as_tensor([list(prompt)], dtype=torch.long, device=run.device)
     residence = choose_residence(
@@ -54,7 +54,7 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
     )
     pool = open_layers(
         residence,
-        run.store,
+        run.store if settings.base else run.tuned_store,
         skeleton,
         0,
         skeleton.layer_count,
@@ -62,7 +62,15 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
         scratch=run.paths.root,
         on_layer=None if settings.base else run.on_layer,
     )
+    head = open_head(
+        skeleton,
+        run.store,
+        device=run.device,
+        logit_elements=residence.logit_elements,
+        slice_rows=residence.head_slice_rows,
+    )
     try:
+        head.place_for_generation()
         model = skeleton.with_layers(pool.modules())
         ends = _end_tokens(run)
         choices = GenerationConfig(
@@ -81,6 +89,7 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
         seconds = time.monotonic() - started
     finally:
         pool.close()
+        head.close()
     new = output[0, ids.shape[1] :].tolist()
     finished = bool(new) and new[-1] in ends
     return GenerateOutcome(

@@ -1,4 +1,4 @@
-"""Opening a finished run for reading: its store, skeleton, tokenizer and adapter."""
+"""Opening a finished run for reading: its store, skeleton, tokenizer, and adapter or tuned model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from lopt_lite.checkpoints.build_store import DTYPES
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
-from lopt_lite.checkpoints.store import Store
+from lopt_lite.checkpoints.store import Store, store_info
 from lopt_lite.checkpoints.tokenizer import load_tokenizer
 from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.journal import read_facts
@@ -21,7 +21,7 @@ from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import layer_adapters
 from lopt_lite.training.adapters import attach_adapter, enable_adapter, load_adapter, set_training
 from lopt_lite.training.block_plan import Block, plan_blocks
-from lopt_lite.training.run_directory import RunPaths, read_settings
+from lopt_lite.training.run_directory import RESULT_FACTS, RunPaths, read_settings
 from lopt_lite.training.targets import tuning
 
 
@@ -43,11 +43,19 @@ def stored_settings(content: dict[str, Any]) -> TrainSettings:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run's parts, ready to compute with."""
+    """A run's parts, ready to compute with.
+
+    Attributes
+    ----------
+    store, tuned_store:
+        The weights of the base model, and those below the adapter: the same, unless the model was tuned in full. Then
+        the latter are the result, and ``adapters`` is empty.
+    """
 
     paths: RunPaths
     settings: TrainSettings
     store: Store
+    tuned_store: Store
     skeleton: Skeleton
     tokenizer: Any
     blocks: list[Block]
@@ -55,12 +63,12 @@ class OpenRun:
     device: torch.device
 
     def shapes(self) -> ModelShapes:
-        """The model's shapes with the adapter on it, which is not trained any more."""
+        """The model's shapes with the adapter on it, if it has one; nothing is trained any more."""
         return model_shapes(
             self.skeleton,
             quantize=self.store.info.quantize,
             stored_dtype=DTYPES[self.store.info.dtype],
-            tuning=tuning(self.skeleton, self.settings),
+            tuning=tuning(self.skeleton, self.settings) if self.settings.tune == "lora" else None,
         )
 
     def on_layer(self, index: int, layer: nn.Module) -> None:
@@ -76,8 +84,9 @@ class OpenRun:
             enable_adapter(layer, tuned)
 
     def close(self) -> None:
-        """Close the store's files."""
+        """Close the stores' files."""
         self.store.close()
+        self.tuned_store.close()
 
 
 def open_run(run: str, device: torch.device) -> OpenRun:
@@ -86,19 +95,21 @@ def open_run(run: str, device: torch.device) -> OpenRun:
     Raises
     ------
     RunDirectoryError
-        It is no run, is not finished, or its store or adapter is gone.
+        It is no run, is not finished, or its store or its result is gone.
     """
     paths = RunPaths(Path(run))
     content = read_settings(paths)
     facts, _ = read_facts(paths.journal)
-    if not any(fact["fact"] == "adapter" for fact in facts):
+    if not any(fact["fact"] in RESULT_FACTS for fact in facts):
         raise RunDirectoryError(
             f"the run in {run} is not finished",
             fix=f"see 'lopt-lite status {run}', and continue it with lopt-lite train",
         )
-    if not (paths.adapter / "adapter_model.safetensors").is_file():
-        raise RunDirectoryError(f"the adapter of the run in {run} is gone", fix="train again with --fresh")
     settings = stored_settings(content)
+    full = settings.tune == "full"
+    if store_info(paths.model) is None if full else not (paths.adapter / "adapter_model.safetensors").is_file():
+        what = "model" if full else "adapter"
+        raise RunDirectoryError(f"the {what} of the run in {run} is gone", fix="train again with --fresh")
     store_directory = paths.store if paths.store.is_dir() else Path(content["store"])
     store = Store(store_directory)
     model = locate_model(str(store_directory))
@@ -109,9 +120,10 @@ def open_run(run: str, device: torch.device) -> OpenRun:
         paths=paths,
         settings=settings,
         store=store,
+        tuned_store=Store(paths.model) if full else store,
         skeleton=skeleton,
         tokenizer=load_tokenizer(model),
         blocks=plan_blocks(skeleton.layer_count, settings.objectives()),
-        adapters=layer_adapters(paths.adapter, skeleton),
+        adapters={} if full else layer_adapters(paths.adapter, skeleton),
         device=device,
     )

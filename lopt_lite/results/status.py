@@ -10,7 +10,7 @@ from lopt_lite.journal import Fact, read_facts
 from lopt_lite.locks import holder_pid
 from lopt_lite.outcomes import BlockStatus, StatusOutcome
 from lopt_lite.training.metrics import read_metrics
-from lopt_lite.training.run_directory import RunPaths, read_settings
+from lopt_lite.training.run_directory import RESULT_FACTS, RunPaths, read_settings
 
 _RECENT_STEPS = 20
 
@@ -28,8 +28,9 @@ def status(run: str | Path) -> StatusOutcome:
     facts, _ = read_facts(paths.journal)
     metrics = read_metrics(paths.metrics)
     pid = holder_pid(paths.root)
-    finished = _last(facts, "adapter") is not None
+    finished = any(_last(facts, name) is not None for name in RESULT_FACTS)
     blocks = _blocks(content["settings"], facts, metrics)
+    result = "model" if content["settings"].get("tune") == "full" else "adapter"
     before = _last(facts, "validation", epoch=0)
     after = _last(facts, "validation", epoch=content["settings"]["epochs"])
     losses = [m["loss"] for m in metrics if m.get("phase") == "train"]
@@ -41,7 +42,7 @@ def status(run: str | Path) -> StatusOutcome:
         data=str(content["data"]["given"]),
         store_done=_last(facts, "store-ready") is not None,
         blocks=tuple(blocks),
-        next="nothing, the run is done" if finished else _next(blocks, facts),
+        next="nothing, the run is done" if finished else _next(blocks, facts, result),
         last_loss=losses[-1] if losses else None,
         loss_before=before["loss"] if before else None,
         loss_after=after["loss"] if after else None,
@@ -73,7 +74,7 @@ def _blocks(settings: dict[str, Any], facts: list[Fact], metrics: list[dict[str,
     return blocks
 
 
-def _next(blocks: list[BlockStatus], facts: list[Fact]) -> str:
+def _next(blocks: list[BlockStatus], facts: list[Fact], result: str) -> str:
     if _last(facts, "store-ready") is None:
         return "prepare the weights"
     for block in blocks:
@@ -82,7 +83,7 @@ def _next(blocks: list[BlockStatus], facts: list[Fact]) -> str:
             return f"train {name} ({block.objective}), step {block.step} of {block.steps}"
         if block.block < len(blocks) - 1 and _last(facts, "cache", block=block.block + 1) is None:
             return f"cache the outputs of {name}"
-    return "write the adapter"
+    return f"write the {result}"
 
 
 def _seconds_left(blocks: list[BlockStatus], metrics: list[dict[str, Any]]) -> float | None:

@@ -1,7 +1,7 @@
 """Training one block on its inputs, with only this block on the device.
 
 Read :meth:`BlockTrainer.run` from top to bottom: load, go on where a checkpoint stands, fit the reconstruction head,
-train, write the block's adapter.
+train, write the block's adapter (of full tuning: its layers).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lopt_lite.data.dataset import Batch, collate
 from lopt_lite.errors import DivergedError
 from lopt_lite.events import BlockDone, BlockStarted, CheckpointSaved, Notice, Progress, Step, Validation
 from lopt_lite.residency.block_major import groups
-from lopt_lite.residency.head import answer_loss_backward, answer_loss_sum, place_head
+from lopt_lite.residency.head import AnswerHead, open_head
 from lopt_lite.residency.layers import open_layers
 from lopt_lite.residency.pool import LayerPool, MicroBatch
 from lopt_lite.residency.spill import Spill, SpillLimits
@@ -28,6 +28,7 @@ from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_
 from lopt_lite.training.block_inputs import BlockInputs
 from lopt_lite.training.block_plan import Block
 from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_cursor, restore_checkpoint, save_lazily
+from lopt_lite.training.full import has_eight_bit_moments, own_weights, write_layers
 from lopt_lite.training.objectives import ReconstructionHead, reconstruction_loss
 from lopt_lite.training.optimisation import learning_rate
 from lopt_lite.training.stopping import stopped
@@ -49,7 +50,7 @@ class _Phase:
 
 
 class BlockTrainer:
-    """Trains one block from its inputs to its adapter file.
+    """Trains one block from its inputs to its adapter file, or the files of its layers.
 
     Parameters
     ----------
@@ -71,14 +72,17 @@ class BlockTrainer:
         self._last_checkpoint_s = time.monotonic()
         self._not_finite = 0
         self._head: ReconstructionHead | None = None
+        self._answers: AnswerHead | None = None
         # On the CPU what is put aside goes to a file, elsewhere to host memory.
         self._storage = Spill(SpillLimits(0, 1 << 62), bench.paths.root, bench.device)
         self._trained = TrainedParameters(
-            storage=self._storage if bench.residence.offload_state else None, per_layer=False
+            storage=self._storage if bench.residence.offload_state else None,
+            per_layer=bench.settings.tune == "full",
+            eight_bit=has_eight_bit_moments(bench.settings, bench.device),
         )
 
     def run(self) -> None:
-        """Train the block, from the last checkpoint if there is one, until its adapter is durable.
+        """Train the block, from the last checkpoint if there is one, until its result is durable.
 
         Raises
         ------
@@ -89,7 +93,13 @@ class BlockTrainer:
         """
         bench, block = self._bench, self._block
         if block.objective == "task":
-            place_head(bench.skeleton, bench.store, bench.device)
+            self._answers = open_head(
+                bench.skeleton,
+                bench.store,
+                device=bench.device,
+                logit_elements=bench.residence.logit_elements,
+                slice_rows=bench.residence.head_slice_rows,
+            )
         pool = open_layers(
             bench.residence,
             bench.store,
@@ -107,25 +117,34 @@ class BlockTrainer:
         finally:
             pool.close()
             self._storage.close()
+            if self._answers is not None:
+                self._answers.close()
         bench.journal.add("block", block=block.index, sha256=digest)
         bench.on_event(BlockDone(block=block.index, blocks=len(bench.blocks)))
 
     def _train(self, pool: LayerPool) -> str:
-        """Go through the phases and write the adapter; returns its file's sha256."""
+        """Go through the phases and write the adapter, or the layers; returns the sha256 of what was written."""
         bench, block = self._bench, self._block
         self._pool = pool
         phases = self._plan_phases()
         cursor = self._cursor()
         for phase in phases[[p.name for p in phases].index(cursor.phase) :]:
             self._run_phase(phase, cursor if phase.name == cursor.phase else Cursor(phase.name, 0))
+        if bench.settings.tune == "full":
+            shards = bench.paths.block_layers(block.index, range(block.first, block.end))
+            return write_layers(self._trained, shards, store=bench.store, skeleton=bench.skeleton)
         files.make_directory(bench.paths.block(block.index))
         layers = {tensor.name: tensor for tensor in self._trained.parameters(lambda group: isinstance(group, int))}
         return save_lazily(bench.paths.block_adapter(block.index), layers)
 
     def _attach(self, index: int, layer: nn.Module) -> None:
-        """Put a new adapter on a layer, to be trained."""
-        attach_adapter(layer, index, skeleton=self._bench.skeleton, settings=self._bench.settings)
-        self._trained.add(index, {f"{index}.{name}": p for name, p in adapter_parameters(layer).items()})
+        """Put a new adapter on a layer, to be trained; or train the layer itself."""
+        if self._bench.settings.tune == "full":
+            parameters = own_weights(layer)
+        else:
+            attach_adapter(layer, index, skeleton=self._bench.skeleton, settings=self._bench.settings)
+            parameters = adapter_parameters(layer)
+        self._trained.add(index, {f"{index}.{name}": parameter for name, parameter in parameters.items()})
 
     def _report_pass(self, done: int, total: int) -> None:
         """Progress within one step of a streamed block, layer by layer."""
@@ -191,21 +210,30 @@ class BlockTrainer:
                 if number < cursor.step:
                     continue
                 self._stop_or_checkpoint(phase, number, needed_s=0.0)
-                took_s = self._step(phase, epoch, number, steps, indices)
+                following = batches[number + 1 - epoch * self._steps_per_epoch :][:1]
+                took_s = self._step(phase, epoch, number, steps, indices, following)
                 self._stop_or_checkpoint(phase, number + 1, needed_s=took_s)
             self._end_epoch(phase, epoch + 1)
 
-    def _step(self, phase: _Phase, epoch: int, number: int, steps: int, indices: list[int]) -> float:
-        """One optimiser step on the examples ``indices``; returns the seconds it took."""
+    def _micro_batches(self, indices: list[int]) -> list[Batch]:
+        """The examples ``indices`` of one step, as they pass through the layers together."""
+        bench = self._bench
+        parts = micro_batches(indices, self._lengths, max_tokens=bench.residence.micro_batch_tokens)
+        return [collate(bench.dataset, part, bench.pad_token_id) for part in parts]
+
+    def _step(
+        self, phase: _Phase, epoch: int, number: int, steps: int, indices: list[int], following: list[list[int]]
+    ) -> float:
+        """One optimiser step on the examples ``indices``; returns the seconds it took.
+
+        ``following``: the examples of the step after this one (none at an epoch's end), to be read meanwhile.
+        """
         bench = self._bench
         started = time.monotonic()
-        batches = [
-            collate(bench.dataset, part, bench.pad_token_id)
-            for part in micro_batches(indices, self._lengths, max_tokens=bench.residence.micro_batch_tokens)
-        ]
+        batches = self._micro_batches(indices)
         lr = learning_rate(number, steps, phase.peak_lr)
         self._trained.begin_step(lr)
-        loss = self._accumulate(phase, batches, number)
+        loss = self._accumulate(phase, batches, number, following)
         norm = self._trained.end_step(finite=math.isfinite(loss))
         devices.synchronize(bench.device)
         took_s = time.monotonic() - started
@@ -230,7 +258,7 @@ class BlockTrainer:
         self._watch_for_divergence(math.isfinite(loss) and math.isfinite(norm), number + 1)
         return took_s
 
-    def _accumulate(self, phase: _Phase, batches: list[Batch], number: int) -> float:
+    def _accumulate(self, phase: _Phase, batches: list[Batch], number: int, following: list[list[int]]) -> float:
         """The gradients of one step, from all its micro-batches; returns the step's loss."""
         bench, settings = self._bench, self._bench.settings
         tokens = sum(batch.tokens for batch in batches)
@@ -240,18 +268,15 @@ class BlockTrainer:
         def micro_batches_of_step():  # type: ignore[no-untyped-def]
             for batch in batches:
                 made.append(self._inputs.micro_batch(batch))
+                if batch is batches[-1]:
+                    self._inputs.read_ahead([coming for part in following for coming in self._micro_batches(part)])
                 yield made[-1]
 
         def loss_backward(part: int, output: torch.Tensor) -> float:
             batch = batches[part]
             if self._head is None:
-                return answer_loss_backward(
-                    bench.skeleton,
-                    output,
-                    batch.targets.to(bench.device),
-                    answer_tokens=answer_tokens,
-                    logit_elements=bench.residence.logit_elements,
-                )
+                assert self._answers is not None
+                return self._answers.loss_backward(output, batch.targets.to(bench.device), answer_tokens=answer_tokens)
             real = batch.real.to(bench.device)
             loss = reconstruction_loss(self._head, output, made[part].hidden, real, tokens=tokens)
             loss.backward()
@@ -329,7 +354,8 @@ class BlockTrainer:
                 nonlocal total, answer_tokens, done
                 bench.stop.check()
                 targets = parts[number].targets.to(bench.device)
-                total += answer_loss_sum(bench.skeleton, output, targets, logit_elements=bench.residence.logit_elements)
+                assert self._answers is not None
+                total += self._answers.loss_sum(output, targets)
                 answer_tokens += parts[number].answer_tokens
                 done += 1
                 bench.on_event(Progress(task="held-out loss", done=done, total=len(batches), unit="batches"))

@@ -6,25 +6,28 @@ therefore kept in the user's cache directory, by the content of config.json and 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+import typing
+from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lopt_lite import user_cache
 from lopt_lite.checkpoints.locate import ModelDescription
-from lopt_lite.residency.shapes import LayerShapes, ModelShapes, model_shapes
+from lopt_lite.devices import choose_device
+from lopt_lite.residency.shapes import ModelShapes, model_shapes
 from lopt_lite.settings import TrainSettings
 
 if TYPE_CHECKING:
     from lopt_lite.checkpoints.skeleton import Skeleton
 
 FILE_NAME = "models.json"
-#: Part of the key: facts found out in another way are not comparable.
-_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class ModelFacts:
 
 def stored_dtype(settings: TrainSettings) -> torch.dtype:
     """The type of what a store holds that is not 4 bits."""
-    return torch.bfloat16 if settings.quantize == "nf4" else _compute_dtype(settings)
+    return torch.bfloat16 if settings.quantize == "nf4" else compute_dtype(settings)
 
 
 def facts_of(skeleton: Skeleton, settings: TrainSettings) -> ModelFacts:
@@ -93,32 +96,72 @@ def model_facts(model: ModelDescription, settings: TrainSettings) -> ModelFacts:
         ``--lora-targets`` names a module that no layer has.
     """
     key = _key(model.config, settings)
-    known = user_cache.recall(FILE_NAME, key)
-    if known is not None:
-        return _from_json(known)
+    with contextlib.suppress(
+        TypeError, KeyError, ValueError, AttributeError
+    ):  # nothing is there, or something else than was remembered
+        return typing.cast(ModelFacts, _decode(ModelFacts, user_cache.recall(FILE_NAME, key)))
     from lopt_lite.checkpoints.skeleton import Skeleton  # here, as its libraries take seconds
 
-    facts = facts_of(Skeleton(model, dtype=_compute_dtype(settings)), settings)
-    user_cache.remember(FILE_NAME, key, asdict(facts))
+    facts = facts_of(Skeleton(model, dtype=compute_dtype(settings)), settings)
+    user_cache.remember(FILE_NAME, key, _encode(facts))
     return facts
 
 
-def _from_json(value: dict[str, Any]) -> ModelFacts:
-    shapes = ModelShapes(**{**value["shapes"], "layers": tuple(LayerShapes(**x) for x in value["shapes"]["layers"])})
-    facts = ModelFacts(**{**value, "shapes": shapes})
-    return replace(facts, active_parameters=tuple(facts.active_parameters))
+def _encode(value: Any) -> Any:
+    """A record as JSON values."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
-def _compute_dtype(settings: TrainSettings) -> torch.dtype:
+def _decode(kind: Any, value: Any) -> Any:
+    """What :func:`_encode` made JSON of.
+
+    Raises
+    ------
+    TypeError, KeyError, ValueError, AttributeError
+        It is something else.
+    """
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return typing.cast(Any, kind)(**{name: _decode(hints[name], item) for name, item in dict(value).items()})
+    if typing.get_origin(kind) is tuple:
+        return tuple(_decode(typing.get_args(kind)[0], item) for item in value)
+    return getattr(torch, value) if kind is torch.dtype else value
+
+
+def _field_names(kind: Any) -> list[Any]:
+    """The names of a record's fields, and of theirs."""
+    hints = typing.get_type_hints(kind)
+    inner = [
+        part for hint in hints.values() for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)
+    ]
+    return [*hints, *(_field_names(part) for part in inner)]
+
+
+def compute_dtype(settings: TrainSettings) -> torch.dtype:
+    """The type to compute in."""
     return torch.float32 if settings.dtype == "float32" else torch.bfloat16
 
 
 def _key(config: dict[str, Any], settings: TrainSettings) -> str:
-    releases = {name: metadata.version(name) for name in ("lopt-lite", "torch", "transformers")}
-    asked = [settings.quantize, settings.dtype, settings.tune, settings.lora_r, settings.lora_dropout > 0]
-    fields = [*ModelShapes.__dataclass_fields__, *LayerShapes.__dataclass_fields__]
-    text = json.dumps([_VERSION, config, releases, asked, settings.lora_targets, fields], sort_keys=True)
+    releases = {name: metadata.version(name) for name in ("torch", "transformers")}
+    # Adam's moments in full tuning depend on what the device has.
+    device = choose_device(settings.device).type if settings.tune == "full" else None
+    asked = [settings.quantize, settings.dtype, settings.tune, device, settings.lora_r, settings.lora_dropout > 0]
+    text = json.dumps(
+        [_own_code(), config, releases, asked, settings.lora_targets, _field_names(ModelFacts)], sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _own_code() -> str:
+    """A hash of the code that facts are found out with: facts found out in another way are not comparable."""
+    rooms = Path(__file__).parent.parent
+    sources = sorted([*(rooms / "checkpoints").glob("*.py"), *(rooms / "residency").glob("*.py"), Path(__file__)])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def _active_parameters(skeleton: Skeleton, index: int) -> int:

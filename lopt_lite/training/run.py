@@ -1,4 +1,4 @@
-"""A training run from settings to adapter: ``lopt_lite.train``."""
+"""A training run from settings to adapter, or fully tuned model: ``lopt_lite.train``."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ from lopt_lite.events import Notice, OnEvent, RunStarted, Validation, ignore
 from lopt_lite.journal import Journal
 from lopt_lite.locks import locked
 from lopt_lite.outcomes import TrainOutcome
-from lopt_lite.residency.block_major import held_out_losses
+from lopt_lite.residency.block_major import WAITING, held_out_losses
 from lopt_lite.residency.choices import Memory, Residence, choose_residence
 from lopt_lite.residency.memory_model import Job
 from lopt_lite.residency.shapes import model_shapes
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import write_adapter
 from lopt_lite.training.block_plan import Block, plan_blocks
+from lopt_lite.training.full import remarks
 from lopt_lite.training.metrics import Metrics, read_metrics
-from lopt_lite.training.run_directory import RunIdentity, RunPaths, claim, run_directory, start_fresh
+from lopt_lite.training.model_result import write_model
+from lopt_lite.training.run_directory import RESULT_FACTS, RunIdentity, RunPaths, claim, run_directory, start_fresh
 from lopt_lite.training.sequential import train_sequentially
 from lopt_lite.training.stopping import Stopper
 from lopt_lite.training.targets import target_names, tuning
@@ -64,7 +66,10 @@ def train(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
     device = devices.choose_device(settings.device)
     if settings.memory != "auto":
         devices.return_freed_memory(device)
-    with Stopper(max_hours=settings.max_hours, deadline=settings.deadline) as stop:
+    with (
+        Stopper(max_hours=settings.max_hours, deadline=settings.deadline) as stop,
+        devices.memory_limited(device, settings.memory_bytes()),
+    ):
         given = _read_inputs(settings, on_event)
         paths = RunPaths(run_directory(settings, given.model.name))
         store_directory = _store_directory(settings, given.model, paths)
@@ -77,7 +82,7 @@ def train(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
                 on_event(Notice(text=remark))
             files.remove_stray_temporaries(paths.root)
             with _open_bench(settings, given, paths, builder, store_directory, device, stop, on_event) as bench:
-                already_done = _adapter_stands(bench)
+                already_done = _result_stands(bench)
                 _announce(bench, given)
                 if not already_done:
                     _work(bench, given)
@@ -112,7 +117,9 @@ def _read_inputs(settings: TrainSettings, on_event: OnEvent) -> _Given:
     model = locate_model(settings.model, config_dirs=settings.config, on_event=on_event)
     skeleton = Skeleton(model, dtype=DTYPES[settings.dtype])
     blocks = plan_blocks(skeleton.layer_count, settings.objectives())
-    if not any(target_names(skeleton, index, settings) for index in range(skeleton.layer_count)):
+    if settings.tune == "lora" and not any(
+        target_names(skeleton, index, settings) for index in range(skeleton.layer_count)
+    ):
         raise SettingsError(f"{skeleton.architecture} has no linear layers that an adapter could go on")
     tokenizer = load_tokenizer(model)
     check_vocabulary(tokenizer, skeleton.vocabulary_rows, on_event=on_event)
@@ -236,7 +243,6 @@ def _decide_residence(
     if fact is not None:
         residence = Residence.from_json(fact)
     else:
-        longest = int(lengths.max())
         shapes = model_shapes(
             given.skeleton,
             quantize=settings.quantize,
@@ -246,18 +252,27 @@ def _decide_residence(
         residence = choose_residence(
             shapes,
             [(b.first, b.end) for b in given.blocks],
-            Job(
-                step_tokens=min(settings.batch_size, len(given.train)) * longest,
-                longest=longest,
-                early_blocks="reconstruct" in settings.objectives(),
-            ),
+            _job(given, lengths, settings),
             device=device,
             memory=Memory.now(device, settings.memory_bytes()),
         )
         journal.add("residence", device=device.type, **residence.to_json())
-    if journal.last("adapter") is None:
+    if not any(journal.last(fact) for fact in RESULT_FACTS):
         on_event(Notice(text=_RESIDENCE_TEXTS[residence.mode].format(gib=residence.predicted_bytes / 2**30)))
     return residence
+
+
+def _job(given: _Given, lengths: torch.Tensor, settings: TrainSettings) -> Job:
+    """The run's work in tokens; ``lengths`` are those of all examples, held-out ones included."""
+    longest, rows = int(lengths.max()), min(settings.batch_size, len(given.train))
+    row_bytes = given.skeleton.hidden_size * given.skeleton.dtype.itemsize
+    return Job(
+        step_tokens=rows * longest,
+        longest=longest,
+        answer_tokens=rows * int(given.train.target_counts.max()) if given.held_out is None else None,
+        early_blocks="reconstruct" in settings.objectives(),
+        cache_bytes=int(lengths.sum()) * row_bytes if settings.blocks > 1 else 0,
+    )
 
 
 _RESIDENCE_TEXTS = {
@@ -291,8 +306,13 @@ def _announce(bench: Workbench, given: _Given) -> None:
 
 
 def _work(bench: Workbench, given: _Given) -> None:
+    for remark in remarks(bench.settings, bench.device):
+        bench.on_event(Notice(text=remark))
     _measure_untouched_model(bench)
     train_sequentially(bench)
+    if bench.settings.tune == "full":
+        bench.journal.add("model", sha256=write_model(bench))
+        return
     digest = write_adapter(
         bench.paths,
         bench.skeleton,
@@ -318,6 +338,8 @@ def _measure_untouched_model(bench: Workbench) -> None:
         residence=bench.residence,
         pad_token_id=bench.pad_token_id,
         max_rows=FORWARD_ROWS,
+        spill_limits=WAITING,
+        spill_directory=bench.paths.root,
         check=bench.stop.check,
         on_event=bench.on_event,
         task="held-out loss before",
@@ -327,13 +349,18 @@ def _measure_untouched_model(bench: Workbench) -> None:
     bench.on_event(Validation(epoch=0, epochs=bench.settings.epochs, loss=loss, answer_tokens=answer_tokens))
 
 
-def _adapter_stands(bench: Workbench) -> bool:
-    if bench.journal.last("adapter") is None:
+def _result_stands(bench: Workbench) -> bool:
+    name = "model" if bench.settings.tune == "full" else "adapter"
+    if bench.journal.last(name) is None:
         return False
-    if not (bench.paths.adapter / "adapter_model.safetensors").is_file():
+    if name == "model":
+        stands = store_info(bench.paths.model) is not None
+    else:
+        stands = (bench.paths.adapter / "adapter_model.safetensors").is_file()
+    if not stands:
         raise RunDirectoryError(
-            f"the run in {bench.paths.root} is done, but its adapter is gone",
-            fix="restore RUN/adapter from a backup, or train again with --fresh",
+            f"the run in {bench.paths.root} is done, but its {name} is gone",
+            fix=f"restore RUN/{name} from a backup, or train again with --fresh",
         )
     return True
 
@@ -346,7 +373,8 @@ def _outcome(bench: Workbench, *, already_done: bool, seconds: float) -> TrainOu
     recent = finite[-10:]
     return TrainOutcome(
         run=str(bench.paths.root),
-        adapter=str(bench.paths.adapter),
+        adapter=None if bench.settings.tune == "full" else str(bench.paths.adapter),
+        tuned_model=str(bench.paths.model) if bench.settings.tune == "full" else None,
         already_done=already_done,
         examples=bench.train_count,
         steps=len(steps),

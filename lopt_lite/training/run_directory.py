@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +15,10 @@ from lopt_lite.settings import TrainSettings
 
 RUNS_DIRECTORY = "runs"
 
-_OWNED = ("settings.json", "journal.jsonl", "metrics.jsonl", "store", "cache", "blocks", "adapter")
+_OWNED = ("settings.json", "journal.jsonl", "metrics.jsonl", "store", "cache", "blocks", "adapter", "model")
+#: Journal facts that say that the result is there: of LoRA and of full tuning.
+RESULT_FACTS = ("adapter", "model")
+
 _START_ANEW = "restore it from a backup, start anew with --fresh, or choose another directory"
 _PACKAGES = ("lopt-lite", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
@@ -47,15 +51,20 @@ class RunPaths:
 
     @property
     def adapter(self) -> Path:
-        """The result."""
+        """The result of LoRA tuning."""
         return self.root / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The result of full tuning."""
+        return self.root / "model"
 
     def cache(self, block: int) -> Path:
         """Inputs of block ``block``."""
         return self.root / "cache" / f"block-{block:02d}"
 
     def block(self, block: int) -> Path:
-        """What belongs to block ``block``: its adapter, and checkpoints while it trains."""
+        """What belongs to block ``block``: its adapter or layers, and checkpoints while it trains."""
         return self.root / "blocks" / f"block-{block:02d}"
 
     def checkpoint(self, block: int) -> Path:
@@ -65,6 +74,10 @@ class RunPaths:
     def block_adapter(self, block: int) -> Path:
         """The trained adapter of a block."""
         return self.block(block) / "adapter.safetensors"
+
+    def block_layers(self, block: int, layers: Iterable[int]) -> dict[int, Path]:
+        """The fully tuned layers of a block, by their numbers."""
+        return {index: self.block(block) / f"layer-{index:05d}.safetensors" for index in layers}
 
 
 def run_directory(settings: TrainSettings, model_name: str) -> Path:

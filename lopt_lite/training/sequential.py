@@ -94,9 +94,13 @@ def _write_next_inputs(bench: Workbench, block: Block, layout: CacheLayout) -> N
     )
     storage = Spill(SpillLimits(0, 1 << 62), bench.paths.root, bench.device)
     trained = TrainedParameters(storage=storage if bench.residence.offload_state else None, per_layer=False)
+    full = bench.settings.tune == "full" and block.objective != "none"
+    shards = bench.paths.block_layers(block.index, range(block.first, block.end)) if full else {}
+    # Layers that were trained themselves are read like any others.
+    store = bench.store.overlaid(shards.values())
 
     def with_adapter(index: int, layer: nn.Module) -> None:
-        if block.objective == "none":
+        if block.objective == "none" or full:
             return
         attach_adapter(layer, index, skeleton=bench.skeleton, settings=bench.settings)
         load_adapter(layer, load_tensors(bench.paths.block_adapter(block.index), prefix=f"{index}."))
@@ -108,7 +112,7 @@ def _write_next_inputs(bench: Workbench, block: Block, layout: CacheLayout) -> N
     finished = sum(len(layout.shards[n]) for n in done)
     pool = open_layers(
         bench.residence,
-        bench.store,
+        store,
         bench.skeleton,
         block.first,
         block.end,
@@ -148,6 +152,7 @@ def _write_next_inputs(bench: Workbench, block: Block, layout: CacheLayout) -> N
         pool.close()
         inputs.close()
         storage.close()
+        store.close()
     _finish_cache(bench, layout, following)
 
 

@@ -1,11 +1,16 @@
-"""Which modules of a layer get an adapter. Apart from the adapters, whose library takes seconds to import."""
+"""What is trained: which modules of a layer get an adapter, or all of it.
+
+Apart from the adapters, whose library takes seconds to import.
+"""
 
 from __future__ import annotations
 
 from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.devices import choose_device
 from lopt_lite.errors import SettingsError
 from lopt_lite.residency.shapes import Tuning
 from lopt_lite.settings import TrainSettings
+from lopt_lite.training.full import has_eight_bit_moments
 
 
 def target_names(skeleton: Skeleton, index: int, settings: TrainSettings) -> list[str]:
@@ -37,6 +42,8 @@ def _is_called(full: str, name: str) -> bool:
 
 def tuning(skeleton: Skeleton, settings: TrainSettings) -> Tuning:
     """What is trained, for the memory plan."""
+    if settings.tune == "full":
+        return Tuning(eight_bit=has_eight_bit_moments(settings, choose_device(settings.device)))
     return Tuning(
         targets=lambda index: target_names(skeleton, index, settings),
         rank=settings.lora_r,

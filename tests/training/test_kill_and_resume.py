@@ -30,9 +30,10 @@ from tests.tiny_models import make_data, make_model
 
 ROOT = Path(__file__).parent.parent.parent
 
-_RECIPE = ["--blocks", "3", "--epochs", "2", "--batch-size", "4", "--validation", "0.2", "--lora-dropout", "0.1"]
-_NF4 = ["--quantize", "nf4", "--dtype", "bfloat16", "--objective", "reconstruct"]
-_FLOAT = ["--quantize", "none", "--dtype", "float32", "--objective", "none,reconstruct"]
+_RECIPE = ["--blocks", "3", "--epochs", "2", "--batch-size", "4", "--validation", "0.2"]
+_NF4 = ["--quantize", "nf4", "--dtype", "bfloat16", "--objective", "reconstruct", "--lora-dropout", "0.1"]
+_FLOAT = ["--quantize", "none", "--dtype", "float32", "--objective", "none,reconstruct", "--lora-dropout", "0.1"]
+_FULL = ["--tune", "full", "--dtype", "bfloat16", "--objective", "none,reconstruct", "--lr", "1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +72,11 @@ def _facts(run: Path) -> list[dict[str, Any]]:
 
 
 def _assert_same(run: Path, reference: Path) -> None:
-    """The same adapter bytes, losses, facts and files, and nothing left over."""
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (run / "adapter" / name).read_bytes() == (reference / "adapter" / name).read_bytes(), name
+    """The same bytes of adapter or model, losses, facts and files, and nothing left over."""
+    results = [path for part in ("adapter", "model") for path in (reference / part).glob("*")]
+    assert any(path.suffix == ".safetensors" for path in results)
+    for path in results:
+        assert (run / path.relative_to(reference)).read_bytes() == path.read_bytes(), path.name
     assert _sequence(run) == _sequence(reference)
     assert _facts(run) == _facts(reference)
     assert _files(run) == _files(reference)
@@ -123,7 +126,9 @@ def test_killed_at_twenty_random_moments_and_started_again_it_ends_with_the_same
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "mode"), [(_NF4, "streamed"), (_FLOAT, "resident")])
+@pytest.mark.parametrize(
+    ("options", "mode"), [(_NF4, "streamed"), (_FLOAT, "resident"), (_FULL, "recomputed"), (_FULL, "offloaded")]
+)
 def test_killed_between_any_two_file_operations_it_ends_with_the_same_bytes(tmp_path, inputs, options, mode):
     """Moments that a clock seldom hits: before and after a rename, a deletion, the journal's line."""
     options = [*options, "--checkpoint-every", "0s"]
@@ -169,9 +174,15 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.fixture
-def reference(inputs, tmp_path, one_thread, mode) -> Path:
+def changes(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Options other than the usual ones."""
+    return getattr(request, "param", {})
+
+
+@pytest.fixture
+def reference(inputs, tmp_path, one_thread, mode, changes) -> Path:
     """A run that nobody disturbs."""
-    lopt_lite.train(_settings(inputs, tmp_path / "reference"))
+    lopt_lite.train(_settings(inputs, tmp_path / "reference", **changes))
     return tmp_path / "reference"
 
 
@@ -179,10 +190,23 @@ def _ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("mode", ["resident", "recomputed", "partly streamed", "streamed", "offloaded"], indirect=True)
-def test_stopped_at_every_step_it_ends_with_the_same_bytes(inputs, tmp_path, reference):
+_FULL_8_BIT = {"tune": "full", "dtype": "bfloat16", "lora_dropout": 0.0, "lr": 1e-3}
+_FULL_FLOAT = {"tune": "full", "dtype": "float32", "lora_dropout": 0.0, "lr": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes"),
+    [
+        *((mode, {}) for mode in ("resident", "recomputed", "partly streamed", "streamed", "offloaded")),
+        ("resident", _FULL_8_BIT),
+        ("partly streamed", _FULL_FLOAT),
+        ("offloaded", _FULL_8_BIT),
+    ],
+    indirect=True,
+)
+def test_stopped_at_every_step_it_ends_with_the_same_bytes(inputs, tmp_path, reference, changes):
     """One step an attempt: also at the last step of a phase, of an epoch, of a block."""
-    settings = _settings(inputs, tmp_path / "run")
+    settings = _settings(inputs, tmp_path / "run", **changes)
     steps, stops = [], 0
 
     def stop_at_each_step(event: Event) -> None:
@@ -201,7 +225,7 @@ def test_stopped_at_every_step_it_ends_with_the_same_bytes(inputs, tmp_path, ref
             break
     assert stops == len(steps) == len(_sequence(reference)), "no step may be done twice"
     _assert_same(tmp_path / "run", reference)
-    whole = lopt_lite.train(_settings(inputs, reference))
+    whole = lopt_lite.train(_settings(inputs, reference, **changes))
     assert (outcome.loss_before, outcome.loss_after) == (whole.loss_before, whole.loss_after)
 
 

@@ -1,0 +1,204 @@
+"""A training run on paper: everything that follows from a model, data, options and a machine in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lopt_lite.data.batches import epoch_batches
+from lopt_lite.data.estimate import DataEstimate
+from lopt_lite.errors import DoesNotFitError
+from lopt_lite.outcomes import PlanDisk
+from lopt_lite.residency.choices import Memory, Residence, choose_residence, smallest_budget
+from lopt_lite.residency.machine import MachineSpeeds
+from lopt_lite.residency.memory_model import Job
+from lopt_lite.residency.timing import Amounts, RunTimes, TimeModel
+from lopt_lite.settings import TrainSettings
+from lopt_lite.training.block_plan import Block, plan_blocks
+from lopt_lite.training.disk_plan import disk_plan
+from lopt_lite.training.model_facts import ModelFacts, compute_dtype
+
+#: Waiting for layers is worth a word from this share of a block's steps on.
+_WORTH_A_WORD = 0.1
+
+
+@dataclass(frozen=True)
+class Places:
+    """Run directory and store, and whether the store is complete already."""
+
+    run: Path
+    store: Path
+    store_exists: bool
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Everything a plan follows from. Other settings make other drafts of the same model and data."""
+
+    facts: ModelFacts
+    settings: TrainSettings
+    training: DataEstimate
+    held_out: DataEstimate | None
+    device: torch.device
+    memory: Memory
+    speeds: MachineSpeeds
+    paths: Places
+    source_bytes: int
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks.
+
+        Raises
+        ------
+        SettingsError
+            There are more blocks than layers.
+        """
+        return plan_blocks(len(self.facts.shapes.layers), self.settings.objectives())
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """(first layer, end layer) of each block."""
+        return [(block.first, block.end) for block in self.blocks]
+
+    @property
+    def job(self) -> Job:
+        """The largest step."""
+        longest = max(self.training.longest, 0 if self.held_out is None else self.held_out.longest)
+        return Job(
+            step_tokens=min(self.settings.batch_size, self.training.examples) * longest,
+            longest=longest,
+            early_blocks="reconstruct" in self.settings.objectives(),
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one pass over the data."""
+        return math.ceil(self.training.examples / self.settings.batch_size)
+
+    @property
+    def step_tokens(self) -> int:
+        """Real tokens of an average optimiser step."""
+        return round(self.training.tokens / self.steps_per_epoch)
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of an average example."""
+        return self.training.tokens / self.training.examples
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of all examples."""
+        return self.training.tokens + (0 if self.held_out is None else self.held_out.tokens)
+
+    def with_settings(self, **changes: Any) -> Draft:
+        """The same with other values of some options."""
+        return replace(self, settings=dataclasses.replace(self.settings, **changes))
+
+    def with_budget(self, budget_bytes: int) -> Draft:
+        """The same with another budget."""
+        return replace(self, memory=replace(self.memory, budget_bytes=budget_bytes))
+
+    def residence(self) -> Residence:
+        """See :func:`choose_residence`."""
+        return choose_residence(self.facts.shapes, self.ranges, self.job, device=self.device, memory=self.memory)
+
+    def smallest_budget(self) -> int:
+        """See :func:`smallest_budget`."""
+        return smallest_budget(self.facts.shapes, self.ranges, self.job, device=self.device, memory=self.memory)
+
+    def disk(self, residence: Residence) -> PlanDisk:
+        """Disk space needed."""
+        return disk_plan(
+            self.facts,
+            self.settings,
+            residence,
+            self.ranges,
+            self.job,
+            cached_tokens=self.cached_tokens,
+            run=self.paths.run,
+            store=self.paths.store,
+            store_exists=self.paths.store_exists,
+        )
+
+    def time_model(self, residence: Residence) -> TimeModel:
+        """Seconds of parts of the run."""
+        return TimeModel(
+            self.facts.shapes,
+            self.facts.active_parameters,
+            residence,
+            self.speeds,
+            dtype=compute_dtype(self.settings),
+            device=self.device,
+            host_free_bytes=self.memory.free_host_bytes,
+        )
+
+    def times(self, residence: Residence) -> RunTimes:
+        """Seconds of the whole run."""
+        model, held_out = self.time_model(residence), self.held_out
+        store_bytes = self.facts.shapes.stored_bytes(0, len(self.facts.shapes.layers)) + self.facts.around_bytes
+        store_s = 0.0
+        if not self.paths.store_exists:
+            store_s = model.store_s(self.source_bytes, store_bytes, torch.get_num_threads())
+        amounts = Amounts(
+            tokens=self.training.tokens,
+            answer_tokens=self.training.answer_tokens,
+            held_out_tokens=0 if held_out is None else held_out.tokens,
+            held_out_answer_tokens=0 if held_out is None else held_out.answer_tokens,
+            padding=_padding(self.training.lengths, self.settings.batch_size),
+            steps_per_epoch=self.steps_per_epoch,
+            mean_length=self.mean_length,
+            epochs=self.settings.epochs,
+            head_fit_epochs=self.settings.head_fit_epochs,
+        )
+        return model.run_times(self.ranges, [block.objective for block in self.blocks], amounts, store_s=store_s)
+
+    def hiding_tokens(self, residence: Residence) -> int | None:
+        """Tokens of a step from which on loading hides behind computing; None where nothing is streamed."""
+        if residence.resident_layers == residence.layers:
+            return None
+        layers = range(len(self.facts.shapes.layers))
+        largest = max(layers, key=lambda i: self.facts.shapes.layers[i].stored_bytes)
+        return self.time_model(residence).hiding_tokens(largest, self.mean_length)
+
+    def advice(self, residence: Residence) -> tuple[str, ...]:
+        """Sentences for the user on what limits the run."""
+        wanted = self.hiding_tokens(residence)
+        waiting = max((block.waiting_share for block in self.times(residence).blocks), default=0.0)
+        if wanted is None or waiting < _WORTH_A_WORD:
+            return ()
+        said = (
+            f"Loading layers will be the limit: about {waiting:.0%} of the steps' time is spent waiting for them. "
+            f"A step has about {self.step_tokens:,} tokens, and about {wanted:,} would hide the loading."
+        )
+        batch_size = math.ceil(wanted / self.mean_length)
+        if batch_size > self.training.examples:
+            return (f"{said} The data has only {self.training.tokens:,}, so no --batch-size can keep the device busy.",)
+        try:
+            self.with_settings(batch_size=batch_size).residence()
+        except DoesNotFitError:
+            return (f"{said} That many (--batch-size {batch_size}) do not fit this budget.",)
+        return (f"{said} --batch-size {batch_size} would keep the device busy (and take fewer, larger steps).",)
+
+
+def counted(lengths: torch.Tensor, target_counts: torch.Tensor) -> DataEstimate:
+    """Examples that are tokenised: int64 [examples], tokens and tokens to be predicted of each."""
+    return DataEstimate(
+        examples=len(lengths),
+        tokens=int(lengths.sum()),
+        answer_tokens=int(target_counts.sum()),
+        longest=int(lengths.max()),
+        lengths=tuple(lengths[torch.linspace(0, len(lengths) - 1, min(len(lengths), 1024)).long()].tolist()),
+        how="counted",
+    )
+
+
+def _padding(lengths: tuple[int, ...], batch_size: int) -> float:
+    """Padded tokens for each real one, in the batches of an epoch."""
+    batches = epoch_batches(lengths, batch_size=batch_size, seed=(0,))
+    return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches) / sum(lengths)

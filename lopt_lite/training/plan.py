@@ -1,0 +1,297 @@
+"""What a training run would do, from shapes alone: ``lopt_lite.plan``. Nothing is loaded, and nothing is written.
+
+Read :func:`plan` from top to bottom: the model in numbers, the data in numbers, where everything will be, and how much
+disk and time that takes. :func:`planned` says the same of a run that has begun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lopt_lite import devices
+from lopt_lite.checkpoints.locate import ModelDescription, ModelFiles, describe_model
+from lopt_lite.checkpoints.store import store_info
+from lopt_lite.data.estimate import DataEstimate
+from lopt_lite.errors import DoesNotFitError
+from lopt_lite.events import Notice, OnEvent, Planned, ignore
+from lopt_lite.outcomes import PlanAlternative, PlanBlock, PlanDisk, PlanMemory, PlanOutcome
+from lopt_lite.residency.choices import Memory, Residence
+from lopt_lite.residency.machine import machine_speeds
+from lopt_lite.settings import TrainSettings
+from lopt_lite.training.data_facts import known_estimate
+from lopt_lite.training.disk_plan import require_disk
+from lopt_lite.training.draft import Draft, Places, counted
+from lopt_lite.training.model_facts import ModelFacts, model_facts, stored_dtype
+from lopt_lite.training.run_directory import RunPaths, run_directory
+
+MIB = 2**20
+
+#: On the CPU the budget counts the process. When training begins, it has all libraries loaded; planning has not.
+_TRAINING_PROCESS_BYTES = 480 * MIB
+_OTHER_BLOCKS = (1, 2, 4, 8, 16)
+
+
+def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
+    """Find out what :func:`lopt_lite.train` would do with the same settings.
+
+    MODEL may be a directory with just a config.json.
+
+    Raises
+    ------
+    SettingsError, ModelError, DataError
+        Something given cannot be used.
+    DoesNotFitError
+        The memory budget (the message names the smallest that would do) or the disk is too small.
+    """
+    device = devices.choose_device(settings.device)
+    model = describe_model(settings.model, config_dirs=settings.config, on_event=on_event)
+    facts = model_facts(model, settings)
+    training, held_out = _estimate(settings, model, on_event)
+    draft = Draft(
+        facts=facts,
+        settings=settings,
+        training=training,
+        held_out=held_out,
+        device=device,
+        memory=_memory_when_training(device, settings.memory_bytes()),
+        speeds=machine_speeds(device),
+        paths=_paths(settings, model),
+        source_bytes=_source_bytes(model, facts),
+    )
+    residence = draft.residence()
+    disk = draft.disk(residence)
+    require_disk(disk, draft.paths.run)
+    return _outcome(draft, model, residence, disk)
+
+
+def planned(
+    settings: TrainSettings,
+    facts: ModelFacts,
+    residence: Residence,
+    memory: Memory,
+    *,
+    lengths: torch.Tensor,
+    target_counts: torch.Tensor,
+    train_count: int,
+    device: torch.device,
+    run: Path,
+    store: Path,
+    store_exists: bool,
+) -> Planned:
+    """The plan of a run whose data is loaded and whose residence is decided, for its first lines.
+
+    Parameters
+    ----------
+    lengths, target_counts:
+        int64 [examples]: tokens, and tokens to be predicted, of the training examples and, after ``train_count`` of
+        them, of the held-out ones.
+    store_exists:
+        Whether the store is complete already.
+    """
+    draft = Draft(
+        facts=facts,
+        settings=settings,
+        training=counted(lengths[:train_count], target_counts[:train_count]),
+        held_out=counted(lengths[train_count:], target_counts[train_count:]) if train_count < len(lengths) else None,
+        device=device,
+        memory=memory,
+        speeds=machine_speeds(device, nf4=settings.quantize == "nf4"),
+        paths=Places(run, store, store_exists),
+        source_bytes=facts.parameters * 2,
+    )
+    return Planned(
+        mode=residence.mode,
+        layers=residence.layers,
+        resident_layers=residence.resident_layers,
+        recompute=residence.recompute,
+        micro_batch_tokens=residence.micro_batch_tokens,
+        step_tokens=draft.step_tokens,
+        budget_bytes=memory.limit_bytes,
+        predicted_bytes=residence.predicted_bytes,
+        predicted_host_bytes=residence.predicted_host_bytes,
+        disk_bytes=draft.disk(residence).total_bytes,
+        seconds=draft.times(residence).total_s,
+        device=device.type,
+        advice=draft.advice(residence),
+    )
+
+
+def _estimate(
+    settings: TrainSettings, model: ModelDescription, on_event: OnEvent
+) -> tuple[DataEstimate, DataEstimate | None]:
+    """The training and the held-out examples in numbers."""
+    if model.tokenizer_directory is None:
+        on_event(Notice(text="There is no tokenizer beside the model; tokens are guessed from the data's bytes."))
+    fraction = settings.validation_fraction()
+    training = known_estimate(settings.data, model, max_length=settings.max_length)
+    if fraction is not None:
+        return training.part(1 - fraction), training.part(fraction)
+    if settings.validation is None:
+        return training, None
+    return training, known_estimate(settings.validation, model, max_length=settings.max_length)
+
+
+def _memory_when_training(device: torch.device, budget_bytes: int | None) -> Memory:
+    """The memory that a run will find: on the CPU, with a process that has loaded everything it needs."""
+    now = Memory.now(device, budget_bytes)
+    if device.type != "cpu":
+        return now
+    more = max(0, _TRAINING_PROCESS_BYTES - now.used_bytes)
+    return replace(now, used_bytes=_TRAINING_PROCESS_BYTES, free_bytes=max(0, now.free_bytes - more))
+
+
+def _paths(settings: TrainSettings, model: ModelDescription) -> Places:
+    """Run directory and store, and whether the latter is complete: ``--store``, MODEL if it is a store, or RUN's."""
+    run = run_directory(settings, model.name)
+    kind = (settings.quantize, str(stored_dtype(settings)).removeprefix("torch."))
+
+    def is_complete(directory: Path) -> bool:
+        info = store_info(directory)
+        return info is not None and (info.quantize, info.dtype) == kind
+
+    if settings.store is not None:
+        return Places(run, Path(settings.store), is_complete(Path(settings.store)))
+    if isinstance(model, ModelFiles):
+        directory = model.weights.file_of(model.weights.names()[0]).parent
+        if is_complete(directory):
+            return Places(run, directory, True)
+    own = RunPaths(run).store
+    return Places(run, own, not settings.fresh and is_complete(own))
+
+
+def _source_bytes(model: ModelDescription, facts: ModelFacts) -> int:
+    if isinstance(model, ModelFiles):
+        return sum(model.weights.info(name).nbytes for name in model.weights.names())
+    return 2 * facts.parameters
+
+
+def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: PlanDisk) -> PlanOutcome:
+    times = draft.times(residence)
+    training, held_out = draft.training, draft.held_out
+    block = max(draft.ranges, key=lambda r: draft.facts.shapes.stored_bytes(*r))
+    boundaries = draft.job.boundary_bytes(draft.facts.shapes, block) if residence.recompute else 0
+    return PlanOutcome(
+        command=_command(draft.settings),
+        run=str(draft.paths.run),
+        model=model.name,
+        architecture=draft.facts.architecture,
+        parameters=draft.facts.parameters,
+        layers=len(draft.facts.shapes.layers),
+        weights_found=isinstance(model, ModelFiles),
+        data=draft.settings.data,
+        data_how=training.how,
+        examples=training.examples,
+        held_out_examples=0 if held_out is None else held_out.examples,
+        tokens=training.tokens,
+        answer_tokens=training.answer_tokens,
+        longest_tokens=draft.job.longest,
+        device=draft.device.type,
+        steps_per_epoch=draft.steps_per_epoch,
+        batch_size=draft.settings.batch_size,
+        step_tokens=draft.step_tokens,
+        hiding_tokens=draft.hiding_tokens(residence),
+        memory=PlanMemory(
+            mode=residence.mode,
+            layers=residence.layers,
+            resident_layers=residence.resident_layers,
+            recompute=residence.recompute,
+            offload_state=residence.offload_state,
+            head_sliced=residence.head_slice_rows is not None,
+            micro_batch_tokens=residence.micro_batch_tokens,
+            boundary_bytes=boundaries,
+            boundary_device_bytes=min(boundaries, residence.boundary_bytes),
+            boundary_host_bytes=min(max(0, boundaries - residence.boundary_bytes), residence.boundary_host_bytes),
+            budget_bytes=draft.memory.limit_bytes,
+            smallest_budget_bytes=draft.smallest_budget(),
+            predicted_bytes=residence.predicted_bytes,
+            predicted_host_bytes=residence.predicted_host_bytes,
+        ),
+        disk=disk,
+        store_s=times.store_s,
+        held_out_before_s=times.held_out_before_s,
+        blocks=tuple(
+            PlanBlock(
+                block=block.index,
+                objective=block.objective,
+                first_layer=block.first,
+                end_layer=block.end,
+                total_s=seconds.total_s,
+                **dataclasses.asdict(seconds),
+            )
+            for block, seconds in zip(draft.blocks, times.blocks, strict=True)
+        ),
+        total_s=times.total_s,
+        advice=draft.advice(residence),
+        alternatives=_alternatives(draft, residence),
+    )
+
+
+def _command(settings: TrainSettings) -> str:
+    """The command line that runs the plan."""
+    words = ["lopt-lite", "train", settings.model, settings.data]
+    # Some defaults depend on what is tuned.
+    plain = TrainSettings(model=settings.model, data=settings.data, tune=settings.tune)
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        default = field.default if field.name == "tune" else getattr(plain, field.name)
+        if field.metadata.get("positional") or value == default:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        values = value if isinstance(value, tuple) else (value,)
+        words += [flag] if value is True else [word for item in values for word in (flag, str(item))]
+    return shlex.join(words)
+
+
+def _alternatives(draft: Draft, chosen: Residence) -> tuple[PlanAlternative, ...]:
+    """The smallest budget, the one asked for, a middle one and one that leaves nothing to wish; other blocks."""
+    smallest = draft.smallest_budget()
+    most = draft.with_budget(1 << 62).residence().predicted_bytes
+    most = -(-most // MIB) * MIB
+    budgets = {smallest, -(-math.isqrt(smallest * most) // MIB) * MIB, most}
+    rows = [_alternative(draft.with_budget(budget), f"--memory {budget // MIB}MiB") for budget in budgets]
+    rows.append(_alternative(draft, f"--memory {draft.settings.memory}", chosen=True))
+    rows.sort(key=lambda row: (row.predicted_bytes or 0, not row.chosen))
+    rows = [
+        row
+        for number, row in enumerate(rows)
+        if row.chosen or not any(other.predicted_bytes == row.predicted_bytes for other in rows[:number])
+    ]
+    if "," in draft.settings.objective:
+        return tuple(rows)
+    for count in _OTHER_BLOCKS:
+        if count != draft.settings.blocks and count <= len(draft.facts.shapes.layers):
+            rows.append(_alternative(draft.with_settings(blocks=count), f"--blocks {count}"))
+    return tuple(rows)
+
+
+def _alternative(draft: Draft, options: str, *, chosen: bool = False) -> PlanAlternative:
+    smallest = draft.smallest_budget()
+    try:
+        residence = draft.residence()
+    except DoesNotFitError:
+        return PlanAlternative(
+            options=options,
+            chosen=chosen,
+            fits=False,
+            mode="does not fit",
+            smallest_budget_bytes=smallest,
+            predicted_bytes=None,
+            disk_bytes=None,
+            seconds=None,
+        )
+    return PlanAlternative(
+        options=options,
+        chosen=chosen,
+        fits=True,
+        mode=residence.mode,
+        smallest_budget_bytes=smallest,
+        predicted_bytes=residence.predicted_bytes,
+        disk_bytes=draft.disk(residence).total_bytes,
+        seconds=draft.times(residence).total_s,
+    )
