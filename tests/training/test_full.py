@@ -79,7 +79,7 @@ def _plain_loop(
                 group["lr"] = learning_rate(len(losses), steps, LR)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             norms.append(total**0.5)
     return plain, losses, norms
 
