@@ -32,7 +32,7 @@ def residence(mode: str, *, layers: int = 2, micro_batch_tokens: int = 2048, **c
         "forward_tokens": 2 * micro_batch_tokens,
         "group_tokens": (2 if resident == layers else 16) * micro_batch_tokens,
         "logit_elements": 2**20 if micro_batch_tokens < 2048 else 2**24,
-        "head_slice_rows": 64 if offloaded else None,
+        "head_slice_rows": None,
         "boundary_bytes": 0 if offloaded else 2**30,
         "boundary_host_bytes": 0,
         "offload_state": offloaded,

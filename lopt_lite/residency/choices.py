@@ -212,11 +212,18 @@ def _layouts(shapes: ModelShapes, block: tuple[int, int], job: Job) -> Iterator[
     slice_rows = max(1, _HEAD_SLICE_BYTES // (shapes.hidden * shapes.head.stored.itemsize))
     sliced = (None, slice_rows) if slice_rows < shapes.vocabulary else (None,)
     for tokens in (_ROOMY_TOKENS, _TIGHT_TOKENS):
-        for offload in (False, True) if job.trains else (False,):
+        for offload in _offloads(shapes, job):
             for rows in sliced:
                 for micro in tokens:
                     for elements in _LOGIT_ELEMENTS:
                         yield Layout(0, False, True, micro, elements, rows, offload)
+
+
+def _offloads(shapes: ModelShapes, job: Job) -> tuple[bool, ...]:
+    """Whether trained state may stay, or may leave, when layers are streamed. Weights that are trained are state."""
+    if not job.trains:
+        return (False,)
+    return (True,) if shapes.full else (False, True)
 
 
 def _fit(
@@ -241,7 +248,7 @@ def _fit(
         return needed
     boundaries = job.boundary_bytes(shapes, block) if layout.recompute and job.trains else 0
     kept = min(boundaries, memory.limit_bytes - needed)
-    if layout.resident_layers == 0:
+    if layout.resident_layers == 0 and not shapes.full:
         layers = block[1] - block[0]
         for resident in range(layers - 1, 0, -1):
             candidate = replace(layout, resident_layers=resident)

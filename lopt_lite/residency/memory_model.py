@@ -17,6 +17,8 @@ MIB = 2**20
 _CPU_OVERHEAD_BYTES = 56 * MIB
 #: Workspaces of CUDA's libraries and rounding of its allocator: an estimate.
 _GPU_OVERHEAD_BYTES = 96 * MIB
+#: What updating a bfloat16 or float32 matrix with Adam needs for a moment, per element of it, measured on the CPU.
+_UPDATE_BYTES = 24
 #: Activations of the reconstruction head, in float32 values per token and hidden unit.
 _RECONSTRUCTION_VALUES = 6
 #: Two shards of an activation cache: one is filled while the other is written.
@@ -34,7 +36,8 @@ class Job:
     longest:
         Tokens of the longest example.
     answer_tokens:
-        Most answer tokens of one optimiser step (without training: of one forward batch); None when any token may be one.
+        Most answer tokens of one optimiser step (without training: of one forward batch); None when any token may be
+        one.
     early_blocks:
         Whether there is a block that trains a reconstruction head.
     cache_bytes:
@@ -177,8 +180,12 @@ def _loss_bytes(shapes: ModelShapes, layout: Layout, answers: int, *, gradient: 
 
 def _state(shapes: ModelShapes, block: tuple[int, int], job: Job, layout: Layout) -> int:
     """Trained parameters with gradients and optimiser state; two matrices of hidden x hidden / 4 of the local head."""
-    state = shapes.state_bytes_per_parameter
     head = shapes.hidden**2 // 2 * 16 if job.early_blocks else 0
-    if layout.offload_state:
-        return head + int(state * max(layer.trained_parameters for layer in shapes.layers))
-    return head + int(state * shapes.trained_parameters(*block))
+    one_layer = max(layer.trained_parameters for layer in shapes.layers)
+    all_layers = shapes.trained_parameters(*block)
+    if not shapes.full:
+        return head + int(shapes.state_bytes_per_parameter * (one_layer if layout.offload_state else all_layers))
+    gradients = shapes.itemsize * (one_layer if layout.recompute else all_layers)
+    kept = (shapes.state_bytes_per_parameter - shapes.itemsize) * (one_layer if layout.offload_state else all_layers)
+    # One matrix is updated at a time.
+    return head + int(gradients + kept + _UPDATE_BYTES * shapes.largest_matrix)

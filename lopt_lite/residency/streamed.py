@@ -88,13 +88,24 @@ class StreamedLayers:
             self._shells.append(shell)
             self.layers.append(shell.layer)
         if on_layer is not None:
-            indices = list(range(first, end))
-            for position, index in enumerate(indices):
-                # PEFT puts an adapter where the weights beside it are, so they have to be there.
-                with self.loaded(index, indices[position + 1 :]) as layer:
-                    on_layer(index, layer)
-                    if self._shells[position].keep_trainable() and index in self._streamed:
-                        self._streamed.discard(index)
+            try:
+                self._attach(on_layer)
+            except BaseException:
+                self.close()
+                raise
+
+    def _attach(self, on_layer: OnLayer) -> None:
+        """Call ``on_layer`` for each layer while its weights are there: PEFT puts an adapter where they are."""
+        indices = list(range(self.first, self.end))
+        for position, index in enumerate(indices):
+            with self.loaded(index, indices[position + 1 :]) as layer:
+                on_layer(index, layer)
+                if self._shells[position].keep_trainable():
+                    self._streamed.discard(index)
+        if self._stream is not None and not self._streamed:
+            # Layers that are trained as a whole are their own now.
+            self._stream.close()
+            self._stream = None
 
     @property
     def waited_s(self) -> float:

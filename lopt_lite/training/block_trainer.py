@@ -232,7 +232,7 @@ class BlockTrainer:
         started = time.monotonic()
         batches = self._micro_batches(indices)
         lr = learning_rate(number, steps, phase.peak_lr)
-        self._trained.begin_step(lr)
+        self._trained.begin_step(lr, seed=derive_seed(bench.settings.seed, "step", phase.name, number))
         loss = self._accumulate(phase, batches, number, following)
         norm = self._trained.end_step(finite=math.isfinite(loss))
         devices.synchronize(bench.device)

@@ -74,7 +74,14 @@ class Draft:
             step_tokens=min(self.settings.batch_size, self.training.examples) * longest,
             longest=longest,
             early_blocks="reconstruct" in self.settings.objectives(),
+            cache_bytes=self.cache_bytes,
         )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of one activation cache, 0 when there is only one block."""
+        shapes = self.facts.shapes
+        return self.cached_tokens * shapes.hidden * shapes.itemsize if self.settings.blocks > 1 else 0
 
     @property
     def steps_per_epoch(self) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from lopt_lite.seeds import derive_seed
 
 WARM_UP_FRACTION = 0.03
 CLIP_NORM = 1.0
@@ -70,6 +72,46 @@ def set_optimizer_state(
 def gradient_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Euclidean norm of each gradient, float32 [number of gradients]."""
     return torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
+
+
+def rounded_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    norm: torch.Tensor,
+    lr: float,
+    seed: int,
+) -> None:
+    """As :func:`clipped_step` for bfloat16 parameters: each is updated in float32 and rounded up or down at random.
+
+    A small learning rate moves a bfloat16 weight by less than half of its last bit, which rounding to the nearest
+    would undo; rounded with probabilities that match the distances, it moves as far on average. One parameter at a time
+    is in float32. The random numbers depend on ``seed`` and the parameter's name alone.
+    """
+    scale = (CLIP_NORM / (norm + 1e-6)).clamp(max=1.0)
+    gradients = {name: parameter.grad for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for name, parameter in parameters.items():
+        gradient, values = gradients.pop(name), parameter.data
+        if gradient is None:
+            continue
+        parameter.data = values.float()
+        parameter.grad = gradient.float() * scale.to(gradient.device)
+        optimizer.step()
+        generator = torch.Generator(values.device).manual_seed(derive_seed("rounding", seed, name))
+        values.copy_(round_at_random(parameter.data, generator))
+        parameter.grad = None
+        parameter.data = values
+
+
+def round_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """float32 to bfloat16, up or down with probabilities that make the expected value that of ``values``."""
+    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    # bfloat16 is the upper half of a float32's bits, so a carry out of the lower half rounds away from zero.
+    return ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, *, norm: torch.Tensor, lr: float) -> None:

@@ -28,17 +28,18 @@ from lopt_lite.outcomes import TrainOutcome
 from lopt_lite.residency.block_major import WAITING, held_out_losses
 from lopt_lite.residency.choices import Memory, Residence, choose_residence
 from lopt_lite.residency.memory_model import Job
-from lopt_lite.residency.shapes import model_shapes
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import write_adapter
 from lopt_lite.training.block_plan import Block, plan_blocks
 from lopt_lite.training.full import remarks
 from lopt_lite.training.metrics import Metrics, read_metrics
+from lopt_lite.training.model_facts import ModelFacts, facts_of
 from lopt_lite.training.model_result import write_model
+from lopt_lite.training.plan import planned
 from lopt_lite.training.run_directory import RESULT_FACTS, RunIdentity, RunPaths, claim, run_directory, start_fresh
 from lopt_lite.training.sequential import train_sequentially
 from lopt_lite.training.stopping import Stopper
-from lopt_lite.training.targets import target_names, tuning
+from lopt_lite.training.targets import target_names
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
 
@@ -200,7 +201,19 @@ def _open_bench(
         skeleton = given.skeleton
         dataset = given.train if given.held_out is None else TokenizedDataset.concat(given.train, given.held_out)
         # Before the store is made: what cannot work is refused before anything large is written.
-        residence = _decide_residence(journal, given, dataset.lengths, settings, device, on_event)
+        decided = _decide_residence(journal, given, dataset.lengths, settings, device)
+        residence = decided[0]
+        if not any(journal.last(fact) for fact in RESULT_FACTS):
+            _show_plan(
+                settings,
+                dataset,
+                len(given.train),
+                decided,
+                run=paths.root,
+                store=store_directory,
+                device=device,
+                on_event=on_event,
+            )
         if builder is not None:
             builder.build()
         store = Store(store_directory)
@@ -231,35 +244,18 @@ def _open_bench(
 
 
 def _decide_residence(
-    journal: Journal,
-    given: _Given,
-    lengths: torch.Tensor,
-    settings: TrainSettings,
-    device: torch.device,
-    on_event: OnEvent,
-) -> Residence:
+    journal: Journal, given: _Given, lengths: torch.Tensor, settings: TrainSettings, device: torch.device
+) -> tuple[Residence, Memory, ModelFacts]:
     """Decide once per run, so that a resumed run computes as the first part did."""
+    memory = Memory.now(device, settings.memory_bytes())
+    facts = facts_of(given.skeleton, settings)
     fact = journal.last("residence", device=device.type)
     if fact is not None:
-        residence = Residence.from_json(fact)
-    else:
-        shapes = model_shapes(
-            given.skeleton,
-            quantize=settings.quantize,
-            stored_dtype=DTYPES["bfloat16" if settings.quantize == "nf4" else settings.dtype],
-            tuning=tuning(given.skeleton, settings),
-        )
-        residence = choose_residence(
-            shapes,
-            [(b.first, b.end) for b in given.blocks],
-            _job(given, lengths, settings),
-            device=device,
-            memory=Memory.now(device, settings.memory_bytes()),
-        )
-        journal.add("residence", device=device.type, **residence.to_json())
-    if not any(journal.last(fact) for fact in RESULT_FACTS):
-        on_event(Notice(text=_RESIDENCE_TEXTS[residence.mode].format(gib=residence.predicted_bytes / 2**30)))
-    return residence
+        return Residence.from_json(fact), memory, facts
+    ranges = [(b.first, b.end) for b in given.blocks]
+    residence = choose_residence(facts.shapes, ranges, _job(given, lengths, settings), device=device, memory=memory)
+    journal.add("residence", device=device.type, **residence.to_json())
+    return residence, memory, facts
 
 
 def _job(given: _Given, lengths: torch.Tensor, settings: TrainSettings) -> Job:
@@ -275,13 +271,37 @@ def _job(given: _Given, lengths: torch.Tensor, settings: TrainSettings) -> Job:
     )
 
 
-_RESIDENCE_TEXTS = {
-    "dequantised": "the block in work stays in memory, dequantised once; predicted peak {gib:.2f} GiB",
-    "resident": "the block in work stays in memory; predicted peak {gib:.2f} GiB",
-    "recomputed": "the block in work stays in memory, its activations do not; predicted peak {gib:.2f} GiB",
-    "partly streamed": "some layers stay in memory, the others are streamed; predicted peak {gib:.2f} GiB",
-    "streamed": "layers are streamed through memory one by one; predicted peak {gib:.2f} GiB",
-}
+def _show_plan(
+    settings: TrainSettings,
+    dataset: TokenizedDataset,
+    train_count: int,
+    decided: tuple[Residence, Memory, ModelFacts],
+    *,
+    run: Path,
+    store: Path,
+    device: torch.device,
+    on_event: OnEvent,
+) -> None:
+    """The first lines of a run: what was decided, and what it will need."""
+    residence, memory, facts = decided
+    if not facts.shapes.measured:
+        text = "a layer of this model cannot be tried out without its weights: its activations' size is an estimate"
+        on_event(Notice(text=text))
+    on_event(
+        planned(
+            settings,
+            facts,
+            residence,
+            memory,
+            lengths=dataset.lengths,
+            target_counts=dataset.target_counts,
+            train_count=train_count,
+            device=device,
+            run=run,
+            store=store,
+            store_exists=store_info(store) is not None,
+        )
+    )
 
 
 def _announce(bench: Workbench, given: _Given) -> None:

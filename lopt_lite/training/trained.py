@@ -26,6 +26,7 @@ from lopt_lite.training.optimisation import (
     gradient_norm,
     make_optimizer,
     optimizer_state,
+    rounded_step,
     set_optimizer_state,
 )
 
@@ -82,7 +83,7 @@ class TrainedParameters:
         self._storage, self._per_layer, self._eight_bit = storage, per_layer, eight_bit
         self._groups: dict[int | str, _Group] = {}
         self._layers_train = False
-        self._lr = 0.0
+        self._lr, self._seed = 0.0, 0
         self._update_norms: list[torch.Tensor] = []
 
     # -- what there is ------------------------------------------------------------------------------------------------
@@ -117,9 +118,9 @@ class TrainedParameters:
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def begin_step(self, lr: float) -> None:
-        """A step with learning rate ``lr`` begins."""
-        self._lr = lr
+    def begin_step(self, lr: float, *, seed: int = 0) -> None:
+        """A step with learning rate ``lr`` begins; ``seed`` is for what is rounded at random in it."""
+        self._lr, self._seed = lr, seed
         self._update_norms = []
 
     def enter(self, index: int) -> None:
@@ -200,7 +201,10 @@ class TrainedParameters:
         """One optimiser step of a group whose values and gradients are in place."""
         assert group.optimizer is not None
         self._bring_state(group)
-        clipped_step(group.optimizer, norm=norm, lr=self._lr)
+        if torch.bfloat16 in group.dtypes.values():
+            rounded_step(group.optimizer, group.parameters, norm=norm, lr=self._lr, seed=self._seed)
+        else:
+            clipped_step(group.optimizer, norm=norm, lr=self._lr)
         self._put_state_aside(group)
         if self._storage is not None and self._per_layer:
             for name, parameter in group.parameters.items():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lopt_lite.training.optimisation import learning_rate
+from lopt_lite.training.optimisation import learning_rate, make_optimizer, round_at_random, rounded_step
 from lopt_lite.training.trained import TrainedParameters
 
 
@@ -100,3 +100,27 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_state_alone(bad):
     assert state
     assert all(torch.equal(t.read(), state[t.name]) for t in trained.state())
     assert all(p.grad is None for p in parameters), "the bad gradient must not be added to the next one"
+
+
+def test_rounding_at_random_gives_neighbours_and_the_right_mean():
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0)).repeat(4000, 1)
+    rounded = round_at_random(values, torch.Generator().manual_seed(1)).float()
+    nearest = values.bfloat16().float()
+    spacing = 2.0 ** (values.abs().log2().floor() - 7)
+    assert ((rounded - values).abs() < spacing).all()
+    assert torch.equal(round_at_random(nearest, torch.Generator().manual_seed(2)).float(), nearest)
+    error = (rounded.mean(0) - values[0]).abs() / spacing[0]
+    assert error.max() < 0.04
+    assert ((nearest[0] - values[0]).abs() / spacing[0]).max() > 0.3
+
+
+def test_small_steps_add_up_in_bfloat16():
+    """Rounding to the nearest would leave every weight where it is."""
+    weight = nn.Parameter(torch.full((64, 64), 0.13).bfloat16())
+    start = weight.detach().clone()
+    optimizer = make_optimizer([weight], eight_bit=True)
+    for step in range(100):
+        weight.grad = torch.full_like(weight, 1e-3)
+        rounded_step(optimizer, {"weight": weight}, norm=torch.tensor(0.1), lr=2e-5, seed=step)
+    moved = start.float().mean() - weight.detach().float().mean()
+    assert float(moved) == pytest.approx(100 * 2e-5, rel=0.05)

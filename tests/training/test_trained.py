@@ -41,7 +41,7 @@ class _Stack:
         self.trained.add("head", {f"head.{n}": p for n, p in self.head.named_parameters()})
 
     def step(self, number: int, *, finite: bool = True) -> float:
-        self.trained.begin_step(0.01)
+        self.trained.begin_step(0.01, seed=number)
         hidden = torch.randn(5, 80, generator=torch.Generator().manual_seed(number)) * 3
         inputs = []
         for index, layer in enumerate(self.layers):
