@@ -26,7 +26,7 @@ def residence(mode: str, *, layers: int = 2, micro_batch_tokens: int = 2048, **c
     values: dict[str, Any] = {
         "layers": layers,
         "resident_layers": resident,
-        "dequantised": mode == "dequantised",
+        "dequantised": mode in ("dequantised", "streamed"),
         "recompute": mode not in ("dequantised", "resident"),
         "micro_batch_tokens": micro_batch_tokens,
         "forward_tokens": 2 * micro_batch_tokens,

@@ -1,4 +1,4 @@
-"""How many bytes of what an NF4 matrix is: names and sizes alone, without bitsandbytes, which takes seconds to import."""
+"""How many bytes of what an NF4 matrix is: names and sizes alone, without bitsandbytes (slow to import)."""
 
 from __future__ import annotations
 

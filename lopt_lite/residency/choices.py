@@ -46,7 +46,8 @@ class Residence:
     resident_layers:
         How many of them stay on the device; the others are streamed.
     dequantised:
-        Whether those that stay were turned into the compute dtype once.
+        Whether 4-bit matrices are turned into the compute dtype when they are loaded (those that stay: once), instead
+        of in every product.
     recompute:
         Whether a layer's forward is run again for its backward pass (always, when layers are streamed), so that only
         one layer's activations exist.
@@ -214,9 +215,10 @@ def _layouts(shapes: ModelShapes, block: tuple[int, int], job: Job) -> Iterator[
     for tokens in (_ROOMY_TOKENS, _TIGHT_TOKENS):
         for offload in _offloads(shapes, job):
             for rows in sliced:
-                for micro in tokens:
-                    for elements in _LOGIT_ELEMENTS:
-                        yield Layout(0, False, True, micro, elements, rows, offload)
+                for dequantised in forms:
+                    for micro in tokens:
+                        for elements in _LOGIT_ELEMENTS:
+                            yield Layout(0, dequantised, True, micro, elements, rows, offload)
 
 
 def _offloads(shapes: ModelShapes, job: Job) -> tuple[bool, ...]:

@@ -14,7 +14,7 @@ from lopt_lite.residency.shapes import ModelShapes
 MIB = 2**20
 
 #: What libraries allocate on their first use, and what the allocator cannot give back, fitted on the CPU build.
-_CPU_OVERHEAD_BYTES = 56 * MIB
+_CPU_OVERHEAD_BYTES = 84 * MIB
 #: Workspaces of CUDA's libraries and rounding of its allocator: an estimate.
 _GPU_OVERHEAD_BYTES = 96 * MIB
 #: What updating a bfloat16 or float32 matrix with Adam needs for a moment, per element of it, measured on the CPU.
@@ -159,6 +159,8 @@ def _weights(shapes: ModelShapes, block: tuple[int, int], layout: Layout) -> int
     # Dequantised once, a layer exists twice while it is loaded. In 4 bits, the matrix at hand is dequantised, and the
     # product makes another copy of it in its own order.
     loading = 2 * shapes.largest_shard if streams or layout.dequantised else 0
+    if layout.dequantised and streams:
+        loading += max(layer.dense_bytes for layer in shapes.layers)
     at_hand = 0 if layout.dequantised or not shapes.quantised else 2 * shapes.largest_matrix * shapes.itemsize
     return resident + loading + at_hand
 

@@ -40,7 +40,8 @@ class StreamedLayers:
     resident:
         Layers that stay on the device.
     dequantize:
-        Whether those are turned into the compute dtype once.
+        Turn matrices into the compute dtype when they are loaded, once for all micro-batches of the pass, instead of in
+        every product. It takes the memory of one layer in the compute dtype (more for those that stay).
     boundaries:
         Where activations between layers are put aside; closed with the pool. Default: on the device.
     state:
@@ -82,7 +83,7 @@ class StreamedLayers:
             if index in self._streamed:
                 names = views[index].tensors
                 quantised = quantised_linears(skeleton, index, dict.fromkeys(names))
-                shell = LayerShell(skeleton, index, quantised=quantised, dequantize=False)
+                shell = LayerShell(skeleton, index, quantised=quantised, dequantize=dequantize)
             else:
                 shell = load_layer(store, skeleton, index, device=device, dequantize=dequantize)
             self._shells.append(shell)

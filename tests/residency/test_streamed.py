@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lopt_lite.residency.pool import LayerPool, MicroBatch
-from lopt_lite.residency.streamed import StreamedLayers
+from lopt_lite.residency.spill import Spill, SpillLimits
+from lopt_lite.residency.streamed import StreamedLayers, spread
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_training
 from tests.rig import CPU, Rig, open_rig
@@ -62,19 +64,23 @@ def _step(rig: Rig, pool: LayerPool) -> tuple[float, dict[str, torch.Tensor | No
     return loss, gradients
 
 
-@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize(
+    "how", [{}, {"prefetch": False}, {"dequantize": True}, {"resident": {1, 3}}, {"boundaries": 0}]
+)
 @pytest.mark.parametrize("trained", [range(4), range(2, 4), range(1, 3), range(0)])
 @pytest.mark.parametrize(
     ("architecture", "quantize"), [("llama", "none"), ("llama", "nf4"), ("gemma3_text", "nf4"), ("gpt_neox", "nf4")]
 )
 def test_streamed_gradients_are_the_resident_ones(
-    architecture: str, quantize: str, trained: range, prefetch: bool, tmp_path: Path
+    architecture: str, quantize: str, trained: range, how: dict[str, Any], tmp_path: Path
 ) -> None:
     rig = _rig(tmp_path, architecture, quantize)
     attach = _with_adapter(rig, trained)
     with rig.layers(on_layer=attach) as resident:
         loss, expected = _step(rig, resident)
-    with StreamedLayers(rig.store, rig.skeleton, 0, 4, device=CPU, on_layer=attach, prefetch=prefetch) as streamed:
+    if "boundaries" in how:
+        how = {"boundaries": Spill(SpillLimits(how["boundaries"], 0), tmp_path, CPU)}
+    with StreamedLayers(rig.store, rig.skeleton, 0, 4, device=CPU, on_layer=attach, **how) as streamed:
         streamed_loss, gradients = _step(rig, streamed)
     assert streamed_loss == loss
     assert gradients.keys() == expected.keys()
@@ -103,10 +109,10 @@ def test_a_step_loads_each_layer_twice_and_the_turning_layer_once(prefetch: bool
     with StreamedLayers(
         rig.store, rig.skeleton, 0, 4, device=CPU, on_layer=_with_adapter(rig, range(4)), prefetch=prefetch
     ) as streamed:
-        before = streamed._stream.loads
+        before = streamed.loads
         _step(rig, streamed)
         # Layer 2 is still in the other slab when the pass turns at layer 3; layer 0 is not.
-        assert streamed._stream.loads - before in (5, 6, 7)
+        assert streamed.loads - before in (5, 6, 7)
 
 
 def test_weights_do_not_stay_between_passes(tmp_path: Path) -> None:
@@ -130,3 +136,11 @@ def test_progress_moves_per_layer_within_a_step(tmp_path: Path) -> None:
     ) as streamed:
         _step(rig, streamed)
     assert seen == [(n, 7) for n in range(1, 8)]
+
+
+def test_layers_that_stay_are_evenly_spread_and_the_top_one_is_first() -> None:
+    assert spread(0, 8, 0) == set()
+    assert spread(0, 8, 1) == {7}
+    assert spread(0, 8, 2) == {3, 7}
+    assert spread(4, 8, 4) == {4, 5, 6, 7}
+    assert all(len(spread(2, 9, count)) == count for count in range(8))
