@@ -137,6 +137,10 @@ class CpuBackend(DeviceBackend):
         super().__init__(device)
         self._peak_bytes = 0
 
+    def empty_cache(self) -> None:
+        """Give memory that the C library keeps for reuse back to the system."""
+        host_memory.trim()
+
     def free_bytes(self) -> int:
         """Memory that the system could give without swapping, in bytes."""
         return int(psutil.virtual_memory().available)

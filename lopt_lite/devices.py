@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -104,6 +105,16 @@ def memory_limited(device: torch.device, limit_bytes: int | None) -> Iterator[No
 
 def release_cached_memory(device: torch.device) -> None:
     """Give memory that the allocator keeps for reuse back to the device."""
+    backend(device).empty_cache()
+
+
+def release_everything(device: torch.device) -> None:
+    """Between two parts of a run: let go of what only reference cycles still hold, here and in the allocator.
+
+    Layers, their hooks and the objects that drive them refer to each other, so that without this the weights and
+    gradients of one part would still be there when the next one takes its own.
+    """
+    gc.collect()
     backend(device).empty_cache()
 
 

@@ -14,7 +14,7 @@ from lopt_lite.residency.shapes import ModelShapes
 MIB = 2**20
 
 #: What libraries allocate on their first use, and what the allocator cannot give back, fitted on the CPU build.
-_CPU_OVERHEAD_BYTES = 84 * MIB
+_CPU_OVERHEAD_BYTES = 72 * MIB
 #: Workspaces of CUDA's libraries and rounding of its allocator: an estimate.
 _GPU_OVERHEAD_BYTES = 96 * MIB
 #: What updating a bfloat16 or float32 matrix with Adam needs for a moment, per element of it, measured on the CPU.
@@ -109,7 +109,12 @@ def training_parts(
     return {
         "weights": _weights(shapes, block, layout),
         "head": _head(shapes, layout),
-        "activations": micro * saved_layers * saved + max(losses, local, micro * shapes.transient_bytes_per_token),
+        "activations": micro * saved_layers * saved
+        + max(
+            losses + _reordered(_head_elements(shapes, layout), shapes, on_cpu=on_cpu),
+            local,
+            micro * shapes.transient_bytes_per_token + _reordered(shapes.largest_matrix, shapes, on_cpu=on_cpu),
+        ),
         "hidden states": copies * job.step_tokens * row + boundary_bytes,
         "trained": _state(shapes, block, job, layout),
         "overhead": _CPU_OVERHEAD_BYTES if on_cpu else _GPU_OVERHEAD_BYTES,
@@ -139,7 +144,10 @@ def forward_peak(
     return int(
         _weights(shapes, block, layout)
         + _head(shapes, layout)
-        + max(losses, inside)
+        + max(
+            losses + _reordered(_head_elements(shapes, layout), shapes, on_cpu=on_cpu),
+            inside + _reordered(shapes.largest_matrix, shapes, on_cpu=on_cpu),
+        )
         + 2 * max(group_tokens, tokens) * row
         + trained
         + (min(_CACHE_BUFFERS_BYTES, 2 * job.cache_bytes) if on_cpu else 0)
@@ -156,13 +164,22 @@ def _weights(shapes: ModelShapes, block: tuple[int, int], layout: Layout) -> int
         # The weights are counted with what is trained.
         return 0 if layout.resident_layers else 2 * shapes.largest_shard
     streams = layout.resident_layers < layers
-    # Dequantised once, a layer exists twice while it is loaded. In 4 bits, the matrix at hand is dequantised, and the
-    # product makes another copy of it in its own order.
+    # Dequantised once, a layer exists twice while it is loaded. In 4 bits, the matrix at hand is dequantised.
     loading = 2 * shapes.largest_shard if streams or layout.dequantised else 0
     if layout.dequantised and streams:
         loading += max(layer.dense_bytes for layer in shapes.layers)
-    at_hand = 0 if layout.dequantised or not shapes.quantised else 2 * shapes.largest_matrix * shapes.itemsize
+    at_hand = 0 if layout.dequantised or not shapes.quantised else shapes.largest_matrix * shapes.itemsize
     return resident + loading + at_hand
+
+
+def _reordered(elements: int, shapes: ModelShapes, *, on_cpu: bool) -> int:
+    """The copy of a matrix, in an order of its own, that oneDNN makes for the length of a product."""
+    return elements * shapes.itemsize if on_cpu else 0
+
+
+def _head_elements(shapes: ModelShapes, layout: Layout) -> int:
+    rows = shapes.vocabulary if layout.head_slice_rows is None else min(shapes.vocabulary, layout.head_slice_rows)
+    return rows * shapes.hidden
 
 
 def _head(shapes: ModelShapes, layout: Layout) -> int:
