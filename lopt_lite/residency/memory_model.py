@@ -14,7 +14,9 @@ from lopt_lite.residency.shapes import ModelShapes
 MIB = 2**20
 
 #: What libraries allocate on their first use, and what the allocator cannot give back, fitted on the CPU build.
-_CPU_OVERHEAD_BYTES = 72 * MIB
+_CPU_OVERHEAD_BYTES = 80 * MIB
+#: A layer's modules, adapters and names as Python objects.
+_LAYER_OBJECTS_BYTES = 320 << 10
 #: Workspaces of CUDA's libraries and rounding of its allocator: an estimate.
 _GPU_OVERHEAD_BYTES = 96 * MIB
 #: What updating a bfloat16 or float32 matrix with Adam needs for a moment, per element of it, measured on the CPU.
@@ -38,6 +40,8 @@ class Job:
     answer_tokens:
         Most answer tokens of one optimiser step (without training: of one forward batch); None when any token may be
         one.
+    all_tokens:
+        Padded tokens of all examples together; None when they are many.
     early_blocks:
         Whether there is a block that trains a reconstruction head.
     cache_bytes:
@@ -47,6 +51,7 @@ class Job:
     step_tokens: int
     longest: int
     answer_tokens: int | None = None
+    all_tokens: int | None = None
     early_blocks: bool = False
     cache_bytes: int = 0
 
@@ -58,6 +63,10 @@ class Job:
     def answers_among(self, tokens: int) -> int:
         """Most answer tokens among ``tokens`` that go through a layer at once."""
         return tokens if self.answer_tokens is None else min(tokens, self.answer_tokens)
+
+    def present(self, tokens: int) -> int:
+        """How many of ``tokens`` there can be."""
+        return tokens if self.all_tokens is None else min(tokens, self.all_tokens)
 
     def boundary_bytes(self, shapes: ModelShapes, block: tuple[int, int]) -> int:
         """Inputs of all layers of a block but the last, for one optimiser step."""
@@ -117,7 +126,8 @@ def training_parts(
         ),
         "hidden states": copies * job.step_tokens * row + boundary_bytes,
         "trained": _state(shapes, block, job, layout),
-        "overhead": _CPU_OVERHEAD_BYTES if on_cpu else _GPU_OVERHEAD_BYTES,
+        "overhead": (_CPU_OVERHEAD_BYTES if on_cpu else _GPU_OVERHEAD_BYTES)
+        + _LAYER_OBJECTS_BYTES * (block[1] - block[0]),
     }
 
 
@@ -132,7 +142,7 @@ def forward_peak(
     shapes: ModelShapes, block: tuple[int, int], job: Job, layout: Layout, group_tokens: int, *, on_cpu: bool
 ) -> int:
     """Peak bytes of a pass without gradients, with ``group_tokens`` of hidden states on the device."""
-    tokens = max(layout.forward_tokens, job.longest)
+    tokens = job.present(max(layout.forward_tokens, job.longest))
     row = shapes.hidden * shapes.itemsize
     trained = 0.0
     if shapes.state_bytes_per_parameter:
@@ -148,7 +158,8 @@ def forward_peak(
             losses + _reordered(_head_elements(shapes, layout), shapes, on_cpu=on_cpu),
             inside + _reordered(shapes.largest_matrix, shapes, on_cpu=on_cpu),
         )
-        + 2 * max(group_tokens, tokens) * row
+        + 2 * job.present(max(group_tokens, tokens)) * row
+        + _LAYER_OBJECTS_BYTES * (block[1] - block[0])
         + trained
         + (min(_CACHE_BUFFERS_BYTES, 2 * job.cache_bytes) if on_cpu else 0)
         + (_CPU_OVERHEAD_BYTES if on_cpu else _GPU_OVERHEAD_BYTES)

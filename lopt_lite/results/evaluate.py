@@ -7,6 +7,7 @@ from functools import partial
 
 from lopt_lite import devices
 from lopt_lite.checkpoints.tokenizer import pad_token_id
+from lopt_lite.data.dataset import TokenizedDataset
 from lopt_lite.data.load import load_dataset
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import EvaluateOutcome
@@ -52,7 +53,7 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
             residence=choose_residence(
                 run.shapes(),
                 ranges,
-                Job(step_tokens=0, longest=int(dataset.lengths.max())),
+                _job(dataset),
                 device=device,
                 memory=Memory.now(device, parse_memory(settings.memory)),
             ),
@@ -83,6 +84,16 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
         base_perplexity=_perplexity(base),
         tuned_loss=tuned,
         tuned_perplexity=_perplexity(tuned),
+    )
+
+
+def _job(dataset: TokenizedDataset) -> Job:
+    longest = int(dataset.lengths.max())
+    return Job(
+        step_tokens=0,
+        longest=longest,
+        answer_tokens=int(dataset.target_counts.sum()),
+        all_tokens=len(dataset) * longest,
     )
 
 

@@ -73,6 +73,7 @@ class Draft:
         return Job(
             step_tokens=min(self.settings.batch_size, self.training.examples) * longest,
             longest=longest,
+            all_tokens=(self.training.examples + (0 if self.held_out is None else self.held_out.examples)) * longest,
             early_blocks="reconstruct" in self.settings.objectives(),
             cache_bytes=self.cache_bytes,
         )

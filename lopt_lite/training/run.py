@@ -266,6 +266,7 @@ def _job(given: _Given, lengths: torch.Tensor, settings: TrainSettings) -> Job:
         step_tokens=rows * longest,
         longest=longest,
         answer_tokens=rows * int(given.train.target_counts.max()) if given.held_out is None else None,
+        all_tokens=len(lengths) * longest,
         early_blocks="reconstruct" in settings.objectives(),
         cache_bytes=int(lengths.sum()) * row_bytes if settings.blocks > 1 else 0,
     )
