@@ -28,7 +28,8 @@ def _render(outcome: TrainOutcome) -> str:
             lines.append(f"training loss  {loss_text(outcome.final_train_loss)} at the end (nats per answer token)")
         lines.append("held-out loss  not measured: give --validation FILE or --validation 0.05 to see it")
     if outcome.device_peak_bytes:
-        lines.append(f"peak memory    {bytes_text(outcome.device_peak_bytes)}")
+        predicted = f" ({bytes_text(outcome.predicted_bytes)} predicted)" if outcome.predicted_bytes else ""
+        lines.append(f"peak memory    {bytes_text(outcome.device_peak_bytes)}{predicted}")
     if outcome.tuned_model is not None:
         lines.append(f"model          {outcome.tuned_model}")
     else:

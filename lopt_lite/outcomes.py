@@ -34,6 +34,7 @@ class TrainOutcome(Outcome):
     final_train_loss: float | None
     seconds: float
     device_peak_bytes: int
+    predicted_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)

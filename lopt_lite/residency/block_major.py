@@ -21,7 +21,7 @@ from lopt_lite.events import OnEvent, Progress, ignore
 from lopt_lite.residency.choices import Residence
 from lopt_lite.residency.head import open_head
 from lopt_lite.residency.layers import open_layers
-from lopt_lite.residency.pool import MicroBatch, OnLayer
+from lopt_lite.residency.pool import LayerState, MicroBatch, OnLayer
 from lopt_lite.residency.spill import Spill, SpillLimits
 
 #: Hidden states that may wait in memory: little beside any budget, and enough for a handful of examples.
@@ -46,6 +46,7 @@ def held_out_losses(
     spill_directory: Path,
     variants: int = 1,
     on_layer: OnLayer | None = None,
+    state: LayerState | None = None,
     select: SelectVariant | None = None,
     check: Callable[[], None] = lambda: None,
     on_event: OnEvent = ignore,
@@ -65,6 +66,8 @@ def held_out_losses(
         How much of the outputs that wait for the next block may be in memory, and where the others' file is made.
     variants:
         How many versions of the model to run side by side through each loaded block.
+    on_layer, state:
+        See :func:`open_layers`.
     select:
         Called before a variant runs through the loaded layers.
     check:
@@ -98,7 +101,15 @@ def held_out_losses(
         for number, (first, end) in enumerate(ranges):
             last = number == len(ranges) - 1
             pool = open_layers(
-                residence, store, skeleton, first, end, device=device, scratch=spill_directory, on_layer=on_layer
+                residence,
+                store,
+                skeleton,
+                first,
+                end,
+                device=device,
+                scratch=spill_directory,
+                on_layer=on_layer,
+                state=state,
             )
             try:
                 for group in groups_of_batches:

@@ -223,9 +223,9 @@ def _layouts(shapes: ModelShapes, block: tuple[int, int], job: Job) -> Iterator[
 
 def _offloads(shapes: ModelShapes, job: Job) -> tuple[bool, ...]:
     """Whether trained state may stay, or may leave, when layers are streamed. Weights that are trained are state."""
-    if not job.trains:
+    if not shapes.state_bytes_per_parameter:
         return (False,)
-    return (True,) if shapes.full else (False, True)
+    return (True,) if shapes.full and job.trains else (False, True)
 
 
 def _fit(

@@ -14,7 +14,7 @@ from lopt_lite.outcomes import EvaluateOutcome
 from lopt_lite.residency.block_major import WAITING, held_out_losses
 from lopt_lite.residency.choices import Memory, choose_residence
 from lopt_lite.residency.memory_model import Job
-from lopt_lite.results.open_run import open_run
+from lopt_lite.results.open_run import OpenRun, open_run
 from lopt_lite.settings import EvaluateSettings, parse_memory
 
 
@@ -43,36 +43,8 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
             skip_bad_lines=settings.skip_bad_lines,
             on_event=on_event,
         )
-        ranges = [(b.first, b.end) for b in run.blocks]
-        measure = partial(
-            held_out_losses,
-            skeleton=run.skeleton,
-            dataset=dataset,
-            ranges=ranges,
-            device=device,
-            residence=choose_residence(
-                run.shapes(),
-                ranges,
-                _job(dataset),
-                device=device,
-                memory=Memory.now(device, parse_memory(settings.memory)),
-            ),
-            pad_token_id=pad_token_id(run.tokenizer),
-            max_rows=settings.batch_size,
-            spill_limits=WAITING,
-            spill_directory=run.paths.root,
-            on_event=on_event,
-        )
-        if run.settings.tune == "full":
-            (base,) = measure(run.store, task="held-out loss of the base model")
-            (tuned,) = measure(run.tuned_store, task="held-out loss of the tuned model")
-        else:
-            base, tuned = measure(
-                run.store,
-                variants=2,
-                on_layer=run.on_layer,
-                select=lambda layers, variant: run.select(layers, variant == 1),
-            )
+        with devices.memory_limited(device, parse_memory(settings.memory)):
+            base, tuned = _losses(run, dataset, settings, on_event)
     finally:
         run.close()
     return EvaluateOutcome(
@@ -85,6 +57,41 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
         tuned_loss=tuned,
         tuned_perplexity=_perplexity(tuned),
     )
+
+
+def _losses(
+    run: OpenRun, dataset: TokenizedDataset, settings: EvaluateSettings, on_event: OnEvent
+) -> tuple[float, float]:
+    """Held-out loss of the base and of the tuned model."""
+    ranges = [(b.first, b.end) for b in run.blocks]
+    memory = Memory.now(run.device, parse_memory(settings.memory))
+    residence = choose_residence(run.shapes(), ranges, _job(dataset), device=run.device, memory=memory)
+    measure = partial(
+        held_out_losses,
+        skeleton=run.skeleton,
+        dataset=dataset,
+        ranges=ranges,
+        device=run.device,
+        residence=residence,
+        pad_token_id=pad_token_id(run.tokenizer),
+        max_rows=settings.batch_size,
+        spill_limits=WAITING,
+        spill_directory=run.paths.root,
+        on_event=on_event,
+    )
+    if run.settings.tune == "full":
+        (base,) = measure(run.store, task="held-out loss of the base model")
+        (tuned,) = measure(run.tuned_store, task="held-out loss of the tuned model")
+        return base, tuned
+    with run.put_aside(residence) as state:
+        base, tuned = measure(
+            run.store,
+            variants=2,
+            on_layer=partial(run.on_layer, state=state),
+            state=state,
+            select=lambda layers, variant: run.select(layers, variant == 1),
+        )
+    return base, tuned
 
 
 def _job(dataset: TokenizedDataset) -> Job:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from functools import partial
 
 import torch
 from transformers import GenerationConfig
@@ -52,6 +54,8 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
         device=run.device,
         memory=Memory.now(run.device, parse_memory(settings.memory)),
     )
+    stack = contextlib.ExitStack()
+    state = stack.enter_context(run.put_aside(residence))
     pool = open_layers(
         residence,
         run.store if settings.base else run.tuned_store,
@@ -60,7 +64,8 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
         skeleton.layer_count,
         device=run.device,
         scratch=run.paths.root,
-        on_layer=None if settings.base else run.on_layer,
+        on_layer=None if settings.base else partial(run.on_layer, state=state),
+        state=state,
     )
     head = open_head(
         skeleton,
@@ -90,6 +95,7 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
     finally:
         pool.close()
         head.close()
+        stack.close()
     new = output[0, ids.shape[1] :].tolist()
     finished = bool(new) and new[-1] in ends
     return GenerateOutcome(

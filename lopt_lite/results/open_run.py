@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,16 @@ from lopt_lite.checkpoints.store import Store, store_info
 from lopt_lite.checkpoints.tokenizer import load_tokenizer
 from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.journal import read_facts
+from lopt_lite.residency.choices import Residence
 from lopt_lite.residency.shapes import ModelShapes, model_shapes
+from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.settings import TrainSettings
-from lopt_lite.training.adapter_result import layer_adapters
-from lopt_lite.training.adapters import attach_adapter, enable_adapter, load_adapter, set_training
+from lopt_lite.training.adapter_result import StoredAdapter
+from lopt_lite.training.adapters import adapter_parameters, attach_adapter, enable_adapter, load_adapter, set_training
 from lopt_lite.training.block_plan import Block, plan_blocks
 from lopt_lite.training.run_directory import RESULT_FACTS, RunPaths, read_settings
 from lopt_lite.training.targets import tuning
+from lopt_lite.training.trained import TrainedParameters
 
 
 def stored_settings(content: dict[str, Any]) -> TrainSettings:
@@ -59,7 +64,7 @@ class OpenRun:
     skeleton: Skeleton
     tokenizer: Any
     blocks: list[Block]
-    adapters: dict[int, dict[str, torch.Tensor]]
+    adapters: Mapping[int, dict[str, torch.Tensor]]
     device: torch.device
 
     def shapes(self) -> ModelShapes:
@@ -71,12 +76,29 @@ class OpenRun:
             tuning=tuning(self.skeleton, self.settings) if self.settings.tune == "lora" else None,
         )
 
-    def on_layer(self, index: int, layer: nn.Module) -> None:
-        """Put the trained adapter on a layer that was just loaded, ready to evaluate."""
+    def on_layer(self, index: int, layer: nn.Module, state: TrainedParameters | None = None) -> None:
+        """Put the trained adapter on a layer that was just loaded, ready to evaluate.
+
+        Parameters
+        ----------
+        state:
+            Looks after the adapter's parameters (see :meth:`put_aside`); None leaves them on the device.
+        """
         if index in self.adapters:
             attach_adapter(layer, index, skeleton=self.skeleton, settings=self.settings)
             load_adapter(layer, self.adapters[index])
             set_training(layer, False)
+            if state is not None:
+                state.add(index, {f"{index}.{name}": p for name, p in adapter_parameters(layer).items()})
+
+    @contextlib.contextmanager
+    def put_aside(self, residence: Residence) -> Iterator[TrainedParameters | None]:
+        """What keeps adapters away while their layer is, within the context; None where they may stay."""
+        if not residence.offload_state:
+            yield None
+            return
+        with Spill(SpillLimits(0, 1 << 62), self.paths.root, self.device) as storage:
+            yield TrainedParameters(storage=storage, per_layer=False)
 
     def select(self, layers: list[nn.Module], tuned: bool) -> None:
         """Let the layers compute with their adapters, or as the untouched base model."""
@@ -124,6 +146,6 @@ def open_run(run: str, device: torch.device) -> OpenRun:
         skeleton=skeleton,
         tokenizer=load_tokenizer(model),
         blocks=plan_blocks(skeleton.layer_count, settings.objectives()),
-        adapters={} if full else layer_adapters(paths.adapter, skeleton),
+        adapters={} if full else StoredAdapter(paths.adapter, skeleton),
         device=device,
     )

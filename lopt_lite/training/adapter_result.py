@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lopt_lite import files
+from lopt_lite.checkpoints.header import read_header
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.tokenizer import save_tokenizer
 from lopt_lite.errors import RunDirectoryError
@@ -78,13 +80,29 @@ def _shortest_names(skeleton: Skeleton, trained: list[str]) -> list[str]:
     return endings if matched == set(trained) else sorted(trained)
 
 
-def layer_adapters(path: Path, skeleton: Skeleton) -> dict[int, dict[str, torch.Tensor]]:
-    """Read an adapter directory's weights by layer: {layer: {name within the layer: tensor}}."""
-    by_layer: dict[int, dict[str, torch.Tensor]] = {}
-    tensors = load_tensors(path / WEIGHTS_NAME)
-    for index in range(skeleton.layer_count):
-        prefix = _PEFT_PREFIX + skeleton.layer_prefix(index)
-        found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        if found:
-            by_layer[index] = found
-    return by_layer
+class StoredAdapter(Mapping[int, dict[str, torch.Tensor]]):
+    """An adapter directory's weights by layer, {name within the layer: tensor}; a layer's are read when asked for.
+
+    Parameters
+    ----------
+    path:
+        The adapter directory.
+    """
+
+    def __init__(self, path: Path, skeleton: Skeleton) -> None:
+        self._weights = path / WEIGHTS_NAME
+        names = read_header(self._weights).tensors
+        prefixes = {index: _PEFT_PREFIX + skeleton.layer_prefix(index) for index in range(skeleton.layer_count)}
+        self._prefixes = {i: prefix for i, prefix in prefixes.items() if any(n.startswith(prefix) for n in names)}
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return load_tensors(self._weights, prefix=self._prefixes[index])
+
+    def __contains__(self, index: object) -> bool:
+        return index in self._prefixes
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._prefixes)
+
+    def __len__(self) -> int:
+        return len(self._prefixes)

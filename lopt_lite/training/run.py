@@ -405,4 +405,5 @@ def _outcome(bench: Workbench, *, already_done: bool, seconds: float) -> TrainOu
         final_train_loss=sum(recent) / len(recent) if recent else None,
         seconds=seconds,
         device_peak_bytes=max((r["device_peak_bytes"] for r in steps), default=0),
+        predicted_bytes=bench.residence.predicted_bytes,
     )

@@ -73,4 +73,5 @@ def trained() -> outcomes.TrainOutcome:
         final_train_loss=1.2,
         seconds=75.0,
         device_peak_bytes=3 * 2**29,
+        predicted_bytes=0,
     )
