@@ -16,6 +16,8 @@ from lopt_lite.residency.spill import SpillLimits
 
 MIB = 2**20
 
+#: How far below the budget a prediction stays, which may be a little too low.
+_MARGIN_MIB = 8
 #: By how much a process's size varies when it starts.
 _SLACK_MIB = 8
 #: Share of the free memory that a run may take when no budget is named.
@@ -245,16 +247,17 @@ def _fit(
             forward_peak(shapes, block, job, candidate, candidate.forward_tokens, on_cpu=on_cpu),
         )
 
+    limit = memory.limit_bytes - _MARGIN_MIB * MIB
     needed = peak(layout, 0)
-    if needed > memory.limit_bytes:
-        return needed
+    if needed > limit:
+        return needed + _MARGIN_MIB * MIB
     boundaries = job.boundary_bytes(shapes, block) if layout.recompute and job.trains else 0
-    kept = min(boundaries, memory.limit_bytes - needed)
+    kept = min(boundaries, limit - needed)
     if layout.resident_layers == 0 and not shapes.full:
         layers = block[1] - block[0]
         for resident in range(layers - 1, 0, -1):
             candidate = replace(layout, resident_layers=resident)
-            if peak(candidate, kept) <= memory.limit_bytes:
+            if peak(candidate, kept) <= limit:
                 layout = candidate
                 break
     forward_tokens = layout.forward_tokens
@@ -264,7 +267,7 @@ def _fit(
         for factor in range(_LARGEST_GROUP, 1, -1):
             tokens = factor * forward_tokens
             grouped = memory.used_bytes + forward_peak(shapes, block, job, layout, tokens, on_cpu=on_cpu)
-            if grouped <= max(predicted, memory.used_bytes if job.trains else memory.limit_bytes):
+            if grouped <= max(predicted, memory.used_bytes if job.trains else limit):
                 group_tokens, predicted = tokens, max(predicted, grouped)
                 break
     host = 0 if on_cpu else int(_HOST_SHARE * memory.free_host_bytes)

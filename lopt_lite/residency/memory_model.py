@@ -14,7 +14,9 @@ from lopt_lite.residency.shapes import ModelShapes
 MIB = 2**20
 
 #: What libraries allocate on their first use, and what the allocator cannot give back, fitted on the CPU build.
-_CPU_OVERHEAD_BYTES = 80 * MIB
+_CPU_OVERHEAD_BYTES = 62 * MIB
+#: More of it when many small tensors go to a file and come back.
+_OFFLOAD_OVERHEAD_BYTES = 34 * MIB
 #: A layer's modules, adapters and names as Python objects.
 _LAYER_OBJECTS_BYTES = 320 << 10
 #: Workspaces of CUDA's libraries and rounding of its allocator: an estimate.
@@ -97,7 +99,14 @@ class Layout:
 
 
 def training_parts(
-    shapes: ModelShapes, block: tuple[int, int], job: Job, layout: Layout, boundary_bytes: int, *, on_cpu: bool
+    shapes: ModelShapes,
+    block: tuple[int, int],
+    job: Job,
+    layout: Layout,
+    boundary_bytes: int,
+    *,
+    last: bool,
+    on_cpu: bool,
 ) -> dict[str, int]:
     """What there is at the peak of training ``block``, in bytes, beyond what is used already.
 
@@ -105,37 +114,47 @@ def training_parts(
     ----------
     boundary_bytes:
         Activations between layers that are kept on the device.
+    last:
+        Whether the block has the LM head, or a reconstruction head of its own.
     """
     micro = layout.micro_tokens(job)
     row = shapes.hidden * shapes.itemsize
-    saved_layers = 1 if layout.recompute else block[1] - block[0]
-    saved = shapes.saved_bytes_per_token + shapes.saved_bytes_per_pair * job.longest
-    answers = job.answers_among(micro)
-    losses = _loss_bytes(shapes, layout, answers, gradient=True) + micro * row
-    local = _RECONSTRUCTION_VALUES * micro * shapes.hidden * 4 if job.early_blocks else 0
+    depth = block[1] - block[0]
+    saved = micro * (1 if layout.recompute else depth)
+    saved *= shapes.saved_bytes_per_token + shapes.saved_bytes_per_pair * job.longest
+    if last:
+        answers = job.answers_among(micro)
+        losses = _loss_bytes(shapes, layout, answers, gradient=True) + micro * row
+        if on_cpu:
+            # oneDNN copies a product's operand into an order of its own.
+            losses += _logit_elements(shapes, layout, answers) * shapes.itemsize
+    else:
+        losses = _RECONSTRUCTION_VALUES * micro * shapes.hidden * 4
+    inside = micro * shapes.transient_bytes_per_token
     # Inputs of the block, and of the layer at hand with their gradients; and what is read for the next step.
     copies = (3 if layout.recompute else 1) + (1 if job.cache_bytes else 0)
+    values, gradients = _state(shapes, block, layout)
+    # A block that is worked on layer by layer has all its gradients only at its bottom, where no boundary is left.
+    at_top = losses + boundary_bytes if layout.recompute else losses + gradients
     return {
         "weights": _weights(shapes, block, layout),
-        "head": _head(shapes, layout),
-        "activations": micro * saved_layers * saved
-        + max(
-            losses + _reordered(_head_elements(shapes, layout), shapes, on_cpu=on_cpu),
-            local,
-            micro * shapes.transient_bytes_per_token + _reordered(shapes.largest_matrix, shapes, on_cpu=on_cpu),
-        ),
-        "hidden states": copies * job.step_tokens * row + boundary_bytes,
-        "trained": _state(shapes, block, job, layout),
-        "overhead": (_CPU_OVERHEAD_BYTES if on_cpu else _GPU_OVERHEAD_BYTES)
-        + _LAYER_OBJECTS_BYTES * (block[1] - block[0]),
+        "head": _head(shapes, layout) if last else shapes.hidden**2 // 2 * 16,
+        "activations": saved + max(at_top, inside + gradients),
+        "hidden states": copies * job.step_tokens * row,
+        "trained": values,
+        "overhead": _overhead(layout, depth, on_cpu=on_cpu),
     }
 
 
 def training_peak(
     shapes: ModelShapes, block: tuple[int, int], job: Job, layout: Layout, boundary_bytes: int, *, on_cpu: bool
 ) -> int:
-    """The sum of :func:`training_parts`."""
-    return sum(training_parts(shapes, block, job, layout, boundary_bytes, on_cpu=on_cpu).values())
+    """The sum of :func:`training_parts` for the kind of block that needs more."""
+    kinds = (True, False) if job.early_blocks else (True,)
+    return max(
+        sum(training_parts(shapes, block, job, layout, boundary_bytes, last=last, on_cpu=on_cpu).values())
+        for last in kinds
+    )
 
 
 def forward_peak(
@@ -154,15 +173,11 @@ def forward_peak(
     return int(
         _weights(shapes, block, layout)
         + _head(shapes, layout)
-        + max(
-            losses + _reordered(_head_elements(shapes, layout), shapes, on_cpu=on_cpu),
-            inside + _reordered(shapes.largest_matrix, shapes, on_cpu=on_cpu),
-        )
+        + max(losses, inside)
         + 2 * job.present(max(group_tokens, tokens)) * row
-        + _LAYER_OBJECTS_BYTES * (block[1] - block[0])
         + trained
         + (min(_CACHE_BUFFERS_BYTES, 2 * job.cache_bytes) if on_cpu else 0)
-        + (_CPU_OVERHEAD_BYTES if on_cpu else _GPU_OVERHEAD_BYTES)
+        + _overhead(layout, block[1] - block[0], on_cpu=on_cpu)
     )
 
 
@@ -175,22 +190,18 @@ def _weights(shapes: ModelShapes, block: tuple[int, int], layout: Layout) -> int
         # The weights are counted with what is trained.
         return 0 if layout.resident_layers else 2 * shapes.largest_shard
     streams = layout.resident_layers < layers
-    # Dequantised once, a layer exists twice while it is loaded. In 4 bits, the matrix at hand is dequantised.
-    loading = 2 * shapes.largest_shard if streams or layout.dequantised else 0
+    # In 4 bits, the matrix at hand is dequantised.
+    loading = 2 * shapes.largest_shard if streams else 0
     if layout.dequantised and streams:
         loading += max(layer.dense_bytes for layer in shapes.layers)
     at_hand = 0 if layout.dequantised or not shapes.quantised else shapes.largest_matrix * shapes.itemsize
     return resident + loading + at_hand
 
 
-def _reordered(elements: int, shapes: ModelShapes, *, on_cpu: bool) -> int:
-    """The copy of a matrix, in an order of its own, that oneDNN makes for the length of a product."""
-    return elements * shapes.itemsize if on_cpu else 0
-
-
-def _head_elements(shapes: ModelShapes, layout: Layout) -> int:
+def _logit_elements(shapes: ModelShapes, layout: Layout, answers: int) -> int:
+    """Logits of one chunk: never more than there are answer tokens for."""
     rows = shapes.vocabulary if layout.head_slice_rows is None else min(shapes.vocabulary, layout.head_slice_rows)
-    return rows * shapes.hidden
+    return max(min(layout.logit_elements, answers * rows), rows)
 
 
 def _head(shapes: ModelShapes, layout: Layout) -> int:
@@ -198,24 +209,31 @@ def _head(shapes: ModelShapes, layout: Layout) -> int:
 
 
 def _loss_bytes(shapes: ModelShapes, layout: Layout, answers: int, *, gradient: bool) -> int:
-    """Everything that making the losses of a micro-batch needs: never more logits than it has answer tokens."""
-    rows = shapes.vocabulary if layout.head_slice_rows is None else min(shapes.vocabulary, layout.head_slice_rows)
-    elements = min(layout.logit_elements, answers * rows)
+    """Everything that making the losses of a micro-batch needs."""
+    elements = _logit_elements(shapes, layout, answers)
     return (
-        head_cost.logit_bytes(shapes.head, max(elements, rows), gradient=gradient)
+        head_cost.logit_bytes(shapes.head, elements, gradient=gradient)
         + head_cost.norm_bytes(shapes.head, elements, layout.head_slice_rows, gradient=gradient)
         + head_cost.answer_bytes(shapes.head, answers, layout.head_slice_rows, gradient=gradient)
     )
 
 
-def _state(shapes: ModelShapes, block: tuple[int, int], job: Job, layout: Layout) -> int:
-    """Trained parameters with gradients and optimiser state; two matrices of hidden x hidden / 4 of the local head."""
-    head = shapes.hidden**2 // 2 * 16 if job.early_blocks else 0
+def _state(shapes: ModelShapes, block: tuple[int, int], layout: Layout) -> tuple[int, int]:
+    """Trained parameters with their optimiser state, and their gradients."""
     one_layer = max(layer.trained_parameters for layer in shapes.layers)
     all_layers = shapes.trained_parameters(*block)
+    kept = one_layer if layout.offload_state else all_layers
+    item = shapes.itemsize if shapes.full else 4
+    values = int((shapes.state_bytes_per_parameter - item) * kept)
     if not shapes.full:
-        return head + int(shapes.state_bytes_per_parameter * (one_layer if layout.offload_state else all_layers))
-    gradients = shapes.itemsize * (one_layer if layout.recompute else all_layers)
-    kept = (shapes.state_bytes_per_parameter - shapes.itemsize) * (one_layer if layout.offload_state else all_layers)
-    # One matrix is updated at a time.
-    return head + int(gradients + kept + _UPDATE_BYTES * shapes.largest_matrix)
+        return values, item * kept
+    # Layers are updated one by one, and matrices one by one within them.
+    gradients = item * (one_layer if layout.recompute else all_layers)
+    return values, gradients + _UPDATE_BYTES * shapes.largest_matrix
+
+
+def _overhead(layout: Layout, depth: int, *, on_cpu: bool) -> int:
+    """What belongs to no part: libraries, allocators, Python's objects."""
+    if not on_cpu:
+        return _GPU_OVERHEAD_BYTES
+    return _CPU_OVERHEAD_BYTES + (_OFFLOAD_OVERHEAD_BYTES if layout.offload_state else 0) + _LAYER_OBJECTS_BYTES * depth
