@@ -36,15 +36,16 @@ def forget_peak() -> None:
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEEP_BYTES = 1 << 20
+_KEEP_BYTES = 1 << 18
 
 
 def return_freed_memory() -> None:
     """With glibc: make the allocator give freed memory back to the system at once.
 
     By default glibc keeps freed blocks of up to 32 MiB in its heap, where activations of ever new sizes leave holes: a
-    process that needs 0.8 GiB at any time grew to 1.4 GiB in ``benchmarks/depth.py``. Giving memory back costs page
-    faults (up to 40 % of the time with small layers), so it is done only for runs that have a budget to keep.
+    process that needs 0.8 GiB at any time grew to 1.4 GiB in ``benchmarks/depth.py``. (With a limit of 1 MiB instead of
+    256 KiB, small layers' matrices still left 70 to 100 MiB of holes.) Giving memory back costs page faults (up to 40 %
+    of the time with small layers), so it is done only for runs that have a budget to keep.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -22,7 +22,7 @@ _LAYER_OBJECTS_BYTES = 320 << 10
 #: Workspaces of CUDA's libraries and rounding of its allocator: an estimate.
 _GPU_OVERHEAD_BYTES = 96 * MIB
 #: What updating a bfloat16 or float32 matrix with Adam needs for a moment, per element of it, measured on the CPU.
-_UPDATE_BYTES = 24
+_UPDATE_BYTES = 20
 #: Activations of the reconstruction head, in float32 values per token and hidden unit.
 _RECONSTRUCTION_VALUES = 6
 #: Two shards of an activation cache: one is filled while the other is written.
@@ -187,8 +187,8 @@ def _weights(shapes: ModelShapes, block: tuple[int, int], layout: Layout) -> int
     whole = shapes.dense_bytes(*block) if layout.dequantised else shapes.stored_bytes(*block)
     resident = whole * layout.resident_layers // layers
     if shapes.full and shapes.state_bytes_per_parameter:
-        # The weights are counted with what is trained.
-        return 0 if layout.resident_layers else 2 * shapes.largest_shard
+        # Counted with what is trained; the slabs they came through are gone by then.
+        return 0
     streams = layout.resident_layers < layers
     # In 4 bits, the matrix at hand is dequantised.
     loading = 2 * shapes.largest_shard if streams else 0

@@ -51,6 +51,7 @@ class _SmallBatches:
     forward_tokens = 120
     group_tokens = 240
     logit_elements = 2**20
+    head_slice_rows = None
 
 
 @pytest.fixture
