@@ -116,6 +116,8 @@ class BlockTrainer:
             digest = self._train(pool)
         finally:
             pool.close()
+            # The pool tells us of its progress, and so refers back: nothing of it would go before this does.
+            vars(self).pop("_pool", None)
             self._storage.close()
             if self._answers is not None:
                 self._answers.close()

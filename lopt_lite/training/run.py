@@ -330,7 +330,7 @@ def _work(bench: Workbench, given: _Given) -> None:
     for remark in remarks(bench.settings, bench.device):
         bench.on_event(Notice(text=remark))
     _measure_untouched_model(bench)
-    devices.release_everything(bench.device)
+    bench.release_memory()
     train_sequentially(bench)
     if bench.settings.tune == "full":
         bench.journal.add("model", sha256=write_model(bench))

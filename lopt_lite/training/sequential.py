@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lopt_lite import devices, files
+from lopt_lite import files
 from lopt_lite.data.dataset import Batch, collate
 from lopt_lite.events import Notice, Progress
 from lopt_lite.residency.block_major import groups
@@ -40,10 +40,10 @@ def train_sequentially(bench: Workbench) -> None:
         if is_last or not bench.journal.last("cache", block=block.index + 1):
             if not bench.journal.last("block", block=block.index):
                 _train(bench, block, layout)
-                devices.release_everything(bench.device)
+                bench.release_memory()
             if not is_last:
                 _write_next_inputs(bench, block, layout)
-                devices.release_everything(bench.device)
+                bench.release_memory()
         # Also for a block that was done before: a crash may have come between the fact and the tidying.
         files.remove_tree(bench.paths.cache(block.index))
         files.remove_tree(bench.paths.checkpoint(block.index))

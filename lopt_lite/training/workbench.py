@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lopt_lite import devices
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.data.dataset import TokenizedDataset
@@ -54,3 +55,11 @@ class Workbench:
     def held_out(self) -> TokenizedDataset:
         """The held-out examples."""
         return self.dataset.select(torch.arange(self.train_count, len(self.dataset)))
+
+    def release_memory(self) -> None:
+        """Between two parts of the run, if it has a budget to keep: see :func:`devices.release_everything`.
+
+        Looking through all of a process's objects takes half a second, so it is not done without need.
+        """
+        if self.settings.memory_bytes() is not None:
+            devices.release_everything(self.device)
