@@ -195,10 +195,6 @@ class Store:
         name = skeleton.head_name.removesuffix("weight") + "bias"
         return self._tensors.read(name) if name in self._tensors else None
 
-    def head_dtype(self, skeleton: Skeleton) -> torch.dtype:
-        """The type in which the LM head's weight is stored."""
-        return self._tensors.info(self._head_name(skeleton)).dtype
-
     def head_view(self, skeleton: Skeleton, start: int, end: int) -> ShardView:
         """Rows ``start`` to ``end`` (exclusive) of the LM head as one stretch, its tensor called ``"weight"``."""
         name = self._head_name(skeleton)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lopt_lite import devices
-from lopt_lite.errors import DoesNotFitError
+from lopt_lite.errors import DoesNotFitError, RunDirectoryError
 from lopt_lite.residency.memory_model import Job, Layout, forward_peak, training_peak
 from lopt_lite.residency.shapes import ModelShapes
 from lopt_lite.residency.spill import SpillLimits
@@ -111,7 +111,19 @@ class Residence:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Residence:
-        """What :meth:`to_json` wrote, among other things."""
+        """What :meth:`to_json` wrote, among other things.
+
+        Raises
+        ------
+        RunDirectoryError
+            Another release wrote it.
+        """
+        missing = [name for name in cls.__dataclass_fields__ if name not in values]
+        if missing:
+            raise RunDirectoryError(
+                f"the run's journal does not say {', '.join(missing)}",
+                fix="continue with the release of lopt-lite that began the run, or start anew with --fresh",
+            )
         return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 
 

@@ -135,16 +135,3 @@ def _exponentials(values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
     target = values.gather(1, labels[:, None])[:, 0]
     sums = values.sub_(highest[:, None]).exp_().sum(1)
     return (highest - target) + sums.log(), sums
-
-
-def answer_loss_backward(
-    skeleton: Skeleton, output: torch.Tensor, targets: torch.Tensor, *, answer_tokens: int, logit_elements: int
-) -> float:
-    """:meth:`AnswerHead.loss_backward` with the whole head, placed before."""
-    head = WholeHead(skeleton, logit_elements=logit_elements)
-    return head.loss_backward(output, targets, answer_tokens=answer_tokens)
-
-
-def answer_loss_sum(skeleton: Skeleton, output: torch.Tensor, targets: torch.Tensor, *, logit_elements: int) -> float:
-    """:meth:`AnswerHead.loss_sum` with the whole head, placed before."""
-    return WholeHead(skeleton, logit_elements=logit_elements).loss_sum(output, targets)

@@ -218,7 +218,7 @@ def test_reading_ahead_changes_no_bit(architecture: str, rig_of: OpenRig) -> Non
 
 def test_a_head_stored_in_another_type_is_cast_slice_by_slice(rig_of: OpenRig) -> None:
     rig = rig_of("llama", quantize="nf4")
-    assert rig.store.head_dtype(rig.skeleton) == torch.bfloat16
+    assert rig.store.head(rig.skeleton)[0].dtype == torch.bfloat16
     assert rig.skeleton.dtype == torch.float32
     output, targets = _batch(rig)
     expected, gradient = _plain(rig, output, targets)
@@ -287,7 +287,7 @@ def test_logits_take_the_memory_that_is_foretold(
     architecture: str, dtype: str, rows: int | None, rig_of: OpenRig
 ) -> None:
     rig = rig_of(architecture, dtype)
-    shapes = HeadShapes.of(rig.skeleton.config, stored=rig.store.head_dtype(rig.skeleton), compute=rig.skeleton.dtype)
+    shapes = HeadShapes.of(rig.skeleton.config, stored=rig.store.head(rig.skeleton)[0].dtype, compute=rig.skeleton.dtype)
     elements = 11 * (rows or rig.skeleton.vocabulary_rows)
     head = open_head(rig.skeleton, rig.store, device=CPU, logit_elements=elements, slice_rows=rows)
     output = torch.randn(1, 44, rig.skeleton.hidden_size).to(rig.skeleton.dtype).requires_grad_()

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from lopt_lite.errors import RunDirectoryError
+from lopt_lite.residency.choices import Residence
 from lopt_lite.residency.pool import LayerPool, MicroBatch
 from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.residency.streamed import StreamedLayers, spread
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_training
-from tests.rig import CPU, Rig, open_rig
+from tests.rig import CPU, Rig, open_rig, residence
 from tests.tiny_models import make_model
 
 SETTINGS = TrainSettings(model="unused", data="unused", lora_dropout=0.2)
@@ -144,3 +146,10 @@ def test_layers_that_stay_are_evenly_spread_and_the_top_one_is_first() -> None:
     assert spread(0, 8, 2) == {3, 7}
     assert spread(4, 8, 4) == {4, 5, 6, 7}
     assert all(len(spread(2, 9, count)) == count for count in range(8))
+
+
+def test_a_residence_comes_back_from_the_journal_and_another_releases_is_refused() -> None:
+    decided = residence("streamed")
+    assert Residence.from_json(decided.to_json()) == decided
+    with pytest.raises(RunDirectoryError, match="head_slice_rows"):
+        Residence.from_json({k: v for k, v in decided.to_json().items() if k != "head_slice_rows"})
