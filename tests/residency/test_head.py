@@ -287,7 +287,9 @@ def test_logits_take_the_memory_that_is_foretold(
     architecture: str, dtype: str, rows: int | None, rig_of: OpenRig
 ) -> None:
     rig = rig_of(architecture, dtype)
-    shapes = HeadShapes.of(rig.skeleton.config, stored=rig.store.head(rig.skeleton)[0].dtype, compute=rig.skeleton.dtype)
+    shapes = HeadShapes.of(
+        rig.skeleton.config, stored=rig.store.head(rig.skeleton)[0].dtype, compute=rig.skeleton.dtype
+    )
     elements = 11 * (rows or rig.skeleton.vocabulary_rows)
     head = open_head(rig.skeleton, rig.store, device=CPU, logit_elements=elements, slice_rows=rows)
     output = torch.randn(1, 44, rig.skeleton.hidden_size).to(rig.skeleton.dtype).requires_grad_()
