@@ -1,4 +1,4 @@
-"""Operations of lopt-lite in a process of their own, with the process's true peak of resident memory.
+"""Operations of lopt-lite (and other functions) in a process of their own, with its true peak of resident memory.
 
 The peak is the system's own (``VmHWM``), read before each time that the run itself begins it anew: ``ru_maxrss`` would
 also count the process that started this one. Where the system keeps none, it is the largest size seen at events.
@@ -6,6 +6,7 @@ also count the process that started this one. Where the system keeps none, it is
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -15,7 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lopt_lite.events import Event
 
 #: What a quick run's processes share by being forked from one that has imported it.
 _PRELOADED = ["benchmarks.alone", "lopt_lite.training.run", "lopt_lite.results.evaluate", "transformers", "peft"]
@@ -70,7 +74,7 @@ class Alone:
         dict
             ``peak_bytes`` of resident memory, ``start_bytes`` of it once everything was imported, ``seconds``,
             ``outcome``, ``steps`` (of ``block``, ``phase``, ``seconds``, ``loss``), and for a training ``residence``,
-            the journal's fact.
+            the journal's fact, and ``timeline``, see :class:`_Timeline`.
 
         Raises
         ------
@@ -89,6 +93,16 @@ class Alone:
         """
         found: dict[str, Any] = self._start("train", settings, {"only_decide": True})["residence"]
         return found
+
+    def call(self, function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
+        """What ``function``, which a module defines at its top, returns for ``arguments`` in a process of its own.
+
+        Raises
+        ------
+        FailedAlone
+            It raised an error (which the process has printed).
+        """
+        return self._start("call", arguments, {"function": function})
 
     def smallest_mib(self, **settings: Any) -> int:
         """The smallest budget that a training with these settings says it can work with, in MiB."""
@@ -136,6 +150,10 @@ def _child(sender: Connection, operation: str, settings: dict[str, Any], threads
     # Progress bars of libraries are nobody's business here.
     os.environ.setdefault("TQDM_DISABLE", "1")
     torch.set_num_threads(threads)
+    if operation == "call":
+        with contextlib.closing(sender):
+            sender.send(how["function"](**settings))
+        return
     kind = {"train": lopt_lite.TrainSettings, "evaluate": lopt_lite.EvaluateSettings}[operation]
     run = getattr(lopt_lite, operation)
     try:
@@ -147,15 +165,17 @@ def _child(sender: Connection, operation: str, settings: dict[str, Any], threads
 
 
 def _measured(run: Callable[..., Any], settings: Any, given: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
-    from lopt_lite.events import CheckpointSaved, Event, RunStarted, Step
+    from lopt_lite.events import CheckpointSaved, RunStarted, Step
 
     peak = _Peak()
     steps: list[dict[str, Any]] = []
     last_block = given.get("blocks", 2) - 1
+    timeline = _Timeline(last_block)
     kill_after_step = how.get("kill_after_step")
 
     def listen(event: Event) -> None:
         peak.look()
+        timeline.note(event, time.monotonic() - started)
         if isinstance(event, RunStarted) and how.get("only_decide"):
             raise _Decided
         if isinstance(event, Step):
@@ -181,6 +201,7 @@ def _measured(run: Callable[..., Any], settings: Any, given: dict[str, Any], how
     }
     if "output" in given:
         result["residence"] = _residence(Path(given["output"]))
+        result["timeline"] = timeline.to_json()
     return result
 
 
@@ -189,6 +210,40 @@ def _residence(run: Path) -> dict[str, Any]:
 
     facts, _ = read_facts(run / "journal.jsonl")
     return next(fact for fact in facts if fact["fact"] == "residence")
+
+
+class _Timeline:
+    """When a training did what: seconds from its start, without those in which held-out loss was measured.
+
+    ``ready_s``: model and data were loaded, and weights prepared. ``last_block_s``: the last block's training began.
+    ``held_out``: ``epoch``, ``loss`` and ``seconds`` of each measurement. ``measuring_s``: what they took together.
+    """
+
+    def __init__(self, last_block: int) -> None:
+        self._last_block = last_block
+        self._values: dict[str, Any] = {"ready_s": 0.0, "last_block_s": None, "held_out": [], "measuring_s": 0.0}
+        self._training_until_s = 0.0
+
+    def note(self, event: Event, now_s: float) -> None:
+        """Take an event into account that came ``now_s`` seconds after the start."""
+        from lopt_lite.events import BlockStarted, Progress, RunStarted, Validation
+
+        values = self._values
+        if isinstance(event, Progress) and event.task.startswith("held-out loss"):
+            return
+        if isinstance(event, Validation):
+            values["measuring_s"] += now_s - self._training_until_s
+            seconds = now_s - values["measuring_s"]
+            values["held_out"].append({"epoch": event.epoch, "loss": event.loss, "seconds": seconds})
+        elif isinstance(event, RunStarted):
+            values["ready_s"] = now_s
+        elif isinstance(event, BlockStarted) and event.block == self._last_block and values["last_block_s"] is None:
+            values["last_block_s"] = now_s - values["measuring_s"]
+        self._training_until_s = now_s
+
+    def to_json(self) -> dict[str, Any]:
+        """The plain values."""
+        return self._values
 
 
 class _Peak:

@@ -74,7 +74,11 @@ def resolve(settings: type[Any], given: dict[str, Any], *, command: str) -> Any:
             values.update(load_yaml(file, settings))
         values["config"] = (directory,) if directory is not None else ()
     values.update({name: value for name, value in given.items() if value is not None and name != "config"})
-    required = [name for name, field in fields.items() if field.metadata.get("positional")]
+    required = [
+        name
+        for name, field in fields.items()
+        if field.metadata.get("positional") and field.default is dataclasses.MISSING
+    ]
     missing = [name.upper() for name in required if not values.get(name)]
     if missing:
         usage = " ".join(["lopt-lite", command, *(name.upper() for name in required)])

@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import gc
+from collections.abc import Iterator
+
 import lopt_lite
 from lopt_lite.events import OnEvent
 from lopt_lite.outcomes import PlanAlternative, PlanBlock, PlanOutcome
 from lopt_lite.settings import PlanSettings
 
 from .command import Command
-from .units import counted, duration_text, gib_text, residence_text
+from .units import bytes_text, counted, duration_text, gib_text, residence_text
 
 
 def _plan(settings: PlanSettings, on_event: OnEvent) -> PlanOutcome:
-    return lopt_lite.plan(settings, on_event=on_event)
+    with _no_garbage_collection():
+        return lopt_lite.plan(settings, on_event=on_event)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Leave out the garbage collector's passes over the libraries, which take two fifths of a plan's time.
+
+    It looks through all objects again and again while the libraries make hundreds of thousands of them and little
+    garbage; and once more, of no use to anyone, when the process ends.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    atexit.register(gc.freeze)
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _render(outcome: PlanOutcome) -> str:
     parts = [_what(outcome), _memory(outcome), _disk(outcome), _time(outcome)]
     if outcome.advice:
         parts.append(list(outcome.advice))
-    parts.append(["Alternatives (each with the other options as given)", *_table(outcome.alternatives)])
+    parts.append(
+        ["Alternatives (each with the other options as given)", *_table(outcome.alternatives, outcome.disk.free_bytes)]
+    )
     parts.append(["To run it", f"  {outcome.command}"])
     return "\n\n".join("\n".join(lines) for lines in parts)
 
@@ -41,7 +66,7 @@ def _what(outcome: PlanOutcome) -> list[str]:
 def _memory(outcome: PlanOutcome) -> list[str]:
     memory = outcome.memory
     where = [
-        f"{gib_text(size)} {place}"
+        f"{bytes_text(size)} {place}"
         for size, place in (
             (memory.boundary_device_bytes, "on the device" if outcome.device != "cpu" else "in memory"),
             (memory.boundary_host_bytes, "in host memory"),
@@ -56,7 +81,7 @@ def _memory(outcome: PlanOutcome) -> list[str]:
         f"  backward pass    {'runs each layer again' if memory.recompute else 'keeps all activations of a block'}",
     ]
     if where:
-        lines.append(f"  between layers   {', '.join(where)} of activations")
+        lines.append(f"  between layers   activations, {', '.join(where)}")
     if memory.offload_state:
         lines.append("  adapters         put aside, with optimiser state, while their layer is not worked on")
     if memory.head_sliced:
@@ -76,17 +101,19 @@ def _memory(outcome: PlanOutcome) -> list[str]:
 def _disk(outcome: PlanOutcome) -> list[str]:
     disk = outcome.disk
     there = " (there already)" if disk.store_exists else ""
-    lines = ["Disk", f"  store            {gib_text(disk.store_bytes)} in {disk.store}{there}"]
-    for name, size in (
-        ("block inputs     ", disk.caches_bytes),
-        ("checkpoints      ", disk.checkpoints_bytes),
-        ("adapter          ", disk.adapter_bytes),
-        ("scratch          ", disk.scratch_bytes),
+    lines = ["Disk", f"  store            {bytes_text(disk.store_bytes)} in {disk.store}{there}"]
+    for name, size, remark in (
+        ("block inputs", disk.caches_bytes, " while it trains"),
+        ("checkpoints", disk.checkpoints_bytes, " while it trains"),
+        ("scratch", disk.scratch_bytes, " while it trains"),
+        ("tuned layers" if disk.result == "model" else "block adapters", disk.blocks_bytes, ""),
+        (disk.result, disk.result_bytes, ", put together from these at the end"),
     ):
         if size:
-            lines.append(f"  {name}{gib_text(size)}")
+            lines.append(f"  {name:<17}{bytes_text(size)}{remark}")
     lines.append(
-        f"  at most          {gib_text(disk.total_bytes)} more, {gib_text(disk.free_bytes)} are free; in {outcome.run}"
+        f"  at most          {bytes_text(disk.total_bytes)} more at one time, {bytes_text(disk.free_bytes)} are free; "
+        f"in {outcome.run}"
     )
     return lines
 
@@ -119,7 +146,7 @@ def _block_line(block: PlanBlock) -> str:
     return f"  {name:<17}{duration_text(block.total_s)} ({layers}): {', '.join(parts) or 'nothing to do'}"
 
 
-def _table(alternatives: tuple[PlanAlternative, ...]) -> list[str]:
+def _table(alternatives: tuple[PlanAlternative, ...], disk_free_bytes: int) -> list[str]:
     rows = [("", "peak memory", "disk", "time", "layers")]
     for row in alternatives:
         mark = "* " if row.chosen else "  "
@@ -127,15 +154,9 @@ def _table(alternatives: tuple[PlanAlternative, ...]) -> list[str]:
             needs = f"does not fit: needs --memory {row.smallest_budget_bytes >> 20}MiB"
             rows.append((mark + row.options, "-", "-", "-", needs))
         else:
-            rows.append(
-                (
-                    mark + row.options,
-                    gib_text(row.predicted_bytes),
-                    gib_text(row.disk_bytes),
-                    duration_text(row.seconds),
-                    row.mode,
-                )
-            )
+            peak, disk = gib_text(row.predicted_bytes), gib_text(row.disk_bytes)
+            lacking = "; needs more disk than is free" if row.disk_bytes > disk_free_bytes else ""
+            rows.append((mark + row.options, peak, disk, duration_text(row.seconds), row.mode + lacking))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = []
     for first, *others, last in rows:

@@ -18,6 +18,7 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "BITSANDBYTES_NOWELCOME": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
@@ -29,6 +30,8 @@ _LOGGERS = {
     "huggingface_hub": logging.ERROR,
     "peft": logging.ERROR,
     "accelerate": logging.ERROR,
+    "datasets": logging.ERROR,
+    "lm_eval": logging.ERROR,
     "torch": logging.ERROR,
     "httpx": logging.ERROR,
     "urllib3": logging.ERROR,

@@ -88,7 +88,12 @@ class BlockStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Event):
-    """One optimiser step is done. ``phase`` is ``"head-fit"`` or ``"train"``; losses are nats or mean squared error."""
+    """One optimiser step is done. ``phase`` is ``"head-fit"`` or ``"train"``; losses are nats or mean squared error.
+
+    ``block`` is 0 where all blocks are trained together; then ``loss`` is the task's, and ``reconstruction_loss`` the
+    mean of the early blocks' (else None). ``retain_kl``: divergence from the untouched model in nats per anchored
+    token, None without an anchor.
+    """
 
     block: int
     phase: str
@@ -103,6 +108,8 @@ class Step(Event):
     device_peak_bytes: int
     host_rss_bytes: int
     time: float
+    reconstruction_loss: float | None = None
+    retain_kl: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

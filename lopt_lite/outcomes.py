@@ -64,15 +64,23 @@ class PlanMemory(Outcome):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanDisk(Outcome):
-    """Disk space, in bytes. ``checkpoints_bytes`` counts two of them, which there are for a moment."""
+    """Disk space, in bytes. ``checkpoints_bytes`` counts two of them, which there are for a moment.
+
+    ``blocks_bytes`` is what each block leaves, its adapter or its tuned layers; ``result_bytes`` the adapter or the
+    whole checkpoint put together from them (``result``: ``"adapter"`` or ``"model"``). These stay side by side. What is
+    only there while blocks train is gone by then, so that ``total_bytes``, which leaves out a store that exists, is
+    less than the sum.
+    """
 
     store: str
     store_exists: bool
     store_bytes: int
     caches_bytes: int
     checkpoints_bytes: int
-    adapter_bytes: int
     scratch_bytes: int
+    blocks_bytes: int
+    result: str
+    result_bytes: int
     total_bytes: int
     free_bytes: int
 
@@ -188,17 +196,42 @@ class StatusOutcome(Outcome):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskScore(Outcome):
+    """What both models score in one metric of one task (or group of tasks) of lm-eval, with standard errors.
+
+    ``group`` is the group that the task is part of, ``filter`` the way in which answers were read (None where there is
+    one way). ``higher_is_better`` and the standard errors are None where lm-eval does not tell them.
+    """
+
+    task: str
+    group: str | None
+    metric: str
+    filter: str | None
+    higher_is_better: bool | None
+    examples: int
+    base: float
+    base_stderr: float | None
+    tuned: float
+    tuned_stderr: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateOutcome(Outcome):
-    """Held-out loss in nats per answer token, and its exponential."""
+    """Held-out loss in nats per answer token, and its exponential; None without data. And what tasks gave.
+
+    ``device_peak_bytes`` is the peak of device memory (on the CPU: of the process) from the first model loaded on.
+    """
 
     run: str
-    data: str
-    examples: int
-    answer_tokens: int
-    base_loss: float
-    base_perplexity: float
-    tuned_loss: float
-    tuned_perplexity: float
+    data: str | None = None
+    examples: int | None = None
+    answer_tokens: int | None = None
+    base_loss: float | None = None
+    base_perplexity: float | None = None
+    tuned_loss: float | None = None
+    tuned_perplexity: float | None = None
+    tasks: tuple[TaskScore, ...] = ()
+    device_peak_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

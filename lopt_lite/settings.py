@@ -20,7 +20,8 @@ from lopt_lite.errors import SettingsError
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["bfloat16", "float32"]
 Quantize = Literal["nf4", "none"]
-Schedule = Literal["sequential"]
+Schedule = Literal["sequential", "joint"]
+Preset = Literal["paper"]
 Tune = Literal["lora", "full"]
 Cache = Literal["exact", "int8"]
 ExportFormat = Literal["adapter", "merged"]
@@ -65,21 +66,37 @@ class TrainSettings:
         "Held-out examples: a JSON Lines file, or the fraction of DATA to hold out (e.g. 0.05). Their loss is shown "
         "before training, after each epoch of the last block, and at the end. Default: none.",
     )
+    preset: Preset | None = option(
+        None,
+        "Other defaults. paper: LoPT as its authors ran it (--schedule joint --tune full --head-fit-epochs 0 "
+        "--batch-size 32, all blocks at the same --lr 2e-5). Options given beside it win.",
+    )
     blocks: int = option(
         2, "Number of blocks between gradient boundaries. 1 is ordinary end-to-end tuning; more need less memory."
     )
-    schedule: Schedule = option("sequential", "sequential: train block after block on cached activations.")
+    schedule: Schedule = option(
+        None,
+        "sequential: train block after block on cached activations. joint: every block steps on every batch, as in the "
+        "paper; no caches, but each step passes through the whole model. Default: sequential.",
+    )
     objective: str = option(
         "reconstruct",
         "What the blocks before the last one learn: reconstruct (predict the block's input from its output), "
         "task (the training task itself, read out early through the model's own head) or none (left as they are; "
         "fastest). One word, or one per block separated by commas. The last block always learns the task.",
     )
+    reconstruction_weight: float = option(
+        10.0,
+        "Weight of the mean reconstruction loss beside the task's with --schedule joint, where it decides how all "
+        "gradients are clipped together. A block trained alone does not feel it, since Adam divides by the gradient's "
+        "size, so the sequential schedule has no use for it.",
+    )
     tune: Tune = option(
-        "lora",
+        None,
         "What is trained: lora (a PEFT adapter on the linear layers) or full (all weights of the layers, in --dtype; "
-        "gradients are clipped and applied one layer at a time, by Adam with 8-bit moments when --dtype is bfloat16). "
-        "Embedding and LM head stay frozen in either case, tied or not.",
+        "by Adam with 8-bit moments when --dtype is bfloat16). Default: lora. With full, sequentially, gradients are "
+        "clipped and applied one layer at a time, and embedding and LM head stay frozen; with --schedule joint all are "
+        "clipped together, and embedding, final norm and LM head are trained too (a tied head is untied).",
     )
     quantize: Quantize = option(
         None,
@@ -103,15 +120,26 @@ class TrainSettings:
     )
     lr_early: float | None = option(
         None,
-        "Peak learning rate of the blocks before the last. Default: a tenth of --lr, whatever is tuned (the paper, "
-        "which fits no reconstruction head first, tunes all blocks in full with the same 2e-5).",
+        "Peak learning rate of the blocks before the last. Default: a tenth of --lr, whatever is tuned (with --preset "
+        "paper, which fits no reconstruction head first, the same as --lr).",
     )
     head_fit_epochs: int = option(
-        1,
+        None,
         "Epochs for which the reconstruction head is first fitted on the untouched block, so that training starts "
-        "from a useful signal. 0 starts from a random head, as in the paper.",
+        "from a useful signal. 0 starts from a random head, as in the paper. Default: 1.",
     )
-    batch_size: int = option(8, "Examples per optimiser step.")
+    batch_size: int = option(None, "Examples per optimiser step. Default: 8.")
+    retain: float = option(
+        0.0,
+        "Weight of an anchor that holds the model to what it knew: the divergence of its predictions at a sample of "
+        "prompt tokens from those of the untouched model is added to the loss of the last block. 0: no anchor.",
+    )
+    retain_tokens: int = option(32, "Most anchored tokens of one example.")
+    retain_data: str | None = option(
+        None,
+        "Other text to anchor on as well: a JSON Lines file in any form that DATA may have; answers in it are not "
+        "learnt. Each step takes one of its examples for every four of DATA.",
+    )
     max_length: int = option(1024, "Longest example, in tokens; longer ones are cut at the front of the prompt.")
     lora_r: int = option(16, "Rank of the adapter.")
     lora_alpha: float = option(32.0, "Scale of the adapter (its output is multiplied by alpha / rank).")
@@ -137,13 +165,17 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         # Defaults that depend on another option; nobody sees None here afterwards.
-        for name, value in _DEFAULTS_OF_TUNE["full" if self.tune == "full" else "lora"].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        _fill(self, _PRESETS.get(str(self.preset), {}))
+        _fill(self, _DEFAULTS)
+        _fill(self, _DEFAULTS_OF_TUNE["full" if self.tune == "full" else "lora"])
         _check_types(self)
+        if self.preset == "paper" and self.lr_early is None:
+            object.__setattr__(self, "lr_early", self.lr)
         if self.tune == "full":
             _check_full_tuning(self)
-        _at_least(self, 1, "blocks", "epochs", "batch_size", "lora_r")
+        _check_schedule(self)
+        _check_anchor(self)
+        _at_least(self, 1, "blocks", "epochs", "batch_size", "lora_r", "retain_tokens")
         _at_least(self, 0, "head_fit_epochs", "seed")
         _at_least(self, 2, "max_length")
         _positive(self, "lr", "lr_early", "lora_alpha", "max_hours")
@@ -203,6 +235,11 @@ class TrainSettings:
         return fraction
 
     @property
+    def trains_around(self) -> bool:
+        """Whether embedding, final norm and LM head are trained too, as in the paper."""
+        return self.tune == "full" and self.schedule == "joint"
+
+    @property
     def early_lr(self) -> float:
         """Peak learning rate of the blocks before the last."""
         return self.lr / 10 if self.lr_early is None else self.lr_early
@@ -228,10 +265,49 @@ class TrainSettings:
         return values
 
 
+_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"schedule": "joint", "tune": "full", "head_fit_epochs": 0, "batch_size": 32},
+}
+_DEFAULTS: dict[str, Any] = {"schedule": "sequential", "tune": "lora", "head_fit_epochs": 1, "batch_size": 8}
 _DEFAULTS_OF_TUNE: dict[str, dict[str, Any]] = {
     "lora": {"quantize": "nf4", "lr": 4e-4},
     "full": {"quantize": "none", "lr": 2e-5},
 }
+
+
+def _fill(settings: TrainSettings, defaults: dict[str, Any]) -> None:
+    """Give the options that are None these values."""
+    for name, value in defaults.items():
+        if getattr(settings, name) is None:
+            object.__setattr__(settings, name, value)
+
+
+def _check_schedule(settings: TrainSettings) -> None:
+    """Refuse what one of the schedules has no use for."""
+    if settings.schedule == "joint" and settings.cache != "exact":
+        raise SettingsError(
+            f"--cache {settings.cache} describes the activations between blocks, and --schedule joint caches none",
+            fix="leave it out, or use --schedule sequential",
+        )
+    if not (settings.reconstruction_weight >= 0 and math.isfinite(settings.reconstruction_weight)):
+        raise SettingsError(f"--reconstruction-weight is {settings.reconstruction_weight}", expected="0 or more")
+    if settings.schedule == "sequential" and settings.reconstruction_weight != 10.0:
+        raise SettingsError(
+            "--reconstruction-weight changes nothing for a block that is trained alone",
+            fix="leave it out, or use --schedule joint; --lr-early is how fast early blocks learn",
+        )
+
+
+def _check_anchor(settings: TrainSettings) -> None:
+    if not (settings.retain >= 0 and math.isfinite(settings.retain)):
+        raise SettingsError(f"--retain is {settings.retain}", expected="0 or more")
+    if settings.retain_data is not None and not settings.retain:
+        raise SettingsError("--retain-data names text to anchor on, and --retain is 0", fix="add --retain 1")
+    if settings.retain and settings.trains_around:
+        raise SettingsError(
+            "--retain compares with the untouched model through its LM head, which --schedule joint --tune full trains",
+            fix="leave --retain out, or use --schedule sequential or --tune lora",
+        )
 
 
 def _check_full_tuning(settings: TrainSettings) -> None:
@@ -256,6 +332,8 @@ _FREE_TO_CHANGE = (
     "model",
     "data",
     "validation",
+    "retain_data",
+    "preset",
     "output",
     "fresh",
     "config",
@@ -295,18 +373,44 @@ class EvaluateSettings:
     """Everything ``lopt-lite evaluate`` can be told."""
 
     run: str = argument("Run directory.")
-    data: str = argument("Held-out examples: a JSON Lines file.")
+    data: str | None = argument("Held-out examples: a JSON Lines file. May be left out with --tasks.", default=None)
+    tasks: str | None = option(
+        None,
+        "Tasks of lm-eval (pip install 'lopt-lite[eval]') for both models to answer, separated by commas: names such "
+        "as gsm8k, task files (*.yaml), or directories of them. Python functions that a task file names are run, so "
+        "name only files that you trust.",
+    )
+    limit: int | None = option(None, "Examples of each task, the first ones. Default: all.")
+    num_fewshot: int | None = option(None, "Solved examples before each question of the tasks. Default: each task's.")
+    apply_chat_template: bool = option(
+        False, "Ask the tasks' questions as turns of a conversation, by the chat template that training used."
+    )
     batch_size: int = option(8, "Examples per batch.")
-    max_length: int | None = option(None, "Longest example, in tokens. Default: the run's.")
+    max_length: int | None = option(
+        None, "Longest example, in tokens. Default: the run's; for tasks as much as the model may see."
+    )
     memory: str = option("auto", "Budget of memory, as for train.")
     device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.")
     skip_bad_lines: bool = option(False, "Drop lines that cannot be used, and count them, instead of stopping.")
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _at_least(self, 1, "batch_size")
+        _at_least(self, 1, "batch_size", "limit")
+        _at_least(self, 0, "num_fewshot")
         _at_least(self, 2, "max_length")
         parse_memory(self.memory)
+        if self.tasks is None:
+            if self.data is None:
+                raise SettingsError("there is nothing to evaluate on", expected="DATA, --tasks, or both")
+            for name in ("limit", "num_fewshot", "apply_chat_template"):
+                if getattr(self, name) not in (None, False):
+                    raise SettingsError(f"--{name.replace('_', '-')} is for --tasks, and there are none")
+        elif not self.task_names():
+            raise SettingsError(f"--tasks is {self.tasks!r}", expected="names separated by commas")
+
+    def task_names(self) -> list[str]:
+        """The tasks, files and directories of ``tasks``."""
+        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,12 @@ TINY = Shape(64, 3, 128, 4, 2, 512)
 
 
 def table_rows(text: str) -> list[dict[str, str]]:
-    """The rows of the only table in ``text``, by column."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    return [dict(zip(lines[0], row, strict=True)) for row in lines[2:]]
+    """The rows of the tables in ``text``, by column."""
+    rows = []
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        rows += [dict(zip(lines[0], row, strict=True)) for row in lines[2:]]
+    return rows
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ _BAD = [
     *[(TrainSettings, "objective", value) for value in ("", "retain", "task,", "none,none", "match")],
     *[(TrainSettings, "quantize", value) for value in ("int8", "", "NF4")],
     *[(TrainSettings, "dtype", value) for value in ("float16", "bf16")],
-    (TrainSettings, "schedule", "joint"),
+    (TrainSettings, "schedule", "sideways"),
     (TrainSettings, "tune", "prefix"),
     *[(TrainSettings, "cache", value) for value in ("int4", "bfloat16", "")],
     (TrainSettings, "device", "tpu"),
@@ -188,7 +188,7 @@ def test_times_of_day(hour, minute):
 def test_what_changes_the_result_is_compared_on_resume_and_what_does_not_is_not():
     values = _train().result_settings()
     free = {"model", "data", "validation", "output", "fresh", "config", "store", "device", "quiet"}
-    free |= {"checkpoint_every", "max_hours", "deadline"}
+    free |= {"checkpoint_every", "max_hours", "deadline", "preset", "retain_data"}
     assert set(values) == {f.name for f in dataclasses.fields(TrainSettings)} - free
     moved = _train(output="elsewhere", max_hours=1.0, deadline="07:00", checkpoint_every="1s", quiet=True, fresh=True)
     assert moved.result_settings() == values

@@ -77,6 +77,9 @@ class StoreBuilder:
         Applied to each tensor (by the model's name) before it is quantised or stored, to merge an adapter, say.
     transform_fingerprint:
         Tells transforms apart, so that a build is never continued with another one.
+    untie:
+        Store the LM head of a model that ties it to its embedding as a tensor of its own: ``transform`` gets it by its
+        own name, as a copy of the embedding.
     check:
         Called between shards; may raise to stop.
 
@@ -98,6 +101,7 @@ class StoreBuilder:
         device: torch.device,
         transform: Transform | None = None,
         transform_fingerprint: str = "",
+        untie: bool = False,
         check: Callable[[], None] = lambda: None,
         on_event: OnEvent = ignore,
     ) -> None:
@@ -113,6 +117,7 @@ class StoreBuilder:
         self._check = check
         self._on_event = on_event
         self._skeleton = Skeleton(files_, dtype=self._dtype)
+        self._unties = untie and self._skeleton.tied
         weights = files_.weights
         self._recipes = plan_names(weights.names(), self._skeleton.model, self._skeleton.state_shapes)
         self.unquantized: list[str] = []
@@ -235,6 +240,9 @@ class StoreBuilder:
         for name in skeleton.root_names:
             if name != skeleton.embedding_name and name in self._recipes:
                 self._plan_tensor(head, name, quantize=False)
+        if self._unties:
+            shape = skeleton.state_shapes[skeleton.head_name]
+            head.specs.append(TensorSpec(skeleton.head_name, self._stored_dtype, shape))
         plans.append(head)
         for plan in plans:
             plan.specs = aligned_order(plan.specs)
@@ -306,6 +314,8 @@ class StoreBuilder:
     def _make(self, plan: _ShardPlan, name: str) -> dict[str, torch.Tensor]:
         weights = self._files.weights
         base = next((name[: -len(s)] for s in NF4_SUFFIXES if name.endswith(s)), name)
+        if self._unties and base == self._skeleton.head_name:
+            return {name: self._untied_head()}
         recipe: Recipe = self._recipes[base]
         source = recipe.sources[0][0]
         if source + STATE_SUFFIX in weights and self._quantize == "nf4":
@@ -332,10 +342,18 @@ class StoreBuilder:
                 result[target] = tensor.to(self._stored_dtype) if tensor.is_floating_point() else tensor
         return result
 
+    def _untied_head(self) -> torch.Tensor:
+        tensor = self._recipes[self._skeleton.embedding_name].make(self._files.weights.read, self._skeleton.model)[
+            self._skeleton.embedding_name
+        ]
+        if self._transform is not None:
+            tensor = self._transform(self._skeleton.head_name, tensor)
+        return tensor.to(self._stored_dtype)
+
     def _write_side_files(self) -> None:
         config = {k: v for k, v in self._files.config.items() if k not in ("auto_map", "torch_dtype")}
         config["dtype"] = str(self._stored_dtype).removeprefix("torch.")
-        config["tie_word_embeddings"] = self._skeleton.tied
+        config["tie_word_embeddings"] = self._skeleton.tied and not self._unties
         config.pop("quantization_config", None)
         if self._quantize == "nf4":
             config["quantization_config"] = {

@@ -256,7 +256,7 @@ class Skeleton:
 
     # -- driving the model --------------------------------------------------------------------------------------------
 
-    def record(self, input_ids: torch.Tensor, *, embed: bool) -> Recording:
+    def record(self, input_ids: torch.Tensor, *, embed: bool, trains: bool = False) -> Recording:
         """Find out how each layer is called for a batch of right-padded rows.
 
         Parameters
@@ -265,11 +265,13 @@ class Skeleton:
             int64 [rows, tokens] on the compute device.
         embed:
             Whether to gather embedding rows; without, ``Recording.hidden`` is a placeholder of the right shape.
+        trains:
+            Whether ``Recording.hidden`` is to lead gradients back to the rows, if these require one.
         """
         self._recorded, self._first_hidden, self._inject = [], None, None
         self._embedding.read_rows = self._read_rows if embed else None
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(trains):
                 self.model.base_model(input_ids=input_ids, use_cache=False, return_dict=True)
         except _StopForward:
             pass

@@ -77,6 +77,10 @@ class TokenizedDataset:
             torch.cat([a.offsets, b.offsets[1:] + a.offsets[-1]]),
         )
 
+    def without_targets(self) -> TokenizedDataset:
+        """The same examples with no token to be predicted."""
+        return TokenizedDataset(self.tokens, torch.zeros_like(self.is_target), self.offsets)
+
     def fingerprint(self) -> str:
         """sha256 (hexadecimal) over tokens, targets and offsets: equal for equal data on any machine."""
         digest = hashlib.sha256()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,9 +84,7 @@ def held_out_losses(
     list of float
         One mean loss per variant.
     """
-    lengths = dataset.lengths
-    batches = length_sorted_batches(lengths, max_tokens=residence.forward_tokens, max_rows=max_rows)
-    groups_of_batches = groups(batches, lengths, residence.group_tokens)
+    batches = length_sorted_batches(dataset.lengths, max_tokens=residence.forward_tokens, max_rows=max_rows)
     sums = [0.0] * variants
     answer_tokens = int(dataset.target_counts.sum())
     total = len(batches) * len(ranges) * variants
@@ -97,9 +96,118 @@ def held_out_losses(
         logit_elements=residence.logit_elements,
         slice_rows=residence.head_slice_rows,
     )
-    with contextlib.closing(head), Spill(spill_limits, spill_directory, device) as waiting:
-        for number, (first, end) in enumerate(ranges):
-            last = number == len(ranges) - 1
+
+    def embedded(batch: Batch) -> MicroBatch:
+        recording = skeleton.record(batch.input_ids.to(device), embed=True)
+        return MicroBatch(recording.hidden, recording.calls)
+
+    def on_pass() -> None:
+        nonlocal done
+        check()
+        done += 1
+        on_event(Progress(task=task, done=done, total=total, unit="batches"))
+
+    collated = _Collated(dataset, batches, pad_token_id)
+
+    def take(number: int, variant: int, output: torch.Tensor) -> None:
+        sums[variant] += head.loss_sum(output, collated[number].targets.to(device))
+
+    with contextlib.closing(head):
+        pass_variants(
+            store,
+            skeleton,
+            collated,
+            ranges,
+            embedded,
+            take,
+            device=device,
+            residence=residence,
+            spill_limits=spill_limits,
+            spill_directory=spill_directory,
+            variants=variants,
+            on_layer=on_layer,
+            state=state,
+            select=select,
+            on_pass=on_pass,
+        )
+    return [s / max(answer_tokens, 1) for s in sums]
+
+
+class _Collated(Sequence[Batch]):
+    """Batches that are made when they are asked for."""
+
+    def __init__(self, dataset: TokenizedDataset, batches: list[list[int]], pad_token_id: int) -> None:
+        self._dataset, self._batches, self._pad_token_id = dataset, batches, pad_token_id
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number):  # type: ignore[no-untyped-def]
+        return collate(self._dataset, self._batches[number], self._pad_token_id)
+
+
+def pass_blocks(
+    store: Store,
+    skeleton: Skeleton,
+    batches: Sequence[Batch],
+    ranges: Sequence[tuple[int, int]],
+    first_input: Callable[[Batch], MicroBatch],
+    on_output: Callable[[int, torch.Tensor], None],
+    **kwargs: Any,
+) -> None:
+    """As :func:`pass_variants` with one variant, whose number ``on_output`` is not told."""
+    pass_variants(
+        store,
+        skeleton,
+        batches,
+        ranges,
+        first_input,
+        lambda number, variant, output: on_output(number, output),
+        **kwargs,
+    )
+
+
+@torch.no_grad()
+def pass_variants(
+    store: Store,
+    skeleton: Skeleton,
+    batches: Sequence[Batch],
+    ranges: Sequence[tuple[int, int]],
+    first_input: Callable[[Batch], MicroBatch],
+    on_output: Callable[[int, int, torch.Tensor], None],
+    *,
+    device: torch.device,
+    residence: Residence,
+    spill_limits: SpillLimits,
+    spill_directory: Path,
+    variants: int = 1,
+    on_layer: OnLayer | None = None,
+    state: LayerState | None = None,
+    select: SelectVariant | None = None,
+    on_pass: Callable[[], None] = lambda: None,
+) -> None:
+    """Pass batches through block after block, each block being loaded once.
+
+    Parameters
+    ----------
+    first_input:
+        Makes the first block's input of a batch.
+    on_output:
+        Gets the last block's outputs: number of the batch, variant, [rows, tokens, hidden].
+    spill_limits, spill_directory, variants, on_layer, state, select:
+        See :func:`held_out_losses`.
+    on_pass:
+        Called before a batch's output of a block is handed on; may raise to stop.
+
+    Raises
+    ------
+    DoesNotFitError
+        The disk of ``spill_directory`` is full.
+    """
+    sizes = [batch.input_ids.numel() for batch in batches]
+    groups_of_batches = _groups_of_sizes(sizes, residence.group_tokens)
+    with Spill(spill_limits, spill_directory, device) as waiting:
+        for place, (first, end) in enumerate(ranges):
             pool = open_layers(
                 residence,
                 store,
@@ -113,11 +221,7 @@ def held_out_losses(
             )
             try:
                 for group in groups_of_batches:
-                    collated = {b: collate(dataset, batches[b], pad_token_id) for b in group}
-                    recordings = {
-                        b: skeleton.record(batch.input_ids.to(device), embed=number == 0)
-                        for b, batch in collated.items()
-                    }
+                    entering = [_entering(skeleton, batches[b], first_input, place, device) for b in group]
                     for variant in range(variants):
                         if select is not None:
                             select(pool.layers, variant)
@@ -126,38 +230,47 @@ def held_out_losses(
                             position: int,
                             output: torch.Tensor,
                             group: list[int] = group,
-                            collated: dict[int, Batch] = collated,
                             variant: int = variant,
-                            last: bool = last,
+                            last: bool = place == len(ranges) - 1,
                         ) -> None:
-                            nonlocal done
-                            check()
-                            b = group[position]
+                            on_pass()
                             if last:
-                                targets = collated[b].targets.to(device)
-                                sums[variant] += head.loss_sum(output, targets)
+                                on_output(group[position], variant, output)
                             else:
-                                waiting.put((b, variant), output)
-                            done += 1
-                            on_event(Progress(task=task, done=done, total=total, unit="batches"))
+                                waiting.put((group[position], variant), output)
 
-                        inputs = [recordings[b].hidden if number == 0 else waiting.take((b, variant)) for b in group]
-                        pool.forward_all(
-                            [MicroBatch(hidden, recordings[b].calls) for hidden, b in zip(inputs, group, strict=True)],
-                            take,
-                        )
+                        inputs = entering
+                        if place:
+                            inputs = [
+                                MicroBatch(waiting.take((b, variant)), batch.calls)
+                                for b, batch in zip(group, entering, strict=True)
+                            ]
+                        pool.forward_all(inputs, take)
             finally:
                 pool.close()
-    return [s / max(answer_tokens, 1) for s in sums]
+
+
+def _entering(
+    skeleton: Skeleton, batch: Batch, first_input: Callable[[Batch], MicroBatch], place: int, device: torch.device
+) -> MicroBatch:
+    """What enters the first block; of later ones only the layers' arguments."""
+    if place == 0:
+        return first_input(batch)
+    recording = skeleton.record(batch.input_ids.to(device), embed=False)
+    return MicroBatch(recording.hidden, recording.calls)
 
 
 def groups(batches: Sequence[Sequence[int]], lengths: torch.Tensor, max_tokens: int) -> list[list[int]]:
     """Numbers of consecutive batches that together hold at most ``max_tokens`` padded tokens (or are one batch)."""
     sizes = lengths.tolist()
+    return _groups_of_sizes([len(batch) * max(sizes[i] for i in batch) for batch in batches], max_tokens)
+
+
+def _groups_of_sizes(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """As :func:`groups`, of batches with so many padded tokens."""
     found: list[list[int]] = []
     held = 0
-    for number, batch in enumerate(batches):
-        tokens = len(batch) * max(sizes[i] for i in batch)
+    for number, tokens in enumerate(sizes):
         if not found or held + tokens > max_tokens:
             found.append([])
             held = 0

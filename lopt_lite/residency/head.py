@@ -6,14 +6,17 @@ taken as soon as its logits are made, and they are turned into probabilities whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
-from lopt_lite.residency.logits import answers, make_logits, token_chunks, total
+from lopt_lite.residency.anchors import Anchors, diverge, to_log_probabilities
+from lopt_lite.residency.logits import answers, make_logits, pair_chunks, send_back, token_chunks, total
 from lopt_lite.residency.sliced_head import SlicedHead
 
 
@@ -37,6 +40,30 @@ class AnswerHead(Protocol):
         -------
         float
             This micro-batch's share of the step's mean loss, in nats; not finite where a logit is not.
+        """
+
+    def anchored_loss_backward(
+        self, output: torch.Tensor, targets: torch.Tensor, anchors: Anchors, *, answer_tokens: int
+    ) -> tuple[float, float]:
+        """As :meth:`loss_backward`, and the divergence from the untouched model at anchored positions with it.
+
+        Both models' predictions are made by the final norm and head as they are now. Answers or anchored positions may
+        be missing (then ``answer_tokens`` may be 0); where positions are both, gradients add up.
+
+        Returns
+        -------
+        tuple[float, float]
+            This micro-batch's share of the step's mean loss, and of the step's mean divergence (without its weight), in
+            nats.
+        """
+
+    def train(self, parameters: Sequence[nn.Parameter]) -> None:
+        """From now on, add to the gradients of these of :func:`output_parameters` too, as losses are made.
+
+        Raises
+        ------
+        ValueError
+            The head is not on the device as a whole.
         """
 
     def loss_sum(self, output: torch.Tensor, targets: torch.Tensor) -> float:
@@ -83,31 +110,53 @@ def place_head(skeleton: Skeleton, store: Store, device: torch.device) -> None:
     skeleton.place_head(weight.to(device, skeleton.dtype), None if bias is None else bias.to(device, skeleton.dtype))
 
 
+def output_parameters(skeleton: Skeleton) -> dict[str, nn.Parameter]:
+    """The parameters that make logits of the last layer's output (final norm, LM head), by their full names.
+
+    They are found by asking which get a gradient, whatever the architecture. All must be in their places, the head as
+    a whole.
+    """
+    candidates = {name: p for name, p in skeleton.model.named_parameters() if p.is_floating_point()}
+    before = {name: parameter.requires_grad for name, parameter in candidates.items()}
+    hidden = torch.zeros(1, skeleton.hidden_size, dtype=skeleton.dtype, device=skeleton.root_device)
+    try:
+        for parameter in candidates.values():
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            logits = skeleton.logits(hidden)
+        gradients = torch.autograd.grad(logits, list(candidates.values()), torch.ones_like(logits), allow_unused=True)
+    finally:
+        for name, parameter in candidates.items():
+            parameter.requires_grad_(before[name])
+    return {name: p for (name, p), gradient in zip(candidates.items(), gradients, strict=True) if gradient is not None}
+
+
 class WholeHead:
     """The head's weight on the device all the time, where :func:`place_head` has put it."""
 
     def __init__(self, skeleton: Skeleton, *, logit_elements: int) -> None:
         self._skeleton = skeleton
         self._logit_elements = logit_elements
+        self._trained: list[nn.Parameter] = []
 
     def loss_backward(self, output: torch.Tensor, targets: torch.Tensor, *, answer_tokens: int) -> float:
         """See :meth:`AnswerHead.loss_backward`."""
-        hidden, labels = answers(output, targets)
-        if not len(labels):
-            return 0.0
-        losses = torch.empty(len(labels), device=hidden.device)
-        gradient = torch.empty_like(hidden)
-        for chunk in self._chunks(len(labels)):
-            leaf = hidden[chunk].detach().requires_grad_()
-            values, edge = make_logits(self._skeleton, leaf)
-            losses[chunk], sums = _exponentials(values, labels[chunk])
-            values.div_(sums[:, None] * answer_tokens)
-            values.scatter_add_(1, labels[chunk, None], values.new_full((len(values), 1), -1 / answer_tokens))
-            values = values.to(hidden.dtype)
-            gradient[chunk] = torch.autograd.grad(edge, leaf, values)[0]
-            del values, edge, leaf  # before the next chunk's are made
-        hidden.backward(gradient)
-        return total(losses) / answer_tokens
+        loss, gradient = self._predict(*answers(output.detach(), targets), answer_tokens=answer_tokens)
+        send_back(output, (targets != -100, gradient))
+        return loss
+
+    def anchored_loss_backward(
+        self, output: torch.Tensor, targets: torch.Tensor, anchors: Anchors, *, answer_tokens: int
+    ) -> tuple[float, float]:
+        """See :meth:`AnswerHead.anchored_loss_backward`."""
+        loss, gradient = self._predict(*answers(output.detach(), targets), answer_tokens=answer_tokens)
+        kl, anchored_gradient = self._compare(anchors.tuned(output), anchors)
+        send_back(output, (targets != -100, gradient), (anchors.mask, anchored_gradient))
+        return loss, kl
+
+    def train(self, parameters: Sequence[nn.Parameter]) -> None:
+        """See :meth:`AnswerHead.train`."""
+        self._trained = list(parameters)
 
     @torch.no_grad()
     def loss_sum(self, output: torch.Tensor, targets: torch.Tensor) -> float:
@@ -123,7 +172,52 @@ class WholeHead:
 
     def close(self) -> None:
         """See :meth:`AnswerHead.close`."""
+        self._trained = []
         self._skeleton.place_head(None)
+
+    def _predict(self, hidden: torch.Tensor, labels: torch.Tensor, *, answer_tokens: int) -> tuple[float, torch.Tensor]:
+        """Share of the step's loss of ``labels``, and its gradient into ``hidden``."""
+        if not len(labels):
+            return 0.0, hidden
+        losses = torch.empty(len(labels), device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        for chunk in self._chunks(len(labels)):
+            leaf = hidden[chunk].detach().requires_grad_()
+            values, edge = make_logits(self._skeleton, leaf)
+            losses[chunk], sums = _exponentials(values, labels[chunk])
+            values.div_(sums[:, None] * answer_tokens)
+            values.scatter_add_(1, labels[chunk, None], values.new_full((len(values), 1), -1 / answer_tokens))
+            values = values.to(hidden.dtype)
+            gradient[chunk] = self._pull(edge, leaf, values)
+            del values, edge, leaf  # before the next chunk's are made
+        return total(losses) / answer_tokens, gradient
+
+    def _compare(self, hidden: torch.Tensor, anchors: Anchors) -> tuple[float, torch.Tensor]:
+        """Share of the step's mean divergence of anchored ``hidden``, and the gradient of its part in the loss."""
+        if not len(hidden):
+            return 0.0, hidden
+        divergences = torch.empty(len(hidden), device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        for chunk in pair_chunks(self._skeleton, len(hidden), self._skeleton.vocabulary_rows, self._logit_elements):
+            with torch.no_grad():
+                base, _ = make_logits(self._skeleton, anchors.base[chunk])
+            to_log_probabilities(base)
+            leaf = hidden[chunk].detach().requires_grad_()
+            values, edge = make_logits(self._skeleton, leaf)
+            to_log_probabilities(values)
+            divergences[chunk] = diverge(base, values)
+            del base
+            values = values.mul_(anchors.share).to(hidden.dtype)
+            gradient[chunk] = self._pull(edge, leaf, values)
+            del values, edge, leaf  # before the next chunk's are made
+        return total(divergences) / anchors.tokens, gradient
+
+    def _pull(self, edge: GradientEdge | None, leaf: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The gradient into ``leaf`` of logits with the gradient ``values``; trained parameters get theirs."""
+        pull, *others = torch.autograd.grad(edge, [leaf, *self._trained], values)
+        for parameter, gradient in zip(self._trained, others, strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return pull
 
     def _chunks(self, tokens: int) -> Iterator[slice]:
         return token_chunks(self._skeleton, tokens, self._skeleton.vocabulary_rows, self._logit_elements)

@@ -61,7 +61,8 @@ def logit_bytes(head: HeadShapes, logit_elements: int, *, gradient: bool) -> int
 
     Plain logits exist in the compute dtype and in float32 (in float32: once), then as float32 probabilities in the same
     memory and their copy in the compute dtype. A scaled logit exists before and after. A soft-capped one keeps its tanh
-    for the gradient, whose passing through it makes two more.
+    for the gradient, whose passing through it makes two more. Anchored tokens need no more: their chunks are half as
+    large, and the untouched model's logits add one float32 to each. (Pieces of them, of a few MiB, are not counted.)
     """
     item = head.compute.itemsize
     factor = item if item == 4 else item + 4
@@ -91,3 +92,14 @@ def answer_bytes(head: HeadShapes, answer_tokens: int, slice_rows: int | None, *
         return answer_tokens * head.hidden * 2 * item
     # Hidden states, gradients of the target logits, the float32 sum, and its copy in the compute dtype at the end.
     return answer_tokens * head.hidden * (2 * item + 4 + (item if item != 4 else 0))
+
+
+def anchor_bytes(head: HeadShapes, anchored_tokens: int, slice_rows: int | None) -> int:
+    """What is kept of a micro-batch's anchored tokens beside its answer tokens, as :func:`answer_bytes` counts.
+
+    Both models' hidden states, and what becomes of the gradient.
+    """
+    item = head.compute.itemsize
+    if slice_rows is None:
+        return anchored_tokens * head.hidden * 3 * item
+    return anchored_tokens * head.hidden * (2 * item + 4 + (item if item != 4 else 0))

@@ -63,7 +63,7 @@ def activation_cost(
     widest = max(shape[0] for shape in shapes.values() if len(shape) > 1)
     measured, pairs = True, 0
     try:
-        kept = targets if lora_cost.keeps_inputs(skeleton.dtype, dropout=dropout) else ()
+        kept = () if dropout else targets
         short, long = _PROBE_TOKENS
         few, many = (_saved_bytes(skeleton, index, layer, tokens, kept) for tokens in _PROBE_TOKENS)
         # few = a * short + b * short ** 2, and the same with many and long.

@@ -20,10 +20,37 @@ def token_chunks(skeleton: Skeleton, tokens: int, rows: int, logit_elements: int
         yield slice(start, min(start + size, tokens))
 
 
+def pair_chunks(skeleton: Skeleton, tokens: int, rows: int, logit_elements: int) -> Iterator[slice]:
+    """Half as large, for what makes two models' logits of a chunk at once. (One token's are always made at once.)"""
+    return token_chunks(skeleton, tokens, rows, logit_elements // 2)
+
+
 def answers(output: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [n, hidden] and labels [n] at answer positions."""
     mask = targets != -100
     return output[mask], targets[mask]
+
+
+def send_back(output: torch.Tensor, *parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Send gradients back through ``output``'s graph, all at once; where there are none, nothing happens.
+
+    Parameters
+    ----------
+    output:
+        [rows, tokens, hidden], attached to the graph.
+    parts:
+        Masks bool [rows, tokens], each with the gradients [n, hidden] at its positions. Where masks overlap, gradients
+        add up.
+    """
+    present = [(mask, gradient) for mask, gradient in parts if len(gradient)]
+    if not present:
+        return
+    whole = torch.zeros_like(output)
+    (mask, gradient), *others = present
+    whole[mask] = gradient
+    for mask, gradient in others:
+        whole[mask] += gradient
+    output.backward(whole)
 
 
 def make_logits(skeleton: Skeleton, hidden: torch.Tensor) -> tuple[torch.Tensor, GradientEdge | None]:

@@ -14,25 +14,19 @@ Note = Callable[[torch.Tensor], object]
 def saved_bytes_per_token(widths: Iterable[int], *, rank: int, dtype: torch.dtype, dropout: bool) -> int:
     """Bytes that adapters keep of each token, beside what the layer keeps without them.
 
-    An adapter's parameters are float32, and PEFT turns each module's input into that for it alone. In a float32 model
-    an adapter without dropout keeps the module's input itself, which others may keep as well: that is found by
-    :func:`noting_inputs`, not here.
+    An adapter computes in the layer's dtype. Without dropout it keeps the module's input itself, which others may keep
+    as well: that is found by :func:`noting_inputs`, not here.
 
     Parameters
     ----------
     widths:
         Input width of each adapted module.
     dropout:
-        Whether adapters have dropout: each then keeps its own input after dropout and, as float32 (CUDA: as one byte a
-        value, which is less than said here), the mask.
+        Whether adapters have dropout: each then keeps its own input after dropout and, in the same type (CUDA: as one
+        byte a value, which is less than said here), the mask.
     """
-    copies = 0 if keeps_inputs(dtype, dropout=dropout) else 4
-    return sum(width * (copies + (4 if dropout else 0)) + 4 * rank for width in widths)
-
-
-def keeps_inputs(dtype: torch.dtype, *, dropout: bool) -> bool:
-    """Whether adapters keep the modules' inputs themselves instead of copies of their own."""
-    return dtype == torch.float32 and not dropout
+    copies = 2 if dropout else 0
+    return sum((width * copies + rank) * dtype.itemsize for width in widths)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ MIB = 2**20
 #: What libraries allocate on their first use, and what the allocator cannot give back, fitted on the CPU build.
 _CPU_OVERHEAD_BYTES = 62 * MIB
 #: More of it when many small tensors go to a file and come back.
-_OFFLOAD_OVERHEAD_BYTES = 34 * MIB
+_OFFLOAD_OVERHEAD_BYTES = 22 * MIB
 #: A layer's modules, adapters and names as Python objects.
 _LAYER_OBJECTS_BYTES = 320 << 10
 #: Workspaces of CUDA's libraries and rounding of its allocator: an estimate.
@@ -48,6 +48,13 @@ class Job:
         Whether there is a block that trains a reconstruction head.
     cache_bytes:
         Size of one activation cache, 0 when there is only one block.
+    anchored_tokens:
+        Most anchored tokens of one optimiser step, 0 without an anchor.
+    graph_layers:
+        Layers between two gradient boundaries, where blocks are trained together; None where there is one block at a
+        time.
+    around_bytes:
+        Trained embedding, final norm and LM head with gradients and optimiser state; 0 where they are frozen.
     """
 
     step_tokens: int
@@ -56,6 +63,9 @@ class Job:
     all_tokens: int | None = None
     early_blocks: bool = False
     cache_bytes: int = 0
+    anchored_tokens: int = 0
+    graph_layers: int | None = None
+    around_bytes: int = 0
 
     @property
     def trains(self) -> bool:
@@ -70,9 +80,14 @@ class Job:
         """How many of ``tokens`` there can be."""
         return tokens if self.all_tokens is None else min(tokens, self.all_tokens)
 
+    def depth(self, block: tuple[int, int]) -> int:
+        """Layers that one gradient passes through."""
+        layers = block[1] - block[0]
+        return layers if self.graph_layers is None else min(layers, self.graph_layers)
+
     def boundary_bytes(self, shapes: ModelShapes, block: tuple[int, int]) -> int:
         """Inputs of all layers of a block but the last, for one optimiser step."""
-        return (block[1] - block[0] - 1) * self.step_tokens * shapes.hidden * shapes.itemsize
+        return (self.depth(block) - 1) * self.step_tokens * shapes.hidden * shapes.itemsize
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,15 @@ class Layout:
         return 2 * self.micro_batch_tokens
 
 
+def around_state_bytes(shapes: ModelShapes) -> int:
+    """A trained embedding and LM head: the embedding's values, gradients of both, their moments in float32.
+
+    Also what updating one of them needs for a moment.
+    """
+    elements = shapes.vocabulary * shapes.hidden
+    return elements * (shapes.itemsize + 2 * (shapes.itemsize + 8) + _UPDATE_BYTES)
+
+
 def training_parts(
     shapes: ModelShapes,
     block: tuple[int, int],
@@ -112,6 +136,9 @@ def training_parts(
 
     Parameters
     ----------
+    block:
+        The layers that are on the device, or pass over it, together: those of one block, or of all of them where blocks
+        are trained together.
     boundary_bytes:
         Activations between layers that are kept on the device.
     last:
@@ -119,12 +146,17 @@ def training_parts(
     """
     micro = layout.micro_tokens(job)
     row = shapes.hidden * shapes.itemsize
-    depth = block[1] - block[0]
-    saved = micro * (1 if layout.recompute else depth)
+    layers, together = block[1] - block[0], job.graph_layers is not None
+    saved = micro * (1 if layout.recompute else job.depth(block))
     saved *= shapes.saved_bytes_per_token + shapes.saved_bytes_per_pair * job.longest
+    if not shapes.full:
+        # Adapters compute with copies of their float32 values in the compute dtype.
+        adapters = shapes.trained_parameters(*block) // layers * (1 if layout.recompute else job.depth(block))
+        saved += adapters * shapes.itemsize
     if last:
         answers = job.answers_among(micro)
         losses = _loss_bytes(shapes, layout, answers, gradient=True) + micro * row
+        losses += head_cost.anchor_bytes(shapes.head, min(micro, job.anchored_tokens), layout.head_slice_rows)
         if on_cpu:
             # oneDNN copies a product's operand into an order of its own.
             losses += _logit_elements(shapes, layout, answers) * shapes.itemsize
@@ -132,18 +164,26 @@ def training_parts(
         losses = _RECONSTRUCTION_VALUES * micro * shapes.hidden * 4
     inside = micro * shapes.transient_bytes_per_token
     # Inputs of the block, and of the layer at hand with their gradients; and what is read for the next step.
-    copies = (3 if layout.recompute else 1) + (1 if job.cache_bytes else 0)
-    values, gradients = _state(shapes, block, layout)
+    copies = (3 if layout.recompute else 1) + (1 if job.cache_bytes or together else 0)
+    values, gradients = _state(shapes, block, layout, all_gradients=together and not layout.offload_state)
+    reconstruction = shapes.hidden**2 // 2 * 16 * (-(-layers // job.depth(block)) - 1 if together else 1)
     # A block that is worked on layer by layer has all its gradients only at its bottom, where no boundary is left.
     at_top = losses + boundary_bytes if layout.recompute else losses + gradients
     return {
         "weights": _weights(shapes, block, layout),
-        "head": _head(shapes, layout) if last else shapes.hidden**2 // 2 * 16,
+        "head": _heads(shapes, layout, reconstruction, last=last, together=together and job.early_blocks),
         "activations": saved + max(at_top, inside + gradients),
         "hidden states": copies * job.step_tokens * row,
-        "trained": values,
-        "overhead": _overhead(layout, depth, on_cpu=on_cpu),
+        "trained": values + job.around_bytes,
+        "overhead": _overhead(layout, layers, on_cpu=on_cpu),
     }
+
+
+def _heads(shapes: ModelShapes, layout: Layout, reconstruction: int, *, last: bool, together: bool) -> int:
+    """The LM head or a reconstruction head; both where blocks are trained together."""
+    if together:
+        return _head(shapes, layout) + reconstruction
+    return _head(shapes, layout) if last else reconstruction
 
 
 def training_peak(
@@ -218,7 +258,9 @@ def _loss_bytes(shapes: ModelShapes, layout: Layout, answers: int, *, gradient: 
     )
 
 
-def _state(shapes: ModelShapes, block: tuple[int, int], layout: Layout) -> tuple[int, int]:
+def _state(
+    shapes: ModelShapes, block: tuple[int, int], layout: Layout, *, all_gradients: bool = False
+) -> tuple[int, int]:
     """Trained parameters with their optimiser state, and their gradients."""
     one_layer = max(layer.trained_parameters for layer in shapes.layers)
     all_layers = shapes.trained_parameters(*block)
@@ -227,8 +269,8 @@ def _state(shapes: ModelShapes, block: tuple[int, int], layout: Layout) -> tuple
     values = int((shapes.state_bytes_per_parameter - item) * kept)
     if not shapes.full:
         return values, item * kept
-    # Layers are updated one by one, and matrices one by one within them.
-    gradients = item * (one_layer if layout.recompute else all_layers)
+    # Layers are updated one by one, and matrices one by one within them, unless all are clipped together.
+    gradients = item * (one_layer if layout.recompute and not all_gradients else all_layers)
     return values, gradients + _UPDATE_BYTES * shapes.largest_matrix
 
 

@@ -35,7 +35,8 @@ class MicroBatch:
     Attributes
     ----------
     hidden:
-        [rows, tokens, hidden], input of the first layer of the range, in the compute dtype.
+        [rows, tokens, hidden], input of the first layer of the range, in the compute dtype. If it requires a gradient,
+        :meth:`LayerPool.accumulate` sends it one.
     calls:
         One entry per layer of the model.
     """
@@ -83,6 +84,8 @@ class NoState:
 class LayerPool(Protocol):
     """The layers of one block."""
 
+    first: int
+    end: int
     layers: list[nn.Module]
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
@@ -94,7 +97,13 @@ class LayerPool(Protocol):
         ...
 
     def accumulate(
-        self, batches: Iterable[MicroBatch], loss_backward: LossBackward, dropout_seed: DropoutSeed | None = None
+        self,
+        batches: Iterable[MicroBatch],
+        loss_backward: LossBackward,
+        dropout_seed: DropoutSeed | None = None,
+        *,
+        first: int | None = None,
+        end: int | None = None,
     ) -> float:
         """Add the gradients of one optimiser step to the trainable parameters.
 
@@ -106,6 +115,9 @@ class LayerPool(Protocol):
             Sees each micro-batch's output. Its values, already weighted for the whole step, are summed.
         dropout_seed:
             Seeds the random state before a layer runs on a micro-batch, so that running it again repeats its dropout.
+        first, end:
+            The part of the range to run (all of it by default): ``batches`` are its inputs, and the loss is that of its
+            outputs.
 
         Returns
         -------
@@ -172,22 +184,31 @@ class ResidentLayers:
             on_output(number, self.forward(batch))
 
     def accumulate(
-        self, batches: Iterable[MicroBatch], loss_backward: LossBackward, dropout_seed: DropoutSeed | None = None
+        self,
+        batches: Iterable[MicroBatch],
+        loss_backward: LossBackward,
+        dropout_seed: DropoutSeed | None = None,
+        *,
+        first: int | None = None,
+        end: int | None = None,
     ) -> float:
         """See :class:`LayerPool`. Micro-batches are read one at a time, each once, in order."""
+        part = part_of(self, first, end)
         total = 0.0
         for number, batch in enumerate(batches):
-            total += loss_backward(number, self._run(batch, number, dropout_seed))
-        for index in reversed(range(self.first, self.end)):
+            total += loss_backward(number, self._run(batch, number, dropout_seed, part))
+        for index in reversed(part):
             self._state.after_backward(index)
         return total
 
-    def _run(self, batch: MicroBatch, number: int, dropout_seed: DropoutSeed | None) -> torch.Tensor:
+    def _run(
+        self, batch: MicroBatch, number: int, dropout_seed: DropoutSeed | None, part: range | None = None
+    ) -> torch.Tensor:
         hidden = batch.hidden
-        for index, layer in enumerate(self.layers, start=self.first):
+        for index in part_of(self, None, None) if part is None else part:
             if dropout_seed is not None:
                 torch.manual_seed(dropout_seed(index, number))
-            hidden = batch.calls[index].run(layer, hidden)
+            hidden = batch.calls[index].run(self.layers[index - self.first], hidden)
         return hidden
 
     def modules(self) -> list[nn.Module]:
@@ -204,6 +225,20 @@ class ResidentLayers:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def part_of(pool: LayerPool, first: int | None, end: int | None) -> range:
+    """The layers of a pool, or a part of them; both ends default to the pool's.
+
+    Raises
+    ------
+    ValueError
+        The part is empty or not within the pool.
+    """
+    part = range(pool.first if first is None else first, pool.end if end is None else end)
+    if not pool.first <= part.start < part.stop <= pool.end:
+        raise ValueError(f"layers {part.start} to {part.stop} of a pool of layers {pool.first} to {pool.end}")
+    return part
 
 
 def load_layer(store: Store, skeleton: Skeleton, index: int, *, device: torch.device, dequantize: bool) -> LayerShell:

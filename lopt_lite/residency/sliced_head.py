@@ -8,11 +8,14 @@ logits of a token, t its target, h its hidden state, and sums over all j but t::
 
 m, s and A are kept as slices pass (s and A are scaled down when m grows). That the target stays out of the sums is what
 makes low precision safe: with it in them, a confidently predicted target would cancel out of two large rounded numbers.
+Anchored tokens take a second pass (:mod:`lopt_lite.residency.sliced_anchor`) and share the first one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,8 +23,10 @@ from torch.nn import functional
 
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
-from lopt_lite.residency.logits import answers, make_logits, token_chunks, total
+from lopt_lite.residency.anchors import Anchors
+from lopt_lite.residency.logits import answers, make_logits, send_back, token_chunks, total
 from lopt_lite.residency.slabs import ShardStream
+from lopt_lite.residency.sliced_anchor import SlicedAnchor
 
 #: Tokens whose targets' rows are gathered at once. Always so many, since every new shape of a product costs time and
 #: memory on the CPU, where kernels are compiled for it and kept.
@@ -62,20 +67,32 @@ class SlicedHead:
 
     def loss_backward(self, output: torch.Tensor, targets: torch.Tensor, *, answer_tokens: int) -> float:
         """See :meth:`~lopt_lite.residency.head.AnswerHead.loss_backward`."""
-        hidden, labels = answers(output, targets)
-        if not len(labels):
+        sums = _Sums(*answers(output.detach(), targets), with_gradient=True)
+        if not len(sums.labels):
             return 0.0
-        sums = _Sums(hidden.detach(), labels, with_gradient=True)
-        self._pass_slices(sums)
-        hidden.backward(sums.gradient(answer_tokens))
+        self._pass_slices(partial(self._add_answers, sums))
+        send_back(output, (targets != -100, sums.gradient(answer_tokens)))
         return total(sums.losses()) / answer_tokens
+
+    def anchored_loss_backward(
+        self, output: torch.Tensor, targets: torch.Tensor, anchors: Anchors, *, answer_tokens: int
+    ) -> tuple[float, float]:
+        """See :meth:`~lopt_lite.residency.head.AnswerHead.anchored_loss_backward`."""
+        loss, kl, gradient, anchored_gradient = self._predict_and_compare(output, targets, anchors, answer_tokens)
+        send_back(output, (targets != -100, gradient), (anchors.mask, anchored_gradient))
+        return loss, kl
+
+    def train(self, parameters: Sequence[nn.Parameter]) -> None:
+        """See :meth:`~lopt_lite.residency.head.AnswerHead.train`."""
+        if parameters:
+            raise ValueError(f"{len(parameters)} parameters to be trained with an LM head that is read in slices")
 
     @torch.no_grad()
     def loss_sum(self, output: torch.Tensor, targets: torch.Tensor) -> float:
         """See :meth:`~lopt_lite.residency.head.AnswerHead.loss_sum`."""
         sums = _Sums(*answers(output, targets), with_gradient=False)
         if len(sums.labels):
-            self._pass_slices(sums)
+            self._pass_slices(partial(self._add_answers, sums))
         return total(sums.losses())
 
     def place_for_generation(self) -> None:
@@ -87,8 +104,8 @@ class SlicedHead:
         logits = hidden.new_empty(*hidden.shape[:-1], self._bounds[-1][1])
         for number, (start, end) in enumerate(self._bounds):
             with self._stream.item(number, self._upcoming(number)) as tensors:
-                bias = None if self._bias is None else self._bias[start:end]
-                logits[..., start:end] = functional.linear(hidden, tensors["weight"].to(hidden.dtype), bias)
+                weight = tensors["weight"].to(hidden.dtype)
+                logits[..., start:end] = functional.linear(hidden, weight, self._bias_of(number))
         return logits
 
     def close(self) -> None:
@@ -100,19 +117,51 @@ class SlicedHead:
         # After the last slice the first: it will be there when the next loss is asked for.
         return [(number + 1) % len(self._bounds)]
 
-    def _pass_slices(self, sums: _Sums) -> None:
+    def _predict_and_compare(
+        self, output: torch.Tensor, targets: torch.Tensor, anchors: Anchors, answer_tokens: int
+    ) -> tuple[float, float, torch.Tensor, torch.Tensor]:
+        """Shares of the step's loss and of its divergence, and their gradients at their positions."""
+        sums = _Sums(*answers(output.detach(), targets), with_gradient=True)
+        anchored = SlicedAnchor(self._skeleton, output, anchors, logit_elements=self._logit_elements)
+
+        def first(number: int, weight: torch.Tensor) -> None:
+            self._add_answers(sums, number, weight)
+            self._place(number, weight)
+            anchored.normalise(len(weight))
+
+        def second(number: int, weight: torch.Tensor) -> None:
+            self._place(number, weight)
+            anchored.compare(len(weight))
+
+        if len(sums.labels) or len(anchored):
+            self._pass_slices(first)
+        if len(anchored):
+            self._pass_slices(second)
+        loss = total(sums.losses()) / answer_tokens if len(sums.labels) else 0.0
+        kl = total(anchored.divergences()) / anchors.tokens if len(anchored) else 0.0
+        return loss, kl, sums.gradient(answer_tokens), anchored.gradient()
+
+    def _bias_of(self, number: int) -> torch.Tensor | None:
+        start, end = self._bounds[number]
+        return None if self._bias is None else self._bias[start:end]
+
+    def _place(self, number: int, weight: torch.Tensor) -> None:
+        self._skeleton.place_head(weight, self._bias_of(number))
+
+    def _pass_slices(self, visit: Callable[[int, torch.Tensor], None]) -> None:
+        """Call ``visit`` with every slice's number and weight, in the compute dtype."""
         for number in range(len(self._bounds)):
             with self._stream.item(number, self._upcoming(number)) as tensors:
                 try:
-                    self._pass_slice(number, tensors["weight"].to(self._skeleton.dtype), sums)
+                    visit(number, tensors["weight"].to(self._skeleton.dtype))
                 finally:
                     self._skeleton.place_head(None)
 
-    def _pass_slice(self, number: int, weight: torch.Tensor, sums: _Sums) -> None:
+    def _add_answers(self, sums: _Sums, number: int, weight: torch.Tensor) -> None:
         start, end = self._bounds[number]
-        bias = None if self._bias is None else self._bias[start:end]
+        bias = self._bias_of(number)
         for chunk in token_chunks(self._skeleton, len(sums.labels), end - start, self._logit_elements):
-            self._skeleton.place_head(weight, bias)
+            self._place(number, weight)
             self._pass_chunk(chunk, start, end, sums)
             if not sums.with_gradient:
                 continue

@@ -24,7 +24,16 @@ from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.devices import release_cached_memory
 from lopt_lite.residency.layer_loader import LayerShell, quantised_linears
-from lopt_lite.residency.pool import DropoutSeed, LayerState, LossBackward, MicroBatch, NoState, OnLayer, load_layer
+from lopt_lite.residency.pool import (
+    DropoutSeed,
+    LayerState,
+    LossBackward,
+    MicroBatch,
+    NoState,
+    OnLayer,
+    load_layer,
+    part_of,
+)
 from lopt_lite.residency.slabs import ShardStream
 from lopt_lite.residency.spill import Spill, SpillLimits
 
@@ -139,22 +148,32 @@ class StreamedLayers:
             on_output(number, hidden[number])
 
     def accumulate(
-        self, batches: Iterable[MicroBatch], loss_backward: LossBackward, dropout_seed: DropoutSeed | None = None
+        self,
+        batches: Iterable[MicroBatch],
+        loss_backward: LossBackward,
+        dropout_seed: DropoutSeed | None = None,
+        *,
+        first: int | None = None,
+        end: int | None = None,
     ) -> float:
         """See :class:`LayerPool`."""
         self._boundaries.clear()
         parts = list(batches)
-        top = self.end - 1
-        upwards, downwards = list(range(self.first, top)), list(range(top - 1, self.first - 1, -1))
+        layers = part_of(self, first, end)
+        bottom, top = layers.start, layers.stop - 1
+        upwards, downwards = list(range(bottom, top)), list(range(top - 1, bottom - 1, -1))
+        # What comes after this part: the next one, or the first one again.
+        following = [layers.stop if layers.stop < self.end else self.first]
         total_passes = len(upwards) + 1 + len(downwards)
-        trains_below = self._layers_with_trained_ones_below()
+        wants_input_gradient = any(part.hidden.requires_grad for part in parts)
+        trains_below = self._layers_with_trained_ones_below(layers, wants_input_gradient)
 
         def run(index: int, layer: nn.Module, number: int, hidden: torch.Tensor) -> torch.Tensor:
             if dropout_seed is not None:
                 torch.manual_seed(dropout_seed(index, number))
             return parts[number].calls[index].run(layer, hidden)
 
-        hidden = [part.hidden for part in parts]
+        hidden = [part.hidden.detach() for part in parts]
         returns = top in trains_below
         for position, index in enumerate(upwards):
             with self.loaded(index, [*upwards[position + 1 :], top]) as layer, torch.no_grad():
@@ -167,8 +186,7 @@ class StreamedLayers:
 
         loss = 0.0
         gradients: list[torch.Tensor | None] = []
-        # A step that only goes up begins the next one at the first layer.
-        with self.loaded(top, downwards if returns else [self.first]) as layer:
+        with self.loaded(top, downwards if returns else following) as layer:
             for number in range(len(parts)):
                 inner = hidden[number].detach().requires_grad_(returns)
                 loss += loss_backward(number, run(top, layer, number, inner))
@@ -180,7 +198,7 @@ class StreamedLayers:
         for position, index in enumerate(downwards):
             if not returns or not any(gradient is not None for gradient in gradients):
                 break
-            with self.loaded(index, downwards[position + 1 :]) as layer:
+            with self.loaded(index, [*downwards[position + 1 :], *following]) as layer:
                 for number in range(len(parts)):
                     inner = self._boundaries.take((index, number)).requires_grad_(index in trains_below)
                     output = run(index, layer, number, inner)
@@ -189,6 +207,9 @@ class StreamedLayers:
                     gradients[number] = inner.grad
                 self._state.after_backward(index)
             self._on_pass(len(upwards) + 1 + position + 1, total_passes)
+        for part, gradient in zip(parts, gradients, strict=True):
+            if part.hidden.requires_grad and gradient is not None:
+                torch.autograd.backward(part.hidden, gradient)
         return loss
 
     def modules(self) -> list[nn.Module]:
@@ -210,14 +231,14 @@ class StreamedLayers:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _layers_with_trained_ones_below(self) -> set[int]:
-        """Layers through which a gradient must pass, because one of the range under them has trainable parameters."""
+    def _layers_with_trained_ones_below(self, part: range, input_trains: bool) -> set[int]:
+        """Layers of ``part`` whose input needs a gradient: something under them is trained, or the part's input is."""
         found: set[int] = set()
-        below = False
-        for index, layer in enumerate(self.layers, start=self.first):
+        below = input_trains
+        for index in part:
             if below:
                 found.add(index)
-            below = below or any(p.requires_grad for p in layer.parameters())
+            below = below or any(p.requires_grad for p in self.layers[index - self.first].parameters())
         return found
 
     @contextmanager

@@ -1,7 +1,8 @@
-"""Held-out loss and perplexity of the base and the tuned model, one block on the device at a time."""
+"""Held-out loss, perplexity and task scores of the base and the tuned model, one block on the device at a time."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 
@@ -14,12 +15,13 @@ from lopt_lite.outcomes import EvaluateOutcome
 from lopt_lite.residency.block_major import WAITING, held_out_losses
 from lopt_lite.residency.choices import Memory, choose_residence
 from lopt_lite.residency.memory_model import Job
+from lopt_lite.results.harness import task_scores
 from lopt_lite.results.open_run import OpenRun, open_run
 from lopt_lite.settings import EvaluateSettings, parse_memory
 
 
 def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> EvaluateOutcome:
-    """Compare base and tuned model on held-out examples (``lopt-lite evaluate``).
+    """Compare base and tuned model on held-out examples, on tasks, or on both (``lopt-lite evaluate``).
 
     With an adapter both models run side by side through each loaded block, so every layer is loaded once. A model that
     was tuned in full runs after its base.
@@ -29,27 +31,43 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
     RunDirectoryError
         The run is not finished.
     DataError
-        The data cannot be used.
+        The data, or a task, cannot be used.
+    SettingsError
+        A task is not known, or lm-eval is not installed.
     """
     device = devices.choose_device(settings.device)
     if settings.memory != "auto":
         devices.return_freed_memory(device)
+    peak = devices.PeakMemory(device)
     run = open_run(settings.run, device)
+    outcome = EvaluateOutcome(run=settings.run)
     try:
-        dataset, _ = load_dataset(
-            settings.data,
-            run.tokenizer,
-            max_length=settings.max_length or run.settings.max_length,
-            skip_bad_lines=settings.skip_bad_lines,
-            on_event=on_event,
-        )
         with devices.memory_limited(device, parse_memory(settings.memory)):
-            base, tuned = _losses(run, dataset, settings, on_event)
+            if settings.data is not None:
+                outcome = _with_losses(outcome, run, settings.data, settings, on_event)
+                devices.release_everything(device)
+            if settings.tasks is not None:
+                outcome = dataclasses.replace(outcome, tasks=task_scores(run, settings, on_event=on_event))
     finally:
         run.close()
-    return EvaluateOutcome(
-        run=settings.run,
-        data=settings.data,
+    return dataclasses.replace(outcome, device_peak_bytes=peak.read())
+
+
+def _with_losses(
+    outcome: EvaluateOutcome, run: OpenRun, data: str, settings: EvaluateSettings, on_event: OnEvent
+) -> EvaluateOutcome:
+    """The outcome with what the examples of the file ``data`` gave."""
+    dataset, _ = load_dataset(
+        data,
+        run.tokenizer,
+        max_length=settings.max_length or run.settings.max_length,
+        skip_bad_lines=settings.skip_bad_lines,
+        on_event=on_event,
+    )
+    base, tuned = _losses(run, dataset, settings, on_event)
+    return dataclasses.replace(
+        outcome,
+        data=data,
         examples=len(dataset),
         answer_tokens=int(dataset.target_counts.sum()),
         base_loss=base,

@@ -43,7 +43,7 @@ def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> Generate
 
 @torch.no_grad()
 def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
-    skeleton = run.skeleton
+    skeleton, store = (run.skeleton, run.store) if settings.base else (run.tuned_skeleton, run.tuned_store)
     whole = [(0, skeleton.layer_count)]
     prompt = load_prompt(run.tokenizer, settings.prompt)
     ids = torch.as_tensor([list(prompt)], dtype=torch.long, device=run.device)
@@ -58,7 +58,7 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
     state = stack.enter_context(run.put_aside(residence))
     pool = open_layers(
         residence,
-        run.store if settings.base else run.tuned_store,
+        store,
         skeleton,
         0,
         skeleton.layer_count,
@@ -69,7 +69,7 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
     )
     head = open_head(
         skeleton,
-        run.store,
+        store,
         device=run.device,
         logit_elements=residence.logit_elements,
         slice_rows=residence.head_slice_rows,

@@ -55,6 +55,8 @@ class OpenRun:
     store, tuned_store:
         The weights of the base model, and those below the adapter: the same, unless the model was tuned in full. Then
         the latter are the result, and ``adapters`` is empty.
+    skeleton, tuned_skeleton:
+        Each with the tensors outside the layers of its store.
     """
 
     paths: RunPaths
@@ -62,6 +64,7 @@ class OpenRun:
     store: Store
     tuned_store: Store
     skeleton: Skeleton
+    tuned_skeleton: Skeleton
     tokenizer: Any
     blocks: list[Block]
     adapters: Mapping[int, dict[str, torch.Tensor]]
@@ -134,18 +137,25 @@ def open_run(run: str, device: torch.device) -> OpenRun:
         raise RunDirectoryError(f"the {what} of the run in {run} is gone", fix="train again with --fresh")
     store_directory = paths.store if paths.store.is_dir() else Path(content["store"])
     store = Store(store_directory)
-    model = locate_model(str(store_directory))
-    skeleton = Skeleton(model, dtype=DTYPES[settings.dtype])
-    skeleton.set_embedding_reader(lambda ids: store.embedding_rows(skeleton, ids))
-    skeleton.place_root_tensors(store.root(skeleton), device)
+    skeleton = _skeleton_of(store, settings, device)
+    tuned_store = Store(paths.model) if full else store
     return OpenRun(
         paths=paths,
         settings=settings,
         store=store,
-        tuned_store=Store(paths.model) if full else store,
+        tuned_store=tuned_store,
         skeleton=skeleton,
-        tokenizer=load_tokenizer(model),
+        tuned_skeleton=_skeleton_of(tuned_store, settings, device) if full else skeleton,
+        tokenizer=load_tokenizer(locate_model(str(store_directory))),
         blocks=plan_blocks(skeleton.layer_count, settings.objectives()),
         adapters={} if full else StoredAdapter(paths.adapter, skeleton),
         device=device,
     )
+
+
+def _skeleton_of(store: Store, settings: TrainSettings, device: torch.device) -> Skeleton:
+    """The skeleton of a store, reading its embeddings from it."""
+    skeleton = Skeleton(locate_model(str(store.directory)), dtype=DTYPES[settings.dtype])
+    skeleton.set_embedding_reader(lambda ids: store.embedding_rows(skeleton, ids))
+    skeleton.place_root_tensors(store.root(skeleton), device)
+    return skeleton

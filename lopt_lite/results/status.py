@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,28 @@ from lopt_lite.training.metrics import read_metrics
 from lopt_lite.training.run_directory import RESULT_FACTS, RunPaths, read_settings
 
 _RECENT_STEPS = 20
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Blocks that are trained together (``first`` to ``end``, exclusive; one, unless the schedule is joint)."""
+
+    index: int
+    first: int
+    end: int
+    objective: str
+    done: bool
+    fit_steps: int
+    train_steps: int
+    fit_done: int
+    train_done: int
+
+    @property
+    def left(self) -> dict[str, int]:
+        """Steps still to do, by phase."""
+        if self.done:
+            return {}
+        return {"head-fit": self.fit_steps - self.fit_done, "train": self.train_steps - self.train_done}
 
 
 def status(run: str | Path) -> StatusOutcome:
@@ -29,10 +53,14 @@ def status(run: str | Path) -> StatusOutcome:
     metrics = read_metrics(paths.metrics)
     pid = holder_pid(paths.root)
     finished = any(_last(facts, name) is not None for name in RESULT_FACTS)
-    blocks = _blocks(content["settings"], facts, metrics)
-    result = "model" if content["settings"].get("tune") == "full" else "adapter"
+    settings = content["settings"]
+    stages = _stages(settings, facts, metrics)
+    blocks = _blocks(settings, stages)
+    per_epoch = _steps_per_epoch(settings, facts)
+    left = _seconds_left(stages, _Paces(settings, stages, facts, metrics), facts, steps_per_epoch=per_epoch)
+    result = "model" if settings.get("tune") == "full" else "adapter"
     before = _last(facts, "validation", epoch=0)
-    after = _last(facts, "validation", epoch=content["settings"]["epochs"])
+    after = _last(facts, "validation", epoch=settings["epochs"])
     losses = [m["loss"] for m in metrics if m.get("phase") == "train"]
     return StatusOutcome(
         run=str(run),
@@ -42,11 +70,11 @@ def status(run: str | Path) -> StatusOutcome:
         data=str(content["data"]["given"]),
         store_done=_last(facts, "store-ready") is not None,
         blocks=tuple(blocks),
-        next="nothing, the run is done" if finished else _next(blocks, facts, result),
+        next="nothing, the run is done" if finished else _next(stages, len(blocks), facts, result),
         last_loss=losses[-1] if losses else None,
         loss_before=before["loss"] if before else None,
         loss_after=after["loss"] if after else None,
-        seconds_left=0.0 if finished else _seconds_left(blocks, metrics),
+        seconds_left=0.0 if finished else left,
     )
 
 
@@ -56,40 +84,116 @@ def _last(facts: list[Fact], name: str, **match: Any) -> Fact | None:
     )
 
 
-def _blocks(settings: dict[str, Any], facts: list[Fact], metrics: list[dict[str, Any]]) -> list[BlockStatus]:
+def _objectives(settings: dict[str, Any]) -> list[str]:
+    """Of each block."""
     early = [name.strip() for name in str(settings["objective"]).split(",")]
     count = int(settings["blocks"])
-    objectives = [*(early * (count - 1) if len(early) == 1 else early)[: count - 1], "task"]
+    return [*(early * (count - 1) if len(early) == 1 else early)[: count - 1], "task"]
+
+
+def _stages(settings: dict[str, Any], facts: list[Fact], metrics: list[dict[str, Any]]) -> list[_Stage]:
+    objectives = _objectives(settings)
+    joint = settings.get("schedule") == "joint"
+    ranges = [(0, len(objectives))] if joint else [(index, index + 1) for index in range(len(objectives))]
+    stages = []
+    for index, (first, end) in enumerate(ranges):
+        mine = objectives[first:end]
+        per_epoch = _steps_per_epoch(settings, facts)
+        done_steps = {m["phase"]: int(m["step"]) for m in metrics if m.get("block") == index}
+        fit_steps = per_epoch * settings["head_fit_epochs"] if "reconstruct" in mine else 0
+        stages.append(
+            _Stage(
+                index=index,
+                first=first,
+                end=end,
+                objective="joint" if joint and len(mine) > 1 else mine[0],
+                done=_last(facts, "block", block=end - 1) is not None,
+                fit_steps=fit_steps,
+                train_steps=0 if set(mine) == {"none"} else per_epoch * settings["epochs"],
+                fit_done=fit_steps if "train" in done_steps else done_steps.get("head-fit", 0),
+                train_done=done_steps.get("train", 0),
+            )
+        )
+    return stages
+
+
+def _steps_per_epoch(settings: dict[str, Any], facts: list[Fact]) -> int:
     started = _last(facts, "started")
-    per_epoch = math.ceil(started["examples"] / settings["batch_size"]) if started else 0
+    return math.ceil(started["examples"] / settings["batch_size"]) if started else 0
+
+
+def _blocks(settings: dict[str, Any], stages: list[_Stage]) -> list[BlockStatus]:
+    objectives = _objectives(settings)
     blocks = []
-    for index, objective in enumerate(objectives):
-        fit_steps = per_epoch * settings["head_fit_epochs"] if objective == "reconstruct" else 0
-        steps = 0 if objective == "none" else fit_steps + per_epoch * settings["epochs"]
-        mine = [m for m in metrics if m.get("block") == index]
-        step = mine[-1]["step"] + (fit_steps if mine[-1]["phase"] == "train" else 0) if mine else 0
-        done = _last(facts, "block", block=index) is not None
-        state = "done" if done else "training" if mine else "waiting"
-        blocks.append(BlockStatus(block=index, objective=objective, state=state, step=step, steps=steps))
+    for stage in stages:
+        step = stage.fit_done + stage.train_done
+        state = "done" if stage.done else "training" if step else "waiting"
+        for index in range(stage.first, stage.end):
+            steps = stage.fit_steps + stage.train_steps
+            blocks.append(BlockStatus(block=index, objective=objectives[index], state=state, step=step, steps=steps))
     return blocks
 
 
-def _next(blocks: list[BlockStatus], facts: list[Fact], result: str) -> str:
+def _next(stages: list[_Stage], blocks: int, facts: list[Fact], result: str) -> str:
     if _last(facts, "store-ready") is None:
         return "prepare the weights"
-    for block in blocks:
-        name = f"block {block.block + 1} of {len(blocks)}"
-        if block.state != "done":
-            return f"train {name} ({block.objective}), step {block.step} of {block.steps}"
-        if block.block < len(blocks) - 1 and _last(facts, "cache", block=block.block + 1) is None:
+    for stage in stages:
+        name = f"block {stage.end} of {blocks}" if stage.end - stage.first == 1 else f"all {blocks} blocks together"
+        if not stage.done:
+            step = f"step {stage.fit_done + stage.train_done} of {stage.fit_steps + stage.train_steps}"
+            return f"train {name} ({stage.objective}), {step}"
+        if stage.end < blocks and _last(facts, "cache", block=stage.end) is None:
             return f"cache the outputs of {name}"
     return f"write the {result}"
 
 
-def _seconds_left(blocks: list[BlockStatus], metrics: list[dict[str, Any]]) -> float | None:
-    """Steps still to do, at the pace of the newest ones."""
-    recent = metrics[-_RECENT_STEPS:]
-    if not recent:
+class _Paces:
+    """Seconds of a step, by what is trained and in which phase: a step that fits a head is a forward pass only."""
+
+    def __init__(
+        self, settings: dict[str, Any], stages: list[_Stage], facts: list[Fact], metrics: list[dict[str, Any]]
+    ) -> None:
+        self._objectives = {stage.index: stage.objective for stage in stages}
+        self._metrics = [m for m in metrics if m.get("block") in self._objectives and m.get("tokens_per_s")]
+        # Through the layers: forward; back for the inputs' gradients, and for those of weights that are trained
+        # themselves; forward again where activations were not kept.
+        residence = _last(facts, "residence")
+        again = 1 if residence is not None and residence.get("recompute") else 0
+        self._passes = {"head-fit": 1, "train": (3 if settings.get("tune") == "full" else 2) + again}
+
+    def seconds(self, stage: _Stage, phase: str) -> float | None:
+        """Of one step: as it is now; or else as it was in the newest stage that is most alike; None before any step.
+
+        Blocks differ by one layer at most, so that a step of one says how long a step of another takes.
+        """
+        other = "train" if phase == "head-fit" else "head-fit"
+        return (
+            self._mean(phase, lambda index: index == stage.index)
+            or self._mean(phase, lambda index: self._objectives[index] == stage.objective)
+            or self._mean(phase, lambda index: True)
+            or self._converted(other, phase)
+        )
+
+    def forward_seconds(self) -> float | None:
+        """Of a pass of one step's examples through a block."""
+        return self._mean("head-fit", lambda index: True) or self._converted("train", "head-fit")
+
+    def _converted(self, seen: str, phase: str) -> float | None:
+        seconds = self._mean(seen, lambda index: True)
+        return None if seconds is None else seconds * self._passes[phase] / self._passes[seen]
+
+    def _mean(self, phase: str, is_meant: Callable[[int], bool]) -> float | None:
+        """Over the newest steps of the newest stage that is meant."""
+        found = [m for m in self._metrics if m["phase"] == phase and is_meant(m["block"])]
+        newest = [m for m in found if m["block"] == found[-1]["block"]][-_RECENT_STEPS:]
+        return sum(m["tokens"] / m["tokens_per_s"] for m in newest) / len(newest) if newest else None
+
+
+def _seconds_left(stages: list[_Stage], paces: _Paces, facts: list[Fact], *, steps_per_epoch: int) -> float | None:
+    """Of the steps still to do and the caches still to write, each at its own pace; None before the first step."""
+    parts = [(count, paces.seconds(stage, phase)) for stage in stages for phase, count in stage.left.items() if count]
+    caches = sum(_last(facts, "cache", block=stage.index) is None for stage in stages[1:])
+    parts.append((caches * steps_per_epoch, paces.forward_seconds()))
+    if any(seconds is None for _, seconds in parts):
         return None
-    seconds = sum(m["tokens"] / m["tokens_per_s"] for m in recent) / len(recent)
-    return seconds * sum(b.steps - b.step for b in blocks if b.state != "done")
+    return sum(count * seconds for count, seconds in parts if seconds is not None)

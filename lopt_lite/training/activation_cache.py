@@ -53,6 +53,9 @@ class CacheLayout:
         Largest batch of the pass that writes the cache; a shard holds whole batches.
     cache:
         How tokens are stored: see :class:`CacheFormat`.
+    kept:
+        int64 [examples], how many tokens of each example are stored; None for all. An example without any is in no
+        batch.
     """
 
     def __init__(
@@ -64,22 +67,26 @@ class CacheLayout:
         max_tokens: int,
         max_rows: int,
         cache: Cache = "exact",
+        kept: torch.Tensor | None = None,
     ) -> None:
         self.lengths = lengths
         self.format = CacheFormat(cache, hidden_size, dtype)
         self.shards: list[list[list[int]]] = []
         self.shard_tokens: list[int] = []
-        self._sizes: list[int] = lengths.tolist()
+        sizes: list[int] = lengths.tolist()
+        self._kept: list[int] = sizes if kept is None else kept.tolist()
         self._place: list[tuple[int, int]] = [(0, 0)] * len(lengths)
         token_bytes = self.format.token_bytes
-        for batch in length_sorted_batches(self._sizes, max_tokens=max_tokens, max_rows=max_rows):
+        stored = [example for example, count in enumerate(self._kept) if count]
+        sorted_ = length_sorted_batches([sizes[e] for e in stored], max_tokens=max_tokens, max_rows=max_rows)
+        for batch in ([stored[position] for position in positions] for positions in sorted_):
             if not self.shards or self.shard_tokens[-1] * token_bytes >= _SHARD_BYTES:
                 self.shards.append([])
                 self.shard_tokens.append(0)
             self.shards[-1].append(batch)
             for example in batch:
                 self._place[example] = (len(self.shards) - 1, self.shard_tokens[-1])
-                self.shard_tokens[-1] += self._sizes[example]
+                self.shard_tokens[-1] += self._kept[example]
         self.total_bytes = sum(self.shard_tokens) * token_bytes
 
     def place(self, example: int) -> tuple[int, int]:
@@ -87,8 +94,8 @@ class CacheLayout:
         return self._place[example]
 
     def length(self, example: int) -> int:
-        """Tokens of an example."""
-        return self._sizes[example]
+        """Stored tokens of an example."""
+        return self._kept[example]
 
     def specs(self, shard: int) -> list[TensorSpec]:
         """The tensors of a shard's file, in file order."""
@@ -211,6 +218,16 @@ class ActivationCache:
             stored = {part: self._rows(_tensor_name(part, shard), start, start + length) for part in parts}
             hidden[row, :length] = layout.format.decode(stored)
         return hidden
+
+    def rows(self, examples: Sequence[int]) -> torch.Tensor:
+        """The stored activations of some examples one after the other, [tokens, hidden] on the CPU; exact format."""
+        layout = self._layout
+        parts = [torch.empty(0, layout.format.hidden_size, dtype=layout.format.dtype)]
+        for example in examples:
+            shard, start = layout.place(example)
+            if length := layout.length(example):
+                parts.append(self._rows(_tensor_name("hidden", shard), start, start + length))
+        return torch.cat(parts)
 
     def close(self) -> None:
         """Close the shard files and let go of what was kept."""

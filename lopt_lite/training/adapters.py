@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.seeds import derive_seed
@@ -14,6 +15,7 @@ from lopt_lite.settings import TrainSettings
 from lopt_lite.training.targets import target_names
 
 _ADAPTER = "default"
+_HALVES = ("lora_A", "lora_B")
 
 
 def lora_config(settings: TrainSettings, targets: list[str]) -> LoraConfig:
@@ -32,7 +34,9 @@ def attach_adapter(layer: nn.Module, index: int, *, skeleton: Skeleton, settings
     """Put a new adapter on a layer; its start depends on (seed, layer) alone.
 
     Parameters are float32 whatever the layer's dtype, because updates of a small learning rate would be lost in
-    bfloat16. Nothing else of the layer is trainable afterwards.
+    bfloat16; products are made in the layer's dtype, from copies of them. (By itself PEFT turns every input into
+    float32, which made a training step of SmolLM2-135M 1.4 times as long on the CPU.) Nothing else of the layer is
+    trainable afterwards.
     """
     targets = target_names(skeleton, index, settings)
     if not targets:
@@ -56,12 +60,35 @@ def attach_adapter(layer: nn.Module, index: int, *, skeleton: Skeleton, settings
         for module in layer.modules():
             if isinstance(module, BaseTunerLayer):
                 module.reset_lora_parameters(_ADAPTER, True)
+    if skeleton.dtype != torch.float32:
+        _compute_in(skeleton.dtype, layer)
+
+
+class _Cast(nn.Module):
+    """Parametrisation of a float32 weight that is used in another dtype; gradients go through to the original."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(self._dtype)
+
+
+def _compute_in(dtype: torch.dtype, layer: nn.Module) -> None:
+    for module in layer.modules():
+        if isinstance(module, BaseTunerLayer):
+            for half in _HALVES:
+                # Unsafe: the dtype is meant to change.
+                parametrize.register_parametrization(
+                    getattr(module, half)[_ADAPTER], "weight", _Cast(dtype), unsafe=True
+                )
 
 
 def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """A layer's adapter parameters by PEFT's file name within the layer (``self_attn.q_proj.lora_A.weight``)."""
     return {
-        name.replace(f".{_ADAPTER}.", "."): parameter
+        name.replace(f".{_ADAPTER}.", ".").replace(".parametrizations.weight.original", ".weight"): parameter
         for name, parameter in layer.named_parameters()
         if ".lora_A." in name or ".lora_B." in name
     }

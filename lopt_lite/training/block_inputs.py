@@ -39,14 +39,20 @@ class BlockInputs(Protocol):
 
 
 class EmbeddedInputs:
-    """The first block's inputs: embedding rows gathered from the store's file, batch by batch."""
+    """The first block's inputs: embedding rows gathered batch by batch, as the skeleton's reader gives them.
 
-    def __init__(self, skeleton: Skeleton, device: torch.device) -> None:
-        self._skeleton, self._device = skeleton, device
+    Parameters
+    ----------
+    trains:
+        Whether the rows are trained: gradients go through the inputs to them.
+    """
+
+    def __init__(self, skeleton: Skeleton, device: torch.device, *, trains: bool = False) -> None:
+        self._skeleton, self._device, self._trains = skeleton, device, trains
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """See :class:`BlockInputs`."""
-        recording = self._skeleton.record(batch.input_ids.to(self._device), embed=True)
+        recording = self._skeleton.record(batch.input_ids.to(self._device), embed=True, trains=self._trains)
         return MicroBatch(recording.hidden, recording.calls)
 
     def read_ahead(self, batches: Sequence[Batch]) -> None:

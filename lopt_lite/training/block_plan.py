@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lopt_lite.errors import SettingsError
@@ -36,3 +37,43 @@ def plan_blocks(layers: int, objectives: tuple[str, ...]) -> list[Block]:
         blocks.append(Block(index, first, end, objective))
         first = end
     return blocks
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks that are trained at the same time: one, or (the joint schedule) all of them."""
+
+    index: int
+    blocks: tuple[Block, ...]
+
+    @property
+    def first(self) -> int:
+        """The first layer."""
+        return self.blocks[0].first
+
+    @property
+    def end(self) -> int:
+        """The layer after the last one."""
+        return self.blocks[-1].end
+
+    @property
+    def objective(self) -> str:
+        """What the blocks learn, in a word."""
+        return self.blocks[0].objective if len(self.blocks) == 1 else "joint"
+
+    @property
+    def name(self) -> str:
+        """``block 2``, or ``blocks 1 to 4``; numbers from 1."""
+        numbers = [str(block.index + 1) for block in self.blocks]
+        return f"block {numbers[0]}" if len(numbers) == 1 else f"blocks {numbers[0]} to {numbers[-1]}"
+
+    def block_of(self, layer: int) -> Block:
+        """The block that a layer belongs to."""
+        return next(block for block in self.blocks if block.first <= layer < block.end)
+
+
+def plan_stages(blocks: Sequence[Block], schedule: str) -> list[Stage]:
+    """The order in which blocks are trained: one after the other, or all at once."""
+    if schedule == "joint":
+        return [Stage(0, tuple(blocks))]
+    return [Stage(block.index, (block,)) for block in blocks]

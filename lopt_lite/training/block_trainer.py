@@ -1,14 +1,16 @@
-"""Training one block on its inputs, with only this block on the device.
+"""Training a stage on its inputs: one block alone (the sequential schedule), or all blocks together (the joint one).
 
-Read :meth:`BlockTrainer.run` from top to bottom: load, go on where a checkpoint stands, fit the reconstruction head,
-train, write the block's adapter (of full tuning: its layers).
+Read :meth:`BlockTrainer.run` from top to bottom: load, go on where a checkpoint stands, fit the reconstruction heads,
+train, write the blocks' adapters (of full tuning: their layers).
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -25,8 +27,10 @@ from lopt_lite.residency.pool import LayerPool, MicroBatch
 from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_training
+from lopt_lite.training.anchors import AnchorReader, other_rows
+from lopt_lite.training.around import EMBEDDING, Around
 from lopt_lite.training.block_inputs import BlockInputs
-from lopt_lite.training.block_plan import Block
+from lopt_lite.training.block_plan import Block, Stage
 from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_cursor, restore_checkpoint, save_lazily
 from lopt_lite.training.full import has_eight_bit_moments, own_weights, write_layers
 from lopt_lite.training.objectives import ReconstructionHead, reconstruction_loss
@@ -39,50 +43,67 @@ PHASES = ("head-fit", "train")
 HEAD_FIT_LR = 1e-3
 _STEPS_WITHOUT_FINITE_LOSS = 5
 
+#: Given a micro-batch's number and a block's output: its share of the block's loss, whose gradient it sends back.
+_Local = Callable[[int, torch.Tensor], float]
+
 
 @dataclass(frozen=True)
 class _Phase:
-    """A stretch of training with new optimisers: how long, how fast. ``"head-fit"`` leaves the layers alone."""
+    """A stretch of training with new optimisers: how long. ``"head-fit"`` leaves everything but the heads alone."""
 
     name: str
     epochs: int
-    peak_lr: float
+
+
+@dataclass
+class _Losses:
+    """Of one step: of the task, of each reconstruction head, and the divergence at anchored tokens."""
+
+    task: float
+    reconstruction: dict[int, float]
+    kl: float = 0.0
 
 
 class BlockTrainer:
-    """Trains one block from its inputs to its adapter file, or the files of its layers.
+    """Trains the blocks of a stage from their inputs to their adapter files, or the files of their layers.
 
     Parameters
     ----------
     bench:
         The run's parts.
-    block:
-        Which layers, and what they learn.
+    stage:
+        Which blocks. They train together, each by its own objective.
     inputs:
-        Makes the block's input for a batch.
+        Makes the first block's input for a batch.
+    anchors:
+        What holds the last block to the untouched model, if anything does.
     """
 
-    def __init__(self, bench: Workbench, block: Block, inputs: BlockInputs) -> None:
-        self._bench, self._block, self._inputs = bench, block, inputs
-        self._is_last = block.index == len(bench.blocks) - 1
-        self._checkpoints = CheckpointDirectory(bench.paths.checkpoint(block.index))
+    def __init__(
+        self, bench: Workbench, stage: Stage, inputs: BlockInputs, anchors: AnchorReader | None = None
+    ) -> None:
+        self._bench, self._stage, self._inputs, self._anchors = bench, stage, inputs, anchors
+        self._is_last = stage.blocks[-1].index == len(bench.blocks) - 1
+        self._checkpoints = CheckpointDirectory(bench.paths.checkpoint(stage.index))
         self._peak = devices.PeakMemory(bench.device)
         self._lengths = bench.dataset.lengths
         self._steps_per_epoch = math.ceil(bench.train_count / bench.settings.batch_size)
         self._last_checkpoint_s = time.monotonic()
         self._not_finite = 0
-        self._head: ReconstructionHead | None = None
+        self._working_on = stage.blocks[0].index
+        self._heads: dict[int, ReconstructionHead] = {}
         self._answers: AnswerHead | None = None
+        self._around: Around | None = None
         # On the CPU what is put aside goes to a file, elsewhere to host memory.
         self._storage = Spill(SpillLimits(0, 1 << 62), bench.paths.root, bench.device)
         self._trained = TrainedParameters(
             storage=self._storage if bench.residence.offload_state else None,
-            per_layer=bench.settings.tune == "full",
+            per_layer=bench.settings.tune == "full" and bench.settings.schedule == "sequential",
             eight_bit=has_eight_bit_moments(bench.settings, bench.device),
         )
 
     def run(self) -> None:
-        """Train the block, from the last checkpoint if there is one, until its result is durable.
+        """Train the blocks, from the last checkpoint if there is one, until their results are durable.
 
         Raises
         ------
@@ -91,21 +112,13 @@ class BlockTrainer:
         DivergedError
             The loss was not a finite number for several steps in a row.
         """
-        bench, block = self._bench, self._block
-        if block.objective == "task":
-            self._answers = open_head(
-                bench.skeleton,
-                bench.store,
-                device=bench.device,
-                logit_elements=bench.residence.logit_elements,
-                slice_rows=bench.residence.head_slice_rows,
-            )
+        bench, stage = self._bench, self._stage
         pool = open_layers(
             bench.residence,
             bench.store,
             bench.skeleton,
-            block.first,
-            block.end,
+            stage.first,
+            stage.end,
             device=bench.device,
             scratch=bench.paths.root,
             on_layer=self._attach,
@@ -113,34 +126,74 @@ class BlockTrainer:
             on_pass=self._report_pass,
         )
         try:
-            digest = self._train(pool)
+            self._open_heads()
+            digests = self._train(pool)
         finally:
             pool.close()
             # The pool tells us of its progress, and so refers back: nothing of it would go before this does.
             vars(self).pop("_pool", None)
             self._storage.close()
+            if self._around is not None:
+                self._around.close()
             if self._answers is not None:
                 self._answers.close()
-        bench.journal.add("block", block=block.index, sha256=digest)
-        bench.on_event(BlockDone(block=block.index, blocks=len(bench.blocks)))
+        for block, digest in digests.items():
+            bench.journal.add("block", block=block, sha256=digest)
+        bench.on_event(BlockDone(block=stage.index, blocks=len(bench.stages)))
 
-    def _train(self, pool: LayerPool) -> str:
-        """Go through the phases and write the adapter, or the layers; returns the sha256 of what was written."""
-        bench, block = self._bench, self._block
+    def _open_heads(self) -> None:
+        """Put in place what makes the losses: the LM head, and a reconstruction head for each block that needs one."""
+        bench, settings = self._bench, self._bench.settings
+        for block in self._stage.blocks:
+            if block.objective == "reconstruct":
+                seed = derive_seed(settings.seed, "block", block.index)
+                head = ReconstructionHead(bench.skeleton.hidden_size, seed=seed).to(bench.device)
+                self._heads[block.index] = head
+                name = f"head-{block.index}"
+                parameters = {f"{name}.{part}": parameter for part, parameter in head.named_parameters()}
+                self._trained.add(name, parameters, scaffolding=True)
+        if not any(block.objective == "task" for block in self._stage.blocks):
+            return
+        make_head = partial(
+            open_head,
+            bench.skeleton,
+            bench.store,
+            device=bench.device,
+            logit_elements=bench.residence.logit_elements,
+            slice_rows=bench.residence.head_slice_rows,
+        )
+        self._answers = make_head()
+        if settings.trains_around:
+            self._around = Around(bench.store, bench.skeleton, self._trained)
+            self._answers.train(tuple(self._around.output.values()))
+
+    def _train(self, pool: LayerPool) -> dict[int, str]:
+        """Go through the phases and write what was trained; returns a sha256 of each block's result."""
         self._pool = pool
         phases = self._plan_phases()
         cursor = self._cursor()
         for phase in phases[[p.name for p in phases].index(cursor.phase) :]:
             self._run_phase(phase, cursor if phase.name == cursor.phase else Cursor(phase.name, 0))
-        if bench.settings.tune == "full":
-            shards = bench.paths.block_layers(block.index, range(block.first, block.end))
-            return write_layers(self._trained, shards, store=bench.store, skeleton=bench.skeleton)
+        return {block.index: self._write(block) for block in self._stage.blocks if block.objective != "none"}
+
+    def _write(self, block: Block) -> str:
+        """Write a block's adapter or layers, and with the last block what was trained around them."""
+        bench, layers = self._bench, range(block.first, block.end)
         files.make_directory(bench.paths.block(block.index))
-        layers = {tensor.name: tensor for tensor in self._trained.parameters(lambda group: isinstance(group, int))}
-        return save_lazily(bench.paths.block_adapter(block.index), layers)
+        if bench.settings.tune == "full":
+            shards = bench.paths.block_layers(block.index, layers)
+            digest = write_layers(self._trained, shards, store=bench.store, skeleton=bench.skeleton)
+            if self._around is not None and block is self._stage.blocks[-1]:
+                digest += self._around.write(bench.paths.around(block.index))
+            return digest
+        tensors = {tensor.name: tensor for tensor in self._trained.parameters(lambda group: group in layers)}
+        return save_lazily(bench.paths.block_adapter(block.index), tensors)
 
     def _attach(self, index: int, layer: nn.Module) -> None:
         """Put a new adapter on a layer, to be trained; or train the layer itself."""
+        if self._stage.block_of(index).objective == "none":
+            layer.requires_grad_(False)
+            return
         if self._bench.settings.tune == "full":
             parameters = own_weights(layer)
         else:
@@ -151,27 +204,33 @@ class BlockTrainer:
     def _report_pass(self, done: int, total: int) -> None:
         """Progress within one step of a streamed block, layer by layer."""
         self._bench.on_event(
-            Progress(task=f"layers of block {self._block.index + 1}", done=done, total=total, unit="layers")
+            Progress(task=f"layers of block {self._working_on + 1}", done=done, total=total, unit="layers")
         )
 
     # -- the stretches of training ------------------------------------------------------------------------------------
 
     def _plan_phases(self) -> list[_Phase]:
         settings = self._bench.settings
-        train = _Phase("train", settings.epochs, settings.lr if self._is_last else settings.early_lr)
-        if self._block.objective != "reconstruct":
-            return [train]
-        seed = derive_seed(settings.seed, "block", self._block.index)
-        self._head = ReconstructionHead(self._bench.skeleton.hidden_size, seed=seed).to(self._bench.device)
-        self._trained.add("head", {f"head.{name}": parameter for name, parameter in self._head.named_parameters()})
-        if not settings.head_fit_epochs:
-            return [train]
-        return [_Phase("head-fit", settings.head_fit_epochs, HEAD_FIT_LR), train]
+        fits = settings.head_fit_epochs if self._heads else 0
+        train = _Phase("train", settings.epochs)
+        return [_Phase("head-fit", fits), train] if fits else [train]
+
+    def _peak_lr(self, phase: _Phase, group: int | str) -> float:
+        """The last block and what follows it learn by ``--lr``; earlier blocks, heads and embeddings by their own."""
+        settings = self._bench.settings
+        if phase.name == "head-fit":
+            return HEAD_FIT_LR
+        first_of_last = self._bench.blocks[-1].first
+        if isinstance(group, int):
+            is_early = group < first_of_last
+        else:
+            is_early = group.startswith("head-") or (group == EMBEDDING and first_of_last > 0)
+        return settings.early_lr if is_early else settings.lr
 
     def _cursor(self) -> Cursor:
         """Where to begin: at the last journalled checkpoint, or at the first phase."""
-        fact = self._bench.journal.last("checkpoint", block=self._block.index)
-        first = "head-fit" if self._head is not None and self._bench.settings.head_fit_epochs else "train"
+        fact = self._bench.journal.last("checkpoint", block=self._stage.index)
+        first = self._plan_phases()[0].name
         self._restore_name = None if fact is None else str(fact["name"])
         self._checkpoints.keep_only(self._restore_name)
         if self._restore_name is None:
@@ -179,21 +238,21 @@ class BlockTrainer:
         return read_cursor(self._checkpoints.path(self._restore_name))
 
     def _run_phase(self, phase: _Phase, cursor: Cursor) -> None:
-        bench, block = self._bench, self._block
-        self._trained.begin(layers=phase.name == "train")
+        bench, stage = self._bench, self._stage
+        self._trained.begin(scaffolding_only=phase.name == "head-fit")
         for layer in self._pool.layers:
             set_training(layer, phase.name == "train")
         if self._restore_name is not None and cursor.step > 0:
             restore_checkpoint(self._checkpoints.path(self._restore_name), self._trained)
-        bench.metrics.forget_undone(block.index, PHASES, phase.name, cursor.step)
+        bench.metrics.forget_undone(stage.index, PHASES, phase.name, cursor.step)
         steps = phase.epochs * self._steps_per_epoch
         bench.on_event(
             BlockStarted(
-                block=block.index,
-                blocks=len(bench.blocks),
-                objective=block.objective if phase.name == "train" else "fit the reconstruction head",
-                first_layer=block.first,
-                end_layer=block.end,
+                block=stage.index,
+                blocks=len(bench.stages),
+                objective=stage.objective if phase.name == "train" else "fit the reconstruction head",
+                first_layer=stage.first,
+                end_layer=stage.end,
                 step=cursor.step,
                 steps=steps,
             )
@@ -206,7 +265,7 @@ class BlockTrainer:
             batches = epoch_batches(
                 self._lengths[: bench.train_count],
                 batch_size=bench.settings.batch_size,
-                seed=(bench.settings.seed, "block", block.index, phase.name, epoch),
+                seed=(bench.settings.seed, "block", stage.index, phase.name, epoch),
             )
             for number, indices in enumerate(batches, start=epoch * self._steps_per_epoch):
                 if number < cursor.step:
@@ -217,9 +276,12 @@ class BlockTrainer:
                 self._stop_or_checkpoint(phase, number + 1, needed_s=took_s)
             self._end_epoch(phase, epoch + 1)
 
-    def _micro_batches(self, indices: list[int]) -> list[Batch]:
-        """The examples ``indices`` of one step, as they pass through the layers together."""
+    def _micro_batches(self, phase: _Phase, number: int, indices: list[int]) -> list[Batch]:
+        """The examples ``indices`` of a step, and what is only anchored on, as they pass through the layers together."""
         bench = self._bench
+        if self._anchors is not None and phase.name == "train":
+            rows = other_rows(bench.settings.batch_size, len(bench.other_range))
+            indices = [*indices, *self._anchors.sample.others_of_step(number, rows)]
         parts = micro_batches(indices, self._lengths, max_tokens=bench.residence.micro_batch_tokens)
         return [collate(bench.dataset, part, bench.pad_token_id) for part in parts]
 
@@ -232,64 +294,138 @@ class BlockTrainer:
         """
         bench = self._bench
         started = time.monotonic()
-        batches = self._micro_batches(indices)
-        lr = learning_rate(number, steps, phase.peak_lr)
-        self._trained.begin_step(lr, seed=derive_seed(bench.settings.seed, "step", phase.name, number))
-        loss = self._accumulate(phase, batches, number, following)
-        norm = self._trained.end_step(finite=math.isfinite(loss))
+        batches = self._micro_batches(phase, number, indices)
+
+        def rate(group: int | str) -> float:
+            return learning_rate(number, steps, self._peak_lr(phase, group))
+
+        self._trained.begin_step(rate, seed=derive_seed(bench.settings.seed, "step", phase.name, number))
+        losses = self._accumulate(phase, batches, number, following)
+        reconstruction = sum(losses.reconstruction.values()) / max(1, len(losses.reconstruction))
+        is_task = phase.name == "train" and self._stage.blocks[-1].objective == "task"
+        loss = losses.task if is_task else reconstruction
+        finite = all(map(math.isfinite, (loss, reconstruction, losses.kl)))
+        norm = self._trained.end_step(finite=finite)
         devices.synchronize(bench.device)
         took_s = time.monotonic() - started
         tokens = sum(batch.tokens for batch in batches)
         step = Step(
-            block=self._block.index,
+            block=self._stage.index,
             phase=phase.name,
             epoch=epoch + 1,
             step=number + 1,
             steps=steps,
             loss=loss,
-            lr=lr,
+            lr=rate(self._stage.end - 1),
             grad_norm=norm,
             tokens=tokens,
             tokens_per_s=tokens / max(took_s, 1e-9),
             device_peak_bytes=self._peak.read(),
             host_rss_bytes=devices.host_rss_bytes(),
             time=time.time(),
+            reconstruction_loss=reconstruction if is_task and self._heads else None,
+            retain_kl=losses.kl if is_task and self._anchors is not None else None,
         )
         bench.metrics.add(step)
         bench.on_event(step)
-        self._watch_for_divergence(math.isfinite(loss) and math.isfinite(norm), number + 1)
+        self._watch_for_divergence(finite and math.isfinite(norm), number + 1)
         return took_s
 
-    def _accumulate(self, phase: _Phase, batches: list[Batch], number: int, following: list[list[int]]) -> float:
-        """The gradients of one step, from all its micro-batches; returns the step's loss."""
-        bench, settings = self._bench, self._bench.settings
-        tokens = sum(batch.tokens for batch in batches)
-        answer_tokens = sum(batch.answer_tokens for batch in batches)
-        made: list[MicroBatch] = []
+    def _accumulate(self, phase: _Phase, batches: list[Batch], number: int, following: list[list[int]]) -> _Losses:
+        """The gradients of one step: all micro-batches through each block; what comes out enters the next one."""
+        settings = self._bench.settings
+        losses = _Losses(0.0, {})
+        entering: list[MicroBatch] = []
 
-        def micro_batches_of_step():  # type: ignore[no-untyped-def]
+        def inputs_of_step():  # type: ignore[no-untyped-def]
             for batch in batches:
-                made.append(self._inputs.micro_batch(batch))
+                entering.append(self._inputs.micro_batch(batch))
                 if batch is batches[-1]:
-                    self._inputs.read_ahead([coming for part in following for coming in self._micro_batches(part)])
-                yield made[-1]
-
-        def loss_backward(part: int, output: torch.Tensor) -> float:
-            batch = batches[part]
-            if self._head is None:
-                assert self._answers is not None
-                return self._answers.loss_backward(output, batch.targets.to(bench.device), answer_tokens=answer_tokens)
-            real = batch.real.to(bench.device)
-            loss = reconstruction_loss(self._head, output, made[part].hidden, real, tokens=tokens)
-            loss.backward()
-            return float(loss.detach())
+                    coming = [self._micro_batches(phase, number + 1, part) for part in following]
+                    self._inputs.read_ahead([batch for part in coming for batch in part])
+                yield entering[-1]
 
         def dropout_seed(layer: int, part: int) -> int:
             return derive_seed(settings.seed, "dropout", phase.name, number, layer, part)
 
-        return self._pool.accumulate(
-            micro_batches_of_step(), loss_backward, dropout_seed if settings.lora_dropout else None
-        )
+        for block in self._blocks_of(phase):
+            self._working_on = block.index
+            outputs: list[torch.Tensor] = []
+            local = self._local_loss(phase, block, batches, entering, losses)
+
+            def loss_backward(
+                part: int, output: torch.Tensor, local: _Local = local, kept: list[torch.Tensor] = outputs
+            ) -> float:
+                kept.append(output.detach())
+                return local(part, output)
+
+            self._pool.accumulate(
+                entering if block is not self._stage.blocks[0] else inputs_of_step(),
+                loss_backward,
+                dropout_seed if settings.lora_dropout else None,
+                first=block.first,
+                end=block.end,
+            )
+            entering = [MicroBatch(output, part.calls) for output, part in zip(outputs, entering, strict=True)]
+        return losses
+
+    def _blocks_of(self, phase: _Phase) -> list[Block]:
+        """All blocks of the stage; to fit heads, those up to the last one with a head."""
+        if phase.name == "train":
+            return list(self._stage.blocks)
+        return [block for block in self._stage.blocks if block.index <= max(self._heads)]
+
+    def _local_loss(
+        self, phase: _Phase, block: Block, batches: list[Batch], entering: list[MicroBatch], losses: _Losses
+    ) -> _Local:
+        """The loss of a block at its outputs: makes its share of a micro-batch, and sends its gradient back."""
+        device, settings = self._bench.device, self._bench.settings
+        if block.index in self._heads:
+            head = self._heads[block.index]
+            learnt = [self._learnt(batch) for batch in batches]
+            tokens = sum(int(mask.sum()) for mask in learnt)
+            # A block that is trained alone by Adam does not feel a weight.
+            together = settings.schedule == "joint" and phase.name == "train"
+            weight = settings.reconstruction_weight / len(self._heads) if together else 1.0
+            losses.reconstruction[block.index] = 0.0
+
+            def reconstruct(part: int, output: torch.Tensor) -> float:
+                real = learnt[part].to(device)
+                loss = reconstruction_loss(head, output, entering[part].hidden, real, tokens=tokens)
+                (weight * loss).backward()
+                losses.reconstruction[block.index] += float(loss.detach())
+                return weight * float(loss.detach())
+
+            return reconstruct
+        if block.objective != "task" or phase.name != "train":
+            return lambda part, output: 0.0
+        answers = self._answers
+        assert answers is not None
+        answer_tokens = sum(batch.answer_tokens for batch in batches)
+        is_last = self._is_last and block is self._stage.blocks[-1]
+        anchors = self._anchors if is_last else None
+        anchored_tokens = 0
+        if anchors is not None:
+            anchored_tokens = sum(int(anchors.sample.counts[batch.examples].sum()) for batch in batches)
+
+        def learn(part: int, output: torch.Tensor) -> float:
+            batch = batches[part]
+            targets = batch.targets.to(device)
+            if anchors is None:
+                value = answers.loss_backward(output, targets, answer_tokens=answer_tokens)
+            else:
+                held = anchors.anchors(batch, tokens=anchored_tokens)
+                value, kl = answers.anchored_loss_backward(output, targets, held, answer_tokens=answer_tokens)
+                losses.kl += kl
+            if block is self._stage.blocks[-1]:
+                losses.task += value
+            return value
+
+        return learn
+
+    def _learnt(self, batch: Batch) -> torch.Tensor:
+        """bool [rows, longest]: real tokens of training examples."""
+        return batch.real & (batch.examples < self._bench.train_count)[:, None]
 
     def _watch_for_divergence(self, finite: bool, step: int) -> None:
         if finite:
@@ -298,7 +434,7 @@ class BlockTrainer:
         self._not_finite += 1
         if self._not_finite >= _STEPS_WITHOUT_FINITE_LOSS:
             raise DivergedError(
-                f"block {self._block.index + 1}: the loss or its gradient was not a finite number for "
+                f"{self._stage.name}: the loss or its gradient was not a finite number for "
                 f"{self._not_finite} steps in a row, up to step {step}",
                 fix="lower --lr (and --lr-early) and start anew with --fresh; the last good checkpoint is kept",
             )
@@ -315,20 +451,18 @@ class BlockTrainer:
             self._checkpoint(phase, step)
         if reason is not None:
             steps = phase.epochs * self._steps_per_epoch
-            raise stopped(
-                f"{reason} in block {self._block.index + 1} of {len(bench.blocks)}, after step {step} of {steps}"
-            )
+            raise stopped(f"{reason} in {self._stage.name} of {len(bench.blocks)}, after step {step} of {steps}")
 
     def _checkpoint(self, phase: _Phase, step: int) -> None:
         bench, started = self._bench, time.monotonic()
         name = self._checkpoints.save(Cursor(phase.name, step), self._trained)
-        newest = bench.journal.last("checkpoint", block=self._block.index)
+        newest = bench.journal.last("checkpoint", block=self._stage.index)
         if newest is None or newest["name"] != name:
-            bench.journal.add("checkpoint", block=self._block.index, name=name)
+            bench.journal.add("checkpoint", block=self._stage.index, name=name)
         self._checkpoints.keep_only(name)
         self._last_checkpoint_s = time.monotonic()
         seconds = self._last_checkpoint_s - started
-        bench.on_event(CheckpointSaved(block=self._block.index, step=step, seconds=seconds))
+        bench.on_event(CheckpointSaved(block=self._stage.index, step=step, seconds=seconds))
 
     def _end_epoch(self, phase: _Phase, epoch: int) -> None:
         """Held-out loss after an epoch of the last block, once per epoch however often the run is resumed."""
@@ -342,14 +476,13 @@ class BlockTrainer:
 
     def _validate(self, phase: _Phase, epoch: int) -> None:
         bench = self._bench
-        held_out = range(bench.train_count, len(bench.dataset))
-        batches = length_sorted_batches(
-            self._lengths[bench.train_count :], max_tokens=bench.residence.forward_tokens, max_rows=FORWARD_ROWS
-        )
+        held_out = bench.held_out_range
+        lengths = self._lengths[held_out.start : held_out.stop]
+        batches = length_sorted_batches(lengths, max_tokens=bench.residence.forward_tokens, max_rows=FORWARD_ROWS)
         for layer in self._pool.layers:
             set_training(layer, False)
         total, answer_tokens, done = 0.0, 0, 0
-        for group in groups(batches, self._lengths[bench.train_count :], bench.residence.group_tokens):
+        for group in groups(batches, lengths, bench.residence.group_tokens):
             parts = [collate(bench.dataset, [held_out[i] for i in batches[b]], bench.pad_token_id) for b in group]
 
             def take(number: int, output: torch.Tensor, parts: list[Batch] = parts) -> None:

@@ -126,7 +126,7 @@ class Draft:
             self.facts,
             self.settings,
             residence,
-            self.ranges,
+            self.blocks,
             self.job,
             cached_tokens=self.cached_tokens,
             run=self.paths.run,

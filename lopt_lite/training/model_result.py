@@ -47,6 +47,8 @@ def _build(bench: Workbench) -> None:
         if block.objective != "none"
         for path in bench.paths.block_layers(block.index, range(block.first, block.end)).values()
     ]
+    if bench.settings.trains_around:
+        shards.append(bench.paths.around(bench.blocks[-1].index))
     trained = TensorFiles({name: header for header in map(read_header, shards) for name in header.tensors})
     try:
         StoreBuilder(
@@ -57,6 +59,7 @@ def _build(bench: Workbench) -> None:
             device=bench.device,
             transform=lambda name, tensor: trained.read(name) if name in trained else tensor,
             transform_fingerprint=_digest([fact.get("sha256") for fact in bench.journal.all("block")]),
+            untie=bench.settings.trains_around,
             check=bench.stop.check,
             on_event=bench.on_event,
         ).build()

@@ -35,6 +35,8 @@ MIB = 2**20
 #: On the CPU the budget counts the process. When training begins, it has all libraries loaded; planning has not.
 _TRAINING_PROCESS_BYTES = 480 * MIB
 _OTHER_BLOCKS = (1, 2, 4, 8, 16)
+#: A budget for which another's prediction is enough: this much more than it, and a run not longer than by this factor.
+_SPARE_BYTES, _AS_FAST = 16 * MIB, 1.02
 
 
 def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
@@ -235,11 +237,13 @@ def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: 
 def _command(settings: TrainSettings) -> str:
     """The command line that runs the plan."""
     words = ["lopt-lite", "train", settings.model, settings.data]
-    # Some defaults depend on what is tuned.
-    plain = TrainSettings(model=settings.model, data=settings.data, tune=settings.tune)
+    # Other options' defaults depend on these two, and the second one's on the first.
+    preset = TrainSettings(model=settings.model, data=settings.data, preset=settings.preset)
+    plain = TrainSettings(model=settings.model, data=settings.data, preset=settings.preset, tune=settings.tune)
+    defaults = {"preset": None, "tune": preset.tune}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        default = field.default if field.name == "tune" else getattr(plain, field.name)
+        default = defaults[field.name] if field.name in defaults else getattr(plain, field.name)
         if field.metadata.get("positional") or value == default:
             continue
         flag = "--" + field.name.replace("_", "-")
@@ -251,9 +255,10 @@ def _command(settings: TrainSettings) -> str:
 def _alternatives(draft: Draft, chosen: Residence) -> tuple[PlanAlternative, ...]:
     """The smallest budget, the one asked for, a middle one and one that leaves nothing to wish; other blocks."""
     smallest = draft.smallest_budget()
-    most = draft.with_budget(1 << 62).residence().predicted_bytes
-    most = -(-most // MIB) * MIB
-    budgets = {smallest, -(-math.isqrt(smallest * most) // MIB) * MIB, most}
+    # A small model's prediction may lie below the smallest budget, which has a margin.
+    most = max(smallest, -(-draft.with_budget(1 << 62).residence().predicted_bytes // MIB) * MIB)
+    middle = -(-math.isqrt(smallest * most) // MIB) * MIB
+    budgets = {smallest, _no_more_than_used(draft, middle), _no_more_than_used(draft, most)}
     rows = [_alternative(draft.with_budget(budget), f"--memory {budget // MIB}MiB") for budget in budgets]
     rows.append(_alternative(draft, f"--memory {draft.settings.memory}", chosen=True))
     rows.sort(key=lambda row: (row.predicted_bytes or 0, not row.chosen))
@@ -268,6 +273,18 @@ def _alternatives(draft: Draft, chosen: Residence) -> tuple[PlanAlternative, ...
         if count != draft.settings.blocks and count <= len(draft.facts.shapes.layers):
             rows.append(_alternative(draft.with_settings(blocks=count), f"--blocks {count}"))
     return tuple(rows)
+
+
+def _no_more_than_used(draft: Draft, budget_bytes: int) -> int:
+    """A budget without what would stay unused of ``budget_bytes``, where it does as well."""
+    roomy = draft.with_budget(budget_bytes).residence()
+    used_bytes = -(-roomy.predicted_bytes // MIB) * MIB + _SPARE_BYTES
+    if not draft.smallest_budget() <= used_bytes < budget_bytes:
+        return budget_bytes
+    tight = draft.with_budget(used_bytes).residence()
+    same = (tight.mode, tight.resident_layers) == (roomy.mode, roomy.resident_layers)
+    as_fast = draft.times(tight).total_s <= _AS_FAST * draft.times(roomy).total_s
+    return used_bytes if same and as_fast else budget_bytes
 
 
 def _alternative(draft: Draft, options: str, *, chosen: bool = False) -> PlanAlternative:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -27,11 +29,14 @@ from lopt_lite.locks import locked
 from lopt_lite.outcomes import TrainOutcome
 from lopt_lite.residency.block_major import WAITING, held_out_losses
 from lopt_lite.residency.choices import Memory, Residence, choose_residence
-from lopt_lite.residency.memory_model import Job
+from lopt_lite.residency.memory_model import Job, around_state_bytes
+from lopt_lite.seeds import derive_seed
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import write_adapter
-from lopt_lite.training.block_plan import Block, plan_blocks
+from lopt_lite.training.anchors import AnchorSample, check_anchored, other_rows
+from lopt_lite.training.block_plan import Block, plan_blocks, plan_stages
 from lopt_lite.training.full import remarks
+from lopt_lite.training.joint import train_jointly
 from lopt_lite.training.metrics import Metrics, read_metrics
 from lopt_lite.training.model_facts import ModelFacts, facts_of
 from lopt_lite.training.model_result import write_model
@@ -100,6 +105,14 @@ class _Given:
     tokenizer: Any
     train: TokenizedDataset
     held_out: TokenizedDataset | None
+    other: TokenizedDataset | None
+    sample: AnchorSample | None
+
+    @property
+    def dataset(self) -> TokenizedDataset:
+        """Training examples, held-out ones, and those that are only there to anchor on."""
+        parts = [part for part in (self.held_out, self.other) if part is not None]
+        return functools.reduce(TokenizedDataset.concat, parts, self.train)
 
     def identity(self, settings: TrainSettings, store: Path, device: torch.device) -> RunIdentity:
         return RunIdentity(
@@ -108,6 +121,7 @@ class _Given:
             model_fingerprint=self.model.fingerprint(),
             data_fingerprint=self.train.fingerprint(),
             validation_fingerprint=None if self.held_out is None else self.held_out.fingerprint(),
+            retain_fingerprint=None if self.other is None else self.other.fingerprint(),
             store=str(store.absolute()),
             device=device.type,
         )
@@ -142,7 +156,16 @@ def _read_inputs(settings: TrainSettings, on_event: OnEvent) -> _Given:
         training, held_out = training.split(fraction, settings.seed)
     elif settings.validation is not None:
         held_out = load(settings.validation)
-    return _Given(model, skeleton, blocks, tokenizer, training, held_out)
+    other = None if settings.retain_data is None else load(settings.retain_data).without_targets()
+    given = _Given(model, skeleton, blocks, tokenizer, training, held_out, other, None)
+    if not settings.retain:
+        return given
+    others = range(len(given.dataset) - (0 if other is None else len(other)), len(given.dataset))
+    sample = AnchorSample(
+        given.dataset, len(training), others, most=settings.retain_tokens, seed=derive_seed(settings.seed, "anchor")
+    )
+    check_anchored(sample)
+    return dataclasses.replace(given, sample=sample)
 
 
 def _store_directory(settings: TrainSettings, model: ModelFiles, paths: RunPaths) -> Path:
@@ -199,7 +222,7 @@ def _open_bench(
         metrics = Metrics(paths.metrics)
         stack.callback(metrics.close)
         skeleton = given.skeleton
-        dataset = given.train if given.held_out is None else TokenizedDataset.concat(given.train, given.held_out)
+        dataset = given.dataset
         # Before the store is made: what cannot work is refused before anything large is written.
         decided = _decide_residence(journal, given, dataset.lengths, settings, device)
         residence = decided[0]
@@ -235,6 +258,7 @@ def _open_bench(
             pad_token_id=pad_token_id(given.tokenizer),
             dataset=dataset,
             train_count=len(given.train),
+            held_out_count=0 if given.held_out is None else len(given.held_out),
             blocks=given.blocks,
             device=device,
             residence=residence,
@@ -252,15 +276,19 @@ def _decide_residence(
     fact = journal.last("residence", device=device.type)
     if fact is not None:
         return Residence.from_json(fact), memory, facts
-    ranges = [(b.first, b.end) for b in given.blocks]
-    residence = choose_residence(facts.shapes, ranges, _job(given, lengths, settings), device=device, memory=memory)
+    ranges = [(stage.first, stage.end) for stage in plan_stages(given.blocks, settings.schedule)]
+    job = _job(given, lengths, settings, facts)
+    residence = choose_residence(facts.shapes, ranges, job, device=device, memory=memory)
     journal.add("residence", device=device.type, **residence.to_json())
     return residence, memory, facts
 
 
-def _job(given: _Given, lengths: torch.Tensor, settings: TrainSettings) -> Job:
+def _job(given: _Given, lengths: torch.Tensor, settings: TrainSettings, facts: ModelFacts) -> Job:
     """The run's work in tokens; ``lengths`` are those of all examples, held-out ones included."""
     longest, rows = int(lengths.max()), min(settings.batch_size, len(given.train))
+    if given.sample is not None:
+        rows += other_rows(settings.batch_size, len(given.sample.others))
+    joint = settings.schedule == "joint"
     row_bytes = given.skeleton.hidden_size * given.skeleton.dtype.itemsize
     return Job(
         step_tokens=rows * longest,
@@ -268,7 +296,10 @@ def _job(given: _Given, lengths: torch.Tensor, settings: TrainSettings) -> Job:
         answer_tokens=rows * int(given.train.target_counts.max()) if given.held_out is None else None,
         all_tokens=len(lengths) * longest,
         early_blocks="reconstruct" in settings.objectives(),
-        cache_bytes=int(lengths.sum()) * row_bytes if settings.blocks > 1 else 0,
+        cache_bytes=int(lengths.sum()) * row_bytes if settings.blocks > 1 and not joint else 0,
+        anchored_tokens=0 if given.sample is None else rows * int(given.sample.counts.max()),
+        graph_layers=max(b.end - b.first for b in given.blocks) if joint else None,
+        around_bytes=around_state_bytes(facts.shapes) if settings.trains_around else 0,
     )
 
 
@@ -331,7 +362,10 @@ def _work(bench: Workbench, given: _Given) -> None:
         bench.on_event(Notice(text=remark))
     _measure_untouched_model(bench)
     bench.release_memory()
-    train_sequentially(bench)
+    if bench.settings.schedule == "joint":
+        train_jointly(bench, given.sample)
+    else:
+        train_sequentially(bench, given.sample)
     if bench.settings.tune == "full":
         bench.journal.add("model", sha256=write_model(bench))
         return
@@ -391,7 +425,7 @@ def _outcome(bench: Workbench, *, already_done: bool, seconds: float) -> TrainOu
     before = bench.journal.last("validation", epoch=0)
     after = bench.journal.last("validation", epoch=bench.settings.epochs)
     steps = read_metrics(bench.paths.metrics)
-    finite = [r["loss"] for r in steps if r["block"] == len(bench.blocks) - 1 and math.isfinite(r["loss"])]
+    finite = [r["loss"] for r in steps if r["block"] == len(bench.stages) - 1 and math.isfinite(r["loss"])]
     recent = finite[-10:]
     return TrainOutcome(
         run=str(bench.paths.root),

@@ -19,6 +19,9 @@ _OWNED = ("settings.json", "journal.jsonl", "metrics.jsonl", "store", "cache", "
 #: Journal facts that say that the result is there: of LoRA and of full tuning.
 RESULT_FACTS = ("adapter", "model")
 
+#: What a run reads, and how the user names it.
+_READ = (("model", "MODEL"), ("data", "DATA"), ("validation", "--validation"), ("retain", "--retain-data"))
+
 _START_ANEW = "restore it from a backup, start anew with --fresh, or choose another directory"
 _PACKAGES = ("lopt-lite", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
@@ -63,6 +66,11 @@ class RunPaths:
         """Inputs of block ``block``."""
         return self.root / "cache" / f"block-{block:02d}"
 
+    @property
+    def anchors(self) -> Path:
+        """What the untouched model made of anchored tokens."""
+        return self.root / "cache" / "anchors"
+
     def block(self, block: int) -> Path:
         """What belongs to block ``block``: its adapter or layers, and checkpoints while it trains."""
         return self.root / "blocks" / f"block-{block:02d}"
@@ -74,6 +82,10 @@ class RunPaths:
     def block_adapter(self, block: int) -> Path:
         """The trained adapter of a block."""
         return self.block(block) / "adapter.safetensors"
+
+    def around(self, block: int) -> Path:
+        """Embedding, final norm and LM head where they were trained, with the last block."""
+        return self.block(block) / "around.safetensors"
 
     def block_layers(self, block: int, layers: Iterable[int]) -> dict[int, Path]:
         """The fully tuned layers of a block, by their numbers."""
@@ -109,6 +121,7 @@ class RunIdentity:
     validation_fingerprint: str | None
     store: str
     device: str
+    retain_fingerprint: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of settings.json."""
@@ -117,6 +130,7 @@ class RunIdentity:
             "model": {"given": self.settings.model, "origin": self.model_origin, "fingerprint": self.model_fingerprint},
             "data": {"given": self.settings.data, "fingerprint": self.data_fingerprint},
             "validation": {"given": self.settings.validation, "fingerprint": self.validation_fingerprint},
+            "retain": {"given": self.settings.retain_data, "fingerprint": self.retain_fingerprint},
             "config": list(self.settings.config),
             "store": self.store,
             "device": self.device,
@@ -227,7 +241,7 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
             value = list(value)
         if old != value:
             differences.append(f"--{name.replace('_', '-')} {old}, not {value}")
-    for part, name in (("model", "MODEL"), ("data", "DATA"), ("validation", "--validation")):
+    for part, name in _READ:
         old, new = found.get(part, {}), wanted[part]
         if old.get("fingerprint") != new["fingerprint"]:
             same_name = old.get("given") == new["given"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -15,8 +16,9 @@ from lopt_lite.residency.layers import open_layers
 from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.training.activation_cache import CacheLayout, shard_name, write_cache
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, load_adapter, set_training
+from lopt_lite.training.anchors import AnchorReader, AnchorSample, needs_untouched_pass, write_anchors
 from lopt_lite.training.block_inputs import BlockInputs, CachedInputs, EmbeddedInputs
-from lopt_lite.training.block_plan import Block
+from lopt_lite.training.block_plan import Block, Stage
 from lopt_lite.training.block_trainer import BlockTrainer
 from lopt_lite.training.cache_format import StoredError
 from lopt_lite.training.checkpoint import load_tensors
@@ -24,10 +26,15 @@ from lopt_lite.training.trained import TrainedParameters
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
 
-def train_sequentially(bench: Workbench) -> None:
+def train_sequentially(bench: Workbench, sample: AnchorSample | None) -> None:
     """Train every block that is not trained yet, first to last.
 
     For block b: train it on its inputs; pass the data through it once to write the next block's inputs; delete its own.
+
+    Parameters
+    ----------
+    sample:
+        The anchored tokens, None without an anchor.
 
     Raises
     ------
@@ -35,11 +42,15 @@ def train_sequentially(bench: Workbench) -> None:
         See :class:`BlockTrainer` and :func:`write_cache`.
     """
     layout = _layout(bench)
-    for block in bench.blocks:
+    if sample is not None and needs_untouched_pass(bench.blocks):
+        write_anchors(bench, sample, bench.blocks, EmbeddedInputs(bench.skeleton, bench.device))
+        bench.release_memory()
+    for stage in bench.stages:
+        (block,) = stage.blocks
         is_last = block.index == len(bench.blocks) - 1
         if is_last or not bench.journal.last("cache", block=block.index + 1):
             if not bench.journal.last("block", block=block.index):
-                _train(bench, block, layout)
+                _train(bench, stage, layout, sample if is_last else None)
                 bench.release_memory()
             if not is_last:
                 _write_next_inputs(bench, block, layout)
@@ -47,17 +58,25 @@ def train_sequentially(bench: Workbench) -> None:
         # Also for a block that was done before: a crash may have come between the fact and the tidying.
         files.remove_tree(bench.paths.cache(block.index))
         files.remove_tree(bench.paths.checkpoint(block.index))
+    files.remove_tree(bench.paths.anchors)
 
 
-def _train(bench: Workbench, block: Block, layout: CacheLayout) -> None:
+def _train(bench: Workbench, stage: Stage, layout: CacheLayout, sample: AnchorSample | None) -> None:
+    (block,) = stage.blocks
     if block.objective == "none":
         bench.journal.add("block", block=block.index)
         return
-    inputs = _inputs(bench, block, layout)
-    try:
-        BlockTrainer(bench, block, inputs).run()
-    finally:
-        inputs.close()
+    with contextlib.ExitStack() as stack:
+        inputs = _inputs(bench, block, layout)
+        stack.callback(inputs.close)
+        anchors = None
+        if sample is not None:
+            # What enters the last block is what the untouched model makes, unless a block before it was trained.
+            write_anchors(bench, sample, [block], inputs)
+            bench.release_memory()
+            anchors = AnchorReader(bench, sample)
+            stack.callback(anchors.close)
+        BlockTrainer(bench, stage, inputs, anchors).run()
 
 
 def _inputs(bench: Workbench, block: Block, layout: CacheLayout) -> BlockInputs:

@@ -1,11 +1,13 @@
 """What a block trains: values, gradients and optimiser state, in memory or put aside layer by layer.
 
-Parameters belong to groups: one per layer, and one for the reconstruction head. Each group has its own optimiser, so
-that a layer can be updated while the others are elsewhere. The update is
+Parameters belong to groups: one per layer, one for each reconstruction head, and more for what is trained around the
+layers. Each group has its own optimiser, so that a layer can be updated while the others are elsewhere. The update is
 
-* global (LoRA): when all gradients of a step are there, they are clipped together at norm 1.0, and all groups step;
-* per layer (full tuning): a layer's gradients are clipped at norm 1.0 by themselves, and the layer steps, as soon as
-  its backward pass is done; so there is never more than one layer's gradient where layers are worked on one by one.
+* global (LoRA, and the joint schedule): when all gradients of a step are there, they are clipped together at norm 1.0,
+  and all groups step;
+* per layer (full tuning of one block): a layer's gradients are clipped at norm 1.0 by themselves, and the layer steps,
+  as soon as its backward pass is done; so there is never more than one layer's gradient where layers are worked on one
+  by one.
 
 Where things are changes no bit of the result.
 """
@@ -43,13 +45,15 @@ class _Away:
 class _Group:
     """Parameters that are updated together.
 
-    ``away``: their values are in the storage now. ``state_away``: for each parameter, what its optimiser remembers of
-    it and does not hold itself at present; single numbers are kept at hand.
+    ``scaffolding``: they belong to training and not to the result. ``away``: their values are in the storage now.
+    ``state_away``: for each parameter, what its optimiser remembers of it and does not hold itself at present; single
+    numbers are kept at hand.
     """
 
     parameters: dict[str, nn.Parameter]
     shapes: dict[str, torch.Size]
     dtypes: dict[str, torch.dtype]
+    scaffolding: bool = False
     optimizer: torch.optim.Optimizer | None = None
     away: bool = False
     state_away: dict[str, dict[str, torch.Tensor | _Away]] = field(default_factory=dict)
@@ -83,15 +87,21 @@ class TrainedParameters:
         self._storage, self._per_layer, self._eight_bit = storage, per_layer, eight_bit
         self._groups: dict[int | str, _Group] = {}
         self._layers_train = False
-        self._lr, self._seed = 0.0, 0
+        self._rate: Callable[[int | str], float] = lambda group: 0.0
+        self._seed = 0
         self._update_norms: list[torch.Tensor] = []
 
     # -- what there is ------------------------------------------------------------------------------------------------
 
-    def add(self, group: int | str, parameters: dict[str, nn.Parameter]) -> None:
+    def add(self, group: int | str, parameters: dict[str, nn.Parameter], *, scaffolding: bool = False) -> None:
         """Take ``parameters`` (by their names in checkpoints) under control: a layer's, or (a word) something else's.
 
-        They must be on the device and hold their values.
+        They must be in their place and hold their values.
+
+        Parameters
+        ----------
+        scaffolding:
+            They are a reconstruction head's, and may be trained while everything else rests.
         """
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -99,13 +109,14 @@ class TrainedParameters:
             parameters,
             {name: p.shape for name, p in parameters.items()},
             {name: p.dtype for name, p in parameters.items()},
+            scaffolding,
         )
 
-    def begin(self, *, layers: bool) -> None:
-        """A new stretch of training begins, with new optimisers: of everything, or without the layers."""
-        self._layers_train = layers
+    def begin(self, *, scaffolding_only: bool) -> None:
+        """A new stretch of training begins, with new optimisers: of everything, or of reconstruction heads alone."""
+        self._layers_train = not scaffolding_only
         for name, group in self._groups.items():
-            trains = layers or not isinstance(name, int)
+            trains = group.scaffolding or not scaffolding_only
             for parameter in group.parameters.values():
                 parameter.requires_grad_(trains)
                 parameter.grad = None
@@ -118,9 +129,9 @@ class TrainedParameters:
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def begin_step(self, lr: float, *, seed: int = 0) -> None:
-        """A step with learning rate ``lr`` begins; ``seed`` is for what is rounded at random in it."""
-        self._lr, self._seed = lr, seed
+    def begin_step(self, rate: Callable[[int | str], float], *, seed: int = 0) -> None:
+        """A step begins. ``rate``: learning rate of a group; ``seed`` is for what is rounded at random in the step."""
+        self._rate, self._seed = rate, seed
         self._update_norms = []
 
     def enter(self, index: int) -> None:
@@ -153,7 +164,7 @@ class TrainedParameters:
             norm = torch.linalg.vector_norm(norms)
             self._update_norms.append(norm)
             if math.isfinite(float(norm)):
-                self._update(group, norm)
+                self._update(index, group, norm)
             _drop_gradients(group)
         elif self._storage is not None:
             group.norms = gradient_norm(_gradients(group))
@@ -167,44 +178,44 @@ class TrainedParameters:
 
         A norm that is not finite, or ``finite`` being False, leaves the parameters untouched.
         """
-        waiting = [g for g in self._groups.values() if g.optimizer is not None]
+        waiting = {name: group for name, group in self._groups.items() if group.optimizer is not None}
         if self._per_layer:
-            waiting = [g for name, g in self._groups.items() if g.optimizer is not None and not isinstance(name, int)]
-        norms = [group.norms if group.norms is not None else gradient_norm(_gradients(group)) for group in waiting]
+            waiting = {name: group for name, group in waiting.items() if not isinstance(name, int)}
+        norms = [g.norms if g.norms is not None else gradient_norm(_gradients(g)) for g in waiting.values()]
         if self._per_layer:
             total = _together([*reversed(self._update_norms), *norms])
             units = [torch.linalg.vector_norm(norm) for norm in norms]
         else:
             total = _together(norms)
             units = [total] * len(waiting)
-        for group, norm in zip(waiting, units, strict=True):
+        for (name, group), norm in zip(waiting.items(), units, strict=True):
             if finite and math.isfinite(float(norm)):
-                self._update_where_it_is(group, norm)
+                self._update_where_it_is(name, group, norm)
             _drop_gradients(group)
             group.norms = None
         return float(total) if finite else math.nan
 
-    def _update_where_it_is(self, group: _Group, norm: torch.Tensor) -> None:
+    def _update_where_it_is(self, key: int | str, group: _Group, norm: torch.Tensor) -> None:
         if not group.away:
-            self._update(group, norm)
+            self._update(key, group, norm)
             return
         assert self._storage is not None
         for name, parameter in group.parameters.items():
             parameter.data = self._storage.take(("parameter", name))
             parameter.grad = self._storage.take(("gradient", name))
-        self._update(group, norm)
+        self._update(key, group, norm)
         for name, parameter in group.parameters.items():
             self._storage.replace(("parameter", name), parameter)
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
-    def _update(self, group: _Group, norm: torch.Tensor) -> None:
+    def _update(self, key: int | str, group: _Group, norm: torch.Tensor) -> None:
         """One optimiser step of a group whose values and gradients are in place."""
         assert group.optimizer is not None
         self._bring_state(group)
         if torch.bfloat16 in group.dtypes.values():
-            rounded_step(group.optimizer, group.parameters, norm=norm, lr=self._lr, seed=self._seed)
+            rounded_step(group.optimizer, group.parameters, norm=norm, lr=self._rate(key), seed=self._seed)
         else:
-            clipped_step(group.optimizer, norm=norm, lr=self._lr)
+            clipped_step(group.optimizer, norm=norm, lr=self._rate(key))
         self._put_state_aside(group)
         if self._storage is not None and self._per_layer:
             for name, parameter in group.parameters.items():
@@ -321,4 +332,5 @@ def _together(norms: list[torch.Tensor]) -> torch.Tensor:
     """The norm of everything whose parts have these norms."""
     if not norms:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.cat([norm.reshape(-1) for norm in norms]))
+    # What is trained around the layers may be on another device.
+    return torch.linalg.vector_norm(torch.cat([norm.reshape(-1).to(norms[0].device) for norm in norms]))

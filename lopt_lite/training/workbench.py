@@ -15,7 +15,7 @@ from lopt_lite.events import OnEvent
 from lopt_lite.journal import Journal
 from lopt_lite.residency.choices import Residence
 from lopt_lite.settings import TrainSettings
-from lopt_lite.training.block_plan import Block
+from lopt_lite.training.block_plan import Block, Stage, plan_stages
 from lopt_lite.training.metrics import Metrics
 from lopt_lite.training.run_directory import RunPaths
 from lopt_lite.training.stopping import Stopper
@@ -28,7 +28,8 @@ FORWARD_ROWS = 64
 class Workbench:
     """The parts of one run that do not change while it works.
 
-    ``dataset`` holds the training examples first (``train_count`` of them) and the held-out ones after them.
+    ``dataset`` holds the training examples first (``train_count`` of them), then the held-out ones, then those that are
+    only there to anchor on (``--retain-data``), of which no token is to be predicted.
     """
 
     settings: TrainSettings
@@ -41,6 +42,7 @@ class Workbench:
     pad_token_id: int
     dataset: TokenizedDataset
     train_count: int
+    held_out_count: int
     blocks: list[Block]
     device: torch.device
     residence: Residence
@@ -48,13 +50,23 @@ class Workbench:
     on_event: OnEvent
 
     @property
-    def held_out_count(self) -> int:
-        """Number of held-out examples."""
-        return len(self.dataset) - self.train_count
+    def stages(self) -> list[Stage]:
+        """The order in which blocks are trained."""
+        return plan_stages(self.blocks, self.settings.schedule)
+
+    @property
+    def held_out_range(self) -> range:
+        """Which examples are held out."""
+        return range(self.train_count, self.train_count + self.held_out_count)
+
+    @property
+    def other_range(self) -> range:
+        """Which examples are only there to anchor on."""
+        return range(self.train_count + self.held_out_count, len(self.dataset))
 
     def held_out(self) -> TokenizedDataset:
         """The held-out examples."""
-        return self.dataset.select(torch.arange(self.train_count, len(self.dataset)))
+        return self.dataset.select(list(self.held_out_range))
 
     def release_memory(self) -> None:
         """Between two parts of the run, if it has a budget to keep: see :func:`devices.release_everything`.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 
 import pytest
 from lopt_lite_cli.display import Display
 from lopt_lite_cli.progress_state import plan_texts
 
+import lopt_lite
 from lopt_lite import outcomes
 from lopt_lite.errors import DoesNotFitError
 from lopt_lite.events import Planned
@@ -58,8 +60,10 @@ PLAN = outcomes.PlanOutcome(
         store_bytes=37 * GIB,
         caches_bytes=3 * GIB,
         checkpoints_bytes=GIB,
-        adapter_bytes=GIB // 4,
         scratch_bytes=0,
+        blocks_bytes=GIB // 4,
+        result="adapter",
+        result_bytes=GIB // 2,
         total_bytes=int(41.25 * GIB),
         free_bytes=500 * GIB,
     ),
@@ -134,11 +138,13 @@ def test_the_plan_is_told_in_groups(lopt, fake):
         "its weights are not here yet",
         "guessed from the file's size",
         "3 of a block's 40 layers stay in memory, the others are streamed from disk",
-        "1.00 GiB on the device, 0.50 GiB in host memory, 1.50 GiB in a scratch file of activations",
+        "activations, 1.00 GiB on the device, 512 MiB in host memory, 1.50 GiB in a scratch file",
         "predicted peak   3.90 GiB on the device",
         "host             2.00 GiB of the process",
         "the smallest that works is 3.00 GiB (--memory 3072MiB)",
-        "at most          41.25 GiB more, 500.00 GiB are free",
+        "block adapters   256 MiB",
+        "  adapter          512 MiB, put together from these",
+        "at most          41.25 GiB more at one time, 500.00 GiB are free",
         "fitting the head 1m 40s, training 6m 40s",
         "total            1h 01m",
         "Loading layers will be the limit.",
@@ -155,6 +161,36 @@ def test_on_the_cpu_device_and_process_are_one(lopt, fake):
     out = lopt("plan", "big", "data.jsonl").out
     assert "predicted peak   3.90 GiB of the process" in out
     assert "host             " not in out
+
+
+def test_the_result_of_full_tuning_is_a_model(lopt, fake):
+    fake("plan", dataclasses.replace(PLAN, disk=dataclasses.replace(PLAN.disk, result="model")))
+    disk = lopt("plan", "big", "data.jsonl", "--tune", "full").out.split("\n\n")[2]
+    assert "  tuned layers     256 MiB" in disk
+    assert "  model            512 MiB" in disk
+    assert "adapter" not in disk
+
+
+def test_alternatives_that_the_disk_is_too_small_for_are_marked(lopt, fake):
+    def rows(free: int) -> list[str]:
+        fake("plan", dataclasses.replace(PLAN, disk=dataclasses.replace(PLAN.disk, free_bytes=free)))
+        return [line for line in lopt("plan", "big", "data.jsonl").out.split("\n") if "* --memory" in line]
+
+    assert [row.split("  ")[-1] for row in rows(41 * GIB)] == ["partly streamed"]
+    assert [row.split("  ")[-1] for row in rows(41 * GIB - 1)] == ["partly streamed; needs more disk than is free"]
+
+
+def test_garbage_is_collected_again_after_planning(lopt, fake, monkeypatch):
+    collects = []
+    fake("plan", PLAN)
+    operation = lopt_lite.plan
+    monkeypatch.setitem(
+        lopt_lite.__dict__, "plan", lambda *args, **kw: collects.append(gc.isenabled()) or operation(*args, **kw)
+    )
+    assert lopt("plan", "big", "data.jsonl").code == 0
+    fake("plan", error=DoesNotFitError("too small"))
+    assert lopt("plan", "big", "data.jsonl").code == 4
+    assert collects == [False] and gc.isenabled()
 
 
 def test_json_is_one_document_with_everything(lopt, fake):

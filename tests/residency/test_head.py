@@ -9,36 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lopt_lite.residency.head import AnswerHead, open_head, place_head
 from lopt_lite.residency.head_cost import HeadShapes, head_bytes, logit_bytes
 from lopt_lite.residency.sliced_head import SlicedHead
+from tests.residency.live_bytes import LiveBytes
 from tests.rig import CPU, Rig, open_rig
 from tests.tiny_models import make_model
 
 OpenRig = Callable[..., Rig]
 ANSWERS = 14
-
-
-@pytest.fixture(scope="module")
-def rig_of(tmp_path_factory: pytest.TempPathFactory) -> OpenRig:
-    """Rigs by architecture, dtype and changes to the config; each is made once."""
-    rigs: dict[str, Rig] = {}
-
-    def get(architecture: str, dtype: str = "float32", quantize: str = "none", **changes: Any) -> Rig:
-        key = repr((architecture, dtype, quantize, changes))
-        if key not in rigs:
-            home = tmp_path_factory.mktemp(architecture)
-            # In bfloat16, so that every compute dtype starts from the same weights.
-            model = make_model(home / "m", architecture, dtype=torch.bfloat16, **changes)
-            rigs[key] = open_rig(model, home / "s", quantize=quantize, dtype=dtype)
-        return rigs[key]
-
-    return get
 
 
 def _batch(rig: Rig, *, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,26 +241,6 @@ def test_a_sliced_head_generates_what_a_whole_one_does(architecture: str, tmp_pa
     assert torch.equal(written[0], written[1])
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Most bytes alive at once of tensors with ``elements`` elements."""
-
-    def __init__(self, elements: int) -> None:
-        super().__init__()
-        self.peak = 0
-        self._elements = elements
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.numel() == self._elements:
-                storage = tensor.untyped_storage()
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._alive.values()))
-        return result
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite", "cohere", "opt"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [None, 97])
@@ -294,10 +255,10 @@ def test_logits_take_the_memory_that_is_foretold(
     head = open_head(rig.skeleton, rig.store, device=CPU, logit_elements=elements, slice_rows=rows)
     output = torch.randn(1, 44, rig.skeleton.hidden_size).to(rig.skeleton.dtype).requires_grad_()
     targets = torch.arange(44)[None]
-    with _LiveBytes(elements) as counted:
+    with LiveBytes(elements) as counted:
         head.loss_backward(output, targets, answer_tokens=44)
     assert counted.peak == logit_bytes(shapes, elements, gradient=True)
-    with _LiveBytes(elements) as counted:
+    with LiveBytes(elements) as counted:
         head.loss_sum(output.detach(), targets)
     assert counted.peak == logit_bytes(shapes, elements, gradient=False)
     head.close()

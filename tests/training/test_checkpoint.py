@@ -32,14 +32,14 @@ class _Toy:
         self.parameters = {f"3.mlp.{n}": p for n, p in self.body.named_parameters()}
         self.trained = TrainedParameters(storage=None, per_layer=False)
         self.trained.add(3, dict(self.parameters))
-        self.trained.add("head", {f"head.{n}": p for n, p in self.head.named_parameters()})
+        self.trained.add("head", {f"head.{n}": p for n, p in self.head.named_parameters()}, scaffolding=True)
         self.parameters |= {f"head.{n}": p for n, p in self.head.named_parameters()}
-        self.trained.begin(layers=layers)
+        self.trained.begin(scaffolding_only=not layers)
 
     def train(self, steps: range) -> None:
         for step in steps:
             x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
-            self.trained.begin_step(0.05 / (step + 1))
+            self.trained.begin_step(lambda group: 0.05 / (step + 1))
             (self.head(torch.tanh(self.body(x))) - x).square().mean().backward()
             self.trained.after_backward(3)
             self.trained.end_step(finite=True)
@@ -90,7 +90,7 @@ def test_a_phase_that_trains_a_part_keeps_the_state_of_that_part(tmp_path):
 def test_a_next_phase_starts_with_new_optimizers(tmp_path):
     toy = _Toy(layers=False)
     toy.train(range(2))
-    toy.trained.begin(layers=True)
+    toy.trained.begin(scaffolding_only=False)
     assert not toy.state()
     toy.train(range(1))
     assert {float(v) for n, v in toy.state().items() if n.startswith("step.")} == {1.0}
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_other_parameters_is_refused_and_changes_nothing(tmp_pat
     save_checkpoint(tmp_path / "c.safetensors", Cursor("train", 1), toy.trained)
     before = other.values()
     fewer = TrainedParameters(storage=None, per_layer=False)
-    fewer.add("head", {n: p for n, p in other.parameters.items() if n != "head.bias"})
+    fewer.add("head", {n: p for n, p in other.parameters.items() if n != "head.bias"}, scaffolding=True)
     with pytest.raises(RunDirectoryError, match="other parameters") as caught:
         restore_checkpoint(tmp_path / "c.safetensors", fewer)
     assert "--fresh" in caught.value.fix

@@ -42,12 +42,12 @@ def _trained(parameters: list[nn.Parameter]) -> TrainedParameters:
     trained = TrainedParameters(storage=None, per_layer=False)
     for number, parameter in enumerate(parameters):
         trained.add(number, {f"{number}.p": parameter})
-    trained.begin(layers=True)
+    trained.begin(scaffolding_only=False)
     return trained
 
 
 def _step(trained: TrainedParameters, *, lr: float) -> float:
-    trained.begin_step(lr)
+    trained.begin_step(lambda group: lr)
     return trained.end_step(finite=True)
 
 

@@ -16,6 +16,7 @@ import torch
 from lopt_lite_cli.options import flag
 
 import lopt_lite
+from lopt_lite.checkpoints.header import read_header
 from lopt_lite.checkpoints.locate import describe_model, locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.errors import DataError, DoesNotFitError, ModelError, SettingsError
@@ -155,7 +156,27 @@ def test_the_plan_says_what_training_then_does(model, data, tmp_path):
     assert outcome.disk.store_bytes <= stored <= outcome.disk.store_bytes + 6 * 8192
     adapters = [*run.glob("blocks/*/adapter.safetensors"), run / "adapter" / "adapter_model.safetensors"]
     written = sum(path.stat().st_size for path in adapters)
-    assert outcome.disk.adapter_bytes <= written <= outcome.disk.adapter_bytes + 3 * 16_384
+    assert outcome.disk.result == "adapter"
+    predicted = outcome.disk.blocks_bytes + outcome.disk.result_bytes
+    assert predicted <= written <= predicted + 3 * 16_384
+
+
+@pytest.mark.parametrize("changes", [{}, {"objective": "none"}, {"dtype": "float32"}])
+def test_the_tuned_layers_and_the_whole_model_are_planned_as_they_are_written(model, data, tmp_path, changes):
+    options = {"output": str(tmp_path / "run"), "tune": "full", "max_length": 64, "batch_size": 12, **changes}
+    disk = run_plan(model, data, **options).disk
+    lopt_lite.train(TrainSettings(model=str(model), data=str(data), device="cpu", **options))
+
+    def written(pattern: str) -> int:
+        headers = map(read_header, (tmp_path / "run").glob(pattern))
+        return sum(info.nbytes for header in headers for info in header.tensors.values())
+
+    assert disk.result == "model"
+    assert disk.blocks_bytes == pytest.approx(written("blocks/*/layer-*.safetensors"), rel=0.01)
+    assert disk.result_bytes == pytest.approx(written("model/*.safetensors"), rel=0.01)
+    assert disk.store_bytes == pytest.approx(written("store/*.safetensors"), rel=0.01)
+    # All of these are there when the run is done.
+    assert disk.total_bytes >= disk.store_bytes + disk.blocks_bytes + disk.result_bytes
 
 
 def test_a_run_that_exists_is_left_alone_and_its_store_counted(model, data, tmp_path):
@@ -185,6 +206,25 @@ def test_a_disk_that_is_too_small_is_refused(bare, data, monkeypatch):
         run_plan(bare, data)
 
 
+def test_a_store_that_is_there_does_not_count_as_space_for_the_rest(model, data, tmp_path, monkeypatch):
+    options = {"output": str(tmp_path / "run"), "lora_r": 4, "max_length": 64}
+    lopt_lite.train(TrainSettings(model=str(model), data=str(data), device="cpu", **options))
+    run = tmp_path / "run"
+    for name in ("blocks", "adapter", "cache"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    disk = run_plan(model, data, **options).disk
+    present = sum(path.stat().st_size for path in run.iterdir() if path.is_file())
+    assert disk.store_exists
+    free = iter((disk.total_bytes - present, disk.total_bytes - present - 1))
+    require = disk_plan.require_disk
+    monkeypatch.setattr(
+        plan, "require_disk", lambda disk, run: require(dataclasses.replace(disk, free_bytes=next(free)), run)
+    )
+    run_plan(model, data, **options)
+    with pytest.raises(DoesNotFitError):
+        run_plan(model, data, **options)
+
+
 def test_activations_in_8_bits_halve_the_caches(bare, data):
     exact, small = (run_plan(bare, data, cache=cache).disk.caches_bytes for cache in ("exact", "int8"))
     assert 0.5 * exact < small < 0.51 * exact
@@ -200,6 +240,12 @@ def test_alternatives_hold_the_smallest_budget_and_other_blocks(bare, data):
     assert [row.options for row in outcome.alternatives if row.chosen] == ["--memory auto"]
     assert {"--blocks 1", "--blocks 4", "--blocks 8"} <= set(rows)
     assert "--blocks 2" not in rows and "--blocks 16" not in rows
+    for row in outcome.alternatives:
+        # A budget is named to be used.
+        if row.options.startswith("--memory") and not row.chosen:
+            budget = int(row.options.split()[1].removesuffix("MiB")) * MIB
+            assert budget * 0.8 < row.predicted_bytes <= budget
+            assert run_plan(bare, data, memory=row.options.split()[1]).memory.predicted_bytes == row.predicted_bytes
     tight = run_plan(bare, data, memory=f"{outcome.memory.smallest_budget_bytes // MIB}MiB", blocks=2)
     for row in tight.alternatives:
         assert row.fits == (row.seconds is not None)
@@ -233,6 +279,15 @@ def test_the_command_shown_asks_for_the_same(bare, data):
     assert words[:4] == ["lopt-lite", "train", str(bare), str(data)]
     asked = ("fresh", "config", "lora_r", "memory", "device")
     assert [word for word in words if word.startswith("--")] == [flag(name) for name in asked]
+
+
+def test_the_command_shown_leaves_out_what_a_preset_says(bare, data):
+    def words(**options) -> list[str]:
+        settings = PlanSettings(model=str(bare), data=str(data), device="cpu", preset="paper", **options)
+        return [word for word in shlex.split(lopt_lite.plan(settings).command) if word.startswith("--")]
+
+    assert words() == ["--preset", "--device"]
+    assert words(batch_size=8, tune="lora") == ["--preset", "--tune", "--batch-size", "--device"]
 
 
 def test_mistakes_are_told_as_training_tells_them(bare, data, tmp_path):
@@ -323,4 +378,9 @@ def test_full_tuning_is_planned_too(bare, data):
     assert words[words.index("--tune") + 1] == "full" and "--quantize" not in words and "--lr" not in words
     adapters = run_plan(bare, data)
     assert outcome.disk.checkpoints_bytes > adapters.disk.checkpoints_bytes
+    # Of the whole model, embedding and all, while only layers are tuned.
+    assert outcome.disk.result_bytes == 2 * outcome.parameters
+    assert outcome.disk.blocks_bytes == 2 * (outcome.parameters - 2 * 32_000 * 1024 - 1024)
+    left = run_plan(bare, data, tune="full", objective="none").disk
+    assert left.blocks_bytes == outcome.disk.blocks_bytes // 2
     assert outcome.memory.predicted_bytes > adapters.memory.predicted_bytes

@@ -38,10 +38,10 @@ class _Stack:
         for index, layer in enumerate(self.layers):
             self.trained.add(index, {f"{index}.{n}": p for n, p in layer.named_parameters()})
             self.trained.leave(index)
-        self.trained.add("head", {f"head.{n}": p for n, p in self.head.named_parameters()})
+        self.trained.add("head", {f"head.{n}": p for n, p in self.head.named_parameters()}, scaffolding=True)
 
     def step(self, number: int, *, finite: bool = True) -> float:
-        self.trained.begin_step(0.01, seed=number)
+        self.trained.begin_step(lambda group: 0.01, seed=number)
         hidden = torch.randn(5, 80, generator=torch.Generator().manual_seed(number)) * 3
         inputs = []
         for index, layer in enumerate(self.layers):
@@ -89,8 +89,8 @@ def test_put_aside_equals_in_place(kind, kept_bytes, tmp_path):
     here = _Stack(tmp_path, offload=False, **kind)
     away = _Stack(tmp_path, offload=True, kept_bytes=kept_bytes, **kind)
     for layers in (False, True):
-        here.trained.begin(layers=layers)
-        away.trained.begin(layers=layers)
+        here.trained.begin(scaffolding_only=not layers)
+        away.trained.begin(scaffolding_only=not layers)
         for number in range(4):
             assert here.step(number) == away.step(number)
     assert _same(here.values(), away.values())
@@ -103,13 +103,13 @@ def test_put_aside_equals_in_place(kind, kept_bytes, tmp_path):
 @pytest.mark.parametrize("kind", KINDS, ids=["global", "per layer", "8 bits"])
 def test_a_restored_checkpoint_goes_on_as_if_nothing_had_happened(kind, offload, tmp_path):
     whole = _Stack(tmp_path, offload=offload, **kind)
-    whole.trained.begin(layers=True)
+    whole.trained.begin(scaffolding_only=False)
     for number in range(6):
         whole.step(number)
         if number == 2:
             save_checkpoint(tmp_path / "c.safetensors", Cursor("train", 3), whole.trained)
     resumed = _Stack(tmp_path, offload=offload, **kind)
-    resumed.trained.begin(layers=True)
+    resumed.trained.begin(scaffolding_only=False)
     restore_checkpoint(tmp_path / "c.safetensors", resumed.trained)
     for number in range(3, 6):
         resumed.step(number)
@@ -121,7 +121,7 @@ def test_a_restored_checkpoint_goes_on_as_if_nothing_had_happened(kind, offload,
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_a_step_that_is_not_finite_changes_nothing(per_layer, offload, tmp_path):
     stack = _Stack(tmp_path, offload=offload, per_layer=per_layer)
-    stack.trained.begin(layers=True)
+    stack.trained.begin(scaffolding_only=False)
     stack.step(0)
     values, state = stack.values(), stack.state()
     norm = stack.step(1, finite=False)
@@ -135,7 +135,7 @@ def test_a_step_that_is_not_finite_changes_nothing(per_layer, offload, tmp_path)
 def test_global_clipping_is_pytorchs(tmp_path):
     stack = _Stack(tmp_path, offload=True, per_layer=False)
     plain = _Stack(tmp_path, offload=False, per_layer=False)
-    stack.trained.begin(layers=True)
+    stack.trained.begin(scaffolding_only=False)
     parameters = [p for layer in plain.layers for p in layer.parameters()] + list(plain.head.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0)
     for number in range(3):

@@ -1,0 +1,226 @@
+"""What to train, how fast, and held by what: recipes on two tasks.
+
+Worked solutions: questions of GSM8K with their worked solutions as answers. Bare numbers: the same questions with
+nothing but the final number, a narrow task that makes a model forget; what it knew is the loss on worked solutions,
+which it is not shown, and on unrelated instructions.
+
+Losses are nats per answer token of held-out examples, as 'lopt-lite evaluate' measures them. Several seeds give mean ±
+standard deviation. Seconds are those of training, without loading and preparing weights. "frozen" leaves the first half
+of the layers as it is; "retain" adds the anchor (--retain 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.questions import (
+    DEMO_MODEL,
+    HELD_OUT,
+    INSTRUCTIONS,
+    TRAIN,
+    bare_numbers,
+    first_lines,
+    require_model,
+    tiny_model,
+    tiny_questions,
+)
+from benchmarks.report import Bench, parser
+from lopt_lite import TrainSettings, files
+
+NAME = "recipe"
+
+_FULL = {"tune": "full", "lr": 2e-5}
+_WITHOUT_ANCHOR: dict[str, dict[str, Any]] = {
+    "end-to-end-1e-4": {"blocks": 1, "lr": 1e-4},
+    "end-to-end-2e-4": {"blocks": 1, "lr": 2e-4},
+    "end-to-end-4e-4": {"blocks": 1, "lr": 4e-4},
+    "end-to-end-8e-4": {"blocks": 1, "lr": 8e-4},
+    "frozen-4e-4": {"objective": "none", "lr": 4e-4},
+    "frozen-8e-4": {"objective": "none", "lr": 8e-4},
+    "reconstruct": {},
+    "joint-2e-4": {"schedule": "joint", "lr": 2e-4},
+    "full-end-to-end": {"blocks": 1, **_FULL},
+    "full-frozen": {"objective": "none", **_FULL},
+    "full-reconstruct": {**_FULL},
+    "full-joint": {"schedule": "joint", **_FULL},
+}
+
+#: Trains the LM head itself, through which the anchor compares.
+_NO_ANCHOR = ("full-joint",)
+
+#: Name -> options of ``lopt-lite train``. A recipe of the dictionary above has a twin with the anchor.
+RECIPES: dict[str, dict[str, Any]] = {
+    **_WITHOUT_ANCHOR,
+    **{f"{n}-retain": {**s, "retain": 1.0} for n, s in _WITHOUT_ANCHOR.items() if n not in _NO_ANCHOR},
+}
+_QUICK = ("end-to-end-4e-4", "frozen-8e-4")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A task, and what is measured after training on it.
+
+    Attributes
+    ----------
+    epochs:
+        Passes over the data, where the command line does not say.
+    train:
+        The data set to train on.
+    measured:
+        Column of the table, and the data set whose loss it shows; the first is the task.
+    """
+
+    title: str
+    epochs: int
+    train: str
+    measured: dict[str, str]
+
+
+_UNRELATED = {"instructions": "instructions"}
+PROBES = {
+    "worked": Probe("Worked solutions", 2, "worked", {"task": "held-out-worked", **_UNRELATED}),
+    "numbers": Probe(
+        "Bare numbers",
+        3,
+        "numbers",
+        {"task": "held-out-numbers", "worked solutions": "held-out-worked", **_UNRELATED},
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print one table per probe."""
+    options = _options().parse_args(arguments)
+    bench = Bench.start(NAME, __doc__, options, arguments)
+    recipes = _QUICK if bench.quick else options.recipes.split(",") if options.recipes else tuple(RECIPES)
+    for name in recipes:
+        if name not in RECIPES:
+            raise SystemExit(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
+    grid = _Grid(bench, options)
+    for name in PROBES if options.probe == "both" else [options.probe]:
+        grid.table(PROBES[name], recipes)
+    return bench.finish()
+
+
+def _options() -> argparse.ArgumentParser:
+    made = parser(NAME, __doc__)
+    made.add_argument("--model", default=str(DEMO_MODEL), help="the model (the demo's)")
+    made.add_argument("--data", default=str(TRAIN), help="GSM8K examples to train on (the repository's)")
+    made.add_argument("--held-out", default=str(HELD_OUT), help="held-out GSM8K examples (the repository's)")
+    made.add_argument("--instructions", default=str(INSTRUCTIONS), help="unrelated examples (the repository's)")
+    made.add_argument("--recipes", default="", help=f"names separated by commas (all: {', '.join(RECIPES)})")
+    made.add_argument("--seeds", default="0", help="separated by commas (0)")
+    made.add_argument("--examples", type=int, default=320, help="train on so many, the first ones (320)")
+    made.add_argument("--held-out-examples", type=int, default=0, help="measure on so many, the first ones (all)")
+    made.add_argument("--epochs", type=int, help="passes over the data (2 for worked solutions, 3 for bare numbers)")
+    made.add_argument("--batch-size", type=int, default=8)
+    made.add_argument("--memory", default="auto", help="budget (auto)")
+    made.add_argument("--probe", default="both", choices=("both", *PROBES))
+    return made
+
+
+class _Grid:
+    """The data of the probes, and the runs."""
+
+    def __init__(self, bench: Bench, options: argparse.Namespace) -> None:
+        self._bench, self._options = bench, options
+        self._seeds = [int(seed) for seed in options.seeds.split(",")]
+        if bench.quick:
+            data = tiny_questions(bench.directory / "tiny.jsonl")
+            options.model, options.epochs = tiny_model(bench.directory / "model"), 1
+            options.data, options.held_out, options.instructions = data, data, data
+        require_model(options.model)
+        self._data, self._same = self._write_data()
+
+    def _write_data(self) -> tuple[dict[str, Path], str]:
+        """The data sets by name, and what tells them from others."""
+        options, directory = self._options, self._bench.directory
+        train = first_lines(options.data, options.examples, directory / "train.jsonl")
+        held_out = first_lines(options.held_out, options.held_out_examples, directory / "held-out.jsonl")
+        data = {
+            "worked": train,
+            "numbers": bare_numbers(train, directory / "train-numbers.jsonl"),
+            "held-out-worked": held_out,
+            "held-out-numbers": bare_numbers(held_out, directory / "held-out-numbers.jsonl"),
+            "instructions": first_lines(options.instructions, 0, directory / "instructions.jsonl"),
+        }
+        digest = hashlib.sha256(Path(options.model).name.encode())
+        for path in data.values():
+            digest.update(path.read_bytes())
+        return data, digest.hexdigest()[:8]
+
+    def table(self, probe: Probe, recipes: Sequence[str]) -> None:
+        """Run what has not been run yet, and add the probe's table to the report."""
+        options = self._options
+        epochs = options.epochs or probe.epochs
+        untouched: dict[str, tuple[object, ...]] = {}
+        rows: list[tuple[object, ...]] = []
+        for name in recipes:
+            found = [self._run(probe, name, seed, epochs) for seed in self._seeds]
+            # Weights in 4 bits and whole ones are two models, with losses of their own before training.
+            stored, before = found[0]["stored"], found[0]["before"]
+            untouched[stored] = (f"untouched model, {stored}", *(f"{before[c]:.3f}" for c in probe.measured), "-")
+            losses = [_mean_and_spread([run["after"][column] for run in found], 3) for column in probe.measured]
+            rows.append((name, *losses, _mean_and_spread([run["seconds"] for run in found], 0)))
+        self._bench.text(
+            f"{probe.title}, {Path(options.model).name}: {epochs} epochs of at most {options.examples} examples, "
+            f"batch {options.batch_size}, {len(self._seeds)} seed(s)."
+        )
+        self._bench.table(("recipe", *probe.measured, "s"), [*untouched.values(), *rows])
+
+    def _run(self, probe: Probe, name: str, seed: int, epochs: int) -> dict[str, Any]:
+        """One recipe on one probe with one seed: ``before`` and ``after`` by column, and ``seconds``."""
+        options, recipe = self._options, RECIPES[name]
+        settings: dict[str, Any] = {
+            "model": options.model,
+            "data": str(self._data[probe.train]),
+            "epochs": epochs,
+            "batch_size": options.batch_size,
+            "memory": options.memory,
+            "device": "cpu",
+            "seed": seed,
+            **recipe,
+        }
+        # The recipe itself is in the key: a name may come to mean something else.
+        means = hashlib.sha256(repr(sorted(recipe.items())).encode()).hexdigest()[:8]
+        key = f"{probe.title}, {name} {means}, seed {seed}, {epochs} epochs, batch {options.batch_size}, {self._same}"
+        return self._bench.measure(key, lambda: self._train_and_evaluate(probe, settings))
+
+    def _train_and_evaluate(self, probe: Probe, settings: dict[str, Any]) -> dict[str, Any]:
+        bench, run = self._bench, self._bench.directory / "run"
+        # All runs share the prepared weights; of each model and kind there is one store.
+        quantize = TrainSettings(**settings).quantize
+        store = bench.directory / f"store-{Path(settings['model']).name}-{quantize}"
+        trained = bench.alone.run("train", output=str(run), store=str(store), fresh=True, quiet=True, **settings)
+        before, after = {}, {}
+        for column, name in probe.measured.items():
+            outcome = bench.alone.run(
+                "evaluate", run=str(run), data=str(self._data[name]), memory=settings["memory"], device="cpu"
+            )["outcome"]
+            before[column], after[column] = outcome["base_loss"], outcome["tuned_loss"]
+        files.remove_tree(run)
+        return {
+            "before": before,
+            "after": after,
+            "stored": "nf4" if quantize == "nf4" else "not quantised",
+            "seconds": trained["seconds"] - trained["timeline"]["ready_s"],
+            "peak_bytes": trained["peak_bytes"],
+            "settings": settings,
+            "final_train_loss": trained["outcome"]["final_train_loss"],
+        }
+
+
+def _mean_and_spread(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

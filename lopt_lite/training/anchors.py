@@ -1,0 +1,243 @@
+"""The anchor: which tokens hold the model to what it knew, and what the untouched model made of them.
+
+Before training, the untouched model's final hidden states at a seeded sample of *prompt* tokens are cached; while the
+last block trains, the divergence of its predictions there from the untouched model's is part of its loss. The sample is
+fixed, so the cache is small, and is written once (in shards, each a durable fact).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from lopt_lite import files
+from lopt_lite.data.dataset import Batch, TokenizedDataset, collate
+from lopt_lite.data.seeding import permutation
+from lopt_lite.errors import DataError
+from lopt_lite.events import Progress
+from lopt_lite.residency.anchors import Anchors
+from lopt_lite.residency.block_major import WAITING, pass_blocks
+from lopt_lite.training.activation_cache import ActivationCache, CacheLayout, shard_name, write_cache
+from lopt_lite.training.block_inputs import BlockInputs
+from lopt_lite.training.block_plan import Block
+from lopt_lite.training.cache_format import StoredError
+from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
+
+#: Examples of ``--retain-data`` in a step, for each example of DATA.
+_OTHERS_PER_EXAMPLE = 0.25
+#: About so many padded tokens pass through all blocks before the next ones do: enough to make loading blocks cheap.
+_PORTION_TOKENS = 65536
+
+
+def other_rows(batch_size: int, others: int) -> int:
+    """How many of ``others`` examples that are only there to anchor on are in each step."""
+    return min(others, max(1, round(_OTHERS_PER_EXAMPLE * batch_size))) if others else 0
+
+
+class AnchorSample:
+    """The anchored tokens of every example: training examples and those that are only there to anchor on.
+
+    A token counts as anchored at the position that predicts the token after it. Positions that predict an answer are
+    the task's.
+
+    Parameters
+    ----------
+    dataset, train_count, others:
+        As :class:`Workbench` has them; held-out examples, which are between the two, are not anchored.
+    most:
+        Tokens of one example.
+    seed:
+        Decides the sample.
+    """
+
+    def __init__(self, dataset: TokenizedDataset, train_count: int, others: range, *, most: int, seed: int) -> None:
+        self.examples = [*range(train_count), *others]
+        self.others = others
+        self._seed = seed
+        self._dataset, self._most = dataset, most
+        self.counts = torch.zeros(len(dataset), dtype=torch.int64)
+        for example in self.examples:
+            self.counts[example] = min(most, len(self._eligible(example)))
+
+    def _eligible(self, example: int) -> np.ndarray:
+        _, is_target = self._dataset.example(example)
+        return np.flatnonzero(~is_target[1:].numpy())
+
+    def positions(self, example: int) -> torch.Tensor:
+        """Anchored positions of an example, ascending: int64 [count]."""
+        if not self.counts[example]:
+            return torch.empty(0, dtype=torch.int64)
+        eligible = self._eligible(example)
+        if len(eligible) > self._most:
+            chosen = permutation(len(eligible), (self._seed, "anchor", example))[: self._most]
+            eligible = eligible[np.sort(chosen)]
+        return torch.from_numpy(eligible)
+
+    def mask(self, batch: Batch) -> torch.Tensor:
+        """bool [rows, longest]: True at anchored positions of a batch."""
+        mask = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
+        for row, example in enumerate(batch.examples.tolist()):
+            mask[row, self.positions(example)] = True
+        return mask
+
+    def others_of_step(self, step: int, rows: int) -> list[int]:
+        """``rows`` of the examples that are only there to anchor on: round after round, each in its own order."""
+        chosen = []
+        for number in range(step * rows, (step + 1) * rows):
+            order = permutation(len(self.others), (self._seed, "other text", number // len(self.others)))
+            chosen.append(self.others[int(order[number % len(self.others)])])
+        return chosen
+
+
+def anchor_layout(bench: Workbench, sample: AnchorSample) -> CacheLayout:
+    """Where the untouched model's final hidden states at anchored tokens lie."""
+    return CacheLayout(
+        bench.dataset.lengths,
+        hidden_size=bench.skeleton.hidden_size,
+        dtype=bench.skeleton.dtype,
+        max_tokens=bench.residence.forward_tokens,
+        max_rows=FORWARD_ROWS,
+        kept=sample.counts,
+    )
+
+
+class AnchorReader:
+    """Makes the anchors of a batch from the cache.
+
+    Raises
+    ------
+    ModelError
+        The cache cannot be read.
+    """
+
+    def __init__(self, bench: Workbench, sample: AnchorSample) -> None:
+        self.sample = sample
+        self._device, self._weight = bench.device, bench.settings.retain
+        self._cache = ActivationCache(
+            bench.paths.anchors, anchor_layout(bench, sample), keep_bytes=bench.residence.cache_keep_bytes
+        )
+
+    def anchors(self, batch: Batch, *, tokens: int) -> Anchors:
+        """The anchors of a micro-batch, on the device.
+
+        Parameters
+        ----------
+        tokens:
+            Anchored tokens of the whole optimiser step.
+        """
+        return Anchors(
+            mask=self.sample.mask(batch).to(self._device),
+            base=self._cache.rows(batch.examples.tolist()).to(self._device),
+            tokens=max(1, tokens),
+            weight=self._weight,
+        )
+
+    def close(self) -> None:
+        """Close the cache's files."""
+        self._cache.close()
+
+
+def check_anchored(sample: AnchorSample) -> None:
+    """Refuse an anchor without anything to hold on to.
+
+    Raises
+    ------
+    DataError
+        No token can be anchored.
+    """
+    if not int(sample.counts.sum()):
+        raise DataError(
+            "--retain has nothing to hold on to: every token of the data is to be learnt",
+            expected="examples with a prompt",
+            fix="name other text with --retain-data, or leave --retain out",
+        )
+
+
+def needs_untouched_pass(blocks: Sequence[Block]) -> bool:
+    """Whether the inputs of the last block will no longer be those of the untouched model."""
+    return any(block.objective != "none" for block in blocks[:-1])
+
+
+def write_anchors(bench: Workbench, sample: AnchorSample, blocks: Sequence[Block], inputs: BlockInputs) -> None:
+    """Pass all anchored examples through the untouched ``blocks``, up to the last, and cache what is anchored on.
+
+    Parameters
+    ----------
+    blocks:
+        Those that ``inputs`` are not yet the outputs of.
+
+    Raises
+    ------
+    StoppedError, DoesNotFitError
+        See :func:`write_cache`.
+    """
+    if bench.journal.last("anchors"):
+        return
+    layout = anchor_layout(bench, sample)
+    directory = bench.paths.anchors
+    journalled = {int(fact["shard"]) for fact in bench.journal.all("anchor-shard")}
+    done = {number for number in journalled if (directory / shard_name(number)).is_file()}
+    files.require_free_space(
+        bench.paths.root,
+        layout.total_bytes - files.directory_bytes(directory) + (16 << 20),
+        what="the anchor's cache",
+    )
+    total = len(blocks) * sum(len(batches) for batches in layout.shards)
+    passed = len(blocks) * sum(len(layout.shards[number]) for number in done)
+
+    def on_pass() -> None:
+        nonlocal passed
+        bench.stop.check()
+        passed += 1
+        bench.on_event(Progress(task="what the untouched model says", done=passed, total=total, unit="batches"))
+
+    def run_batches(batches: list[list[int]], on_output: Callable[[int, torch.Tensor], None]) -> None:
+        for begin, end in _portions(batches, layout.lengths):
+            collated = [collate(bench.dataset, batch, bench.pad_token_id) for batch in batches[begin:end]]
+
+            def take(number: int, output: torch.Tensor, begin: int = begin, collated: list[Batch] = collated) -> None:
+                on_output(begin + number, _anchored_rows(sample, collated[number], output))
+
+            pass_blocks(
+                bench.store,
+                bench.skeleton,
+                collated,
+                [(block.first, block.end) for block in blocks],
+                inputs.micro_batch,
+                take,
+                device=bench.device,
+                residence=bench.residence,
+                spill_limits=WAITING,
+                spill_directory=bench.paths.root,
+                on_pass=on_pass,
+            )
+
+    def on_shard(number: int, error: StoredError) -> None:
+        bench.journal.add("anchor-shard", shard=number, name=shard_name(number))
+
+    write_cache(directory, layout, run_batches, done=done, on_shard=on_shard)
+    bench.journal.add("anchors")
+
+
+def _portions(batches: Sequence[Sequence[int]], lengths: torch.Tensor) -> list[tuple[int, int]]:
+    """Stretches of ``batches`` with about :data:`_PORTION_TOKENS` padded tokens each."""
+    portions: list[tuple[int, int]] = []
+    begin = tokens = 0
+    for number, batch in enumerate(batches):
+        tokens += len(batch) * max(int(lengths[example]) for example in batch)
+        if tokens >= _PORTION_TOKENS or number == len(batches) - 1:
+            portions.append((begin, number + 1))
+            begin, tokens = number + 1, 0
+    return portions
+
+
+def _anchored_rows(sample: AnchorSample, batch: Batch, output: torch.Tensor) -> torch.Tensor:
+    """The anchored positions of ``output`` [rows, longest, hidden], moved to the front: [rows, most, hidden]."""
+    examples = batch.examples.tolist()
+    positions = [sample.positions(example) for example in examples]
+    front = output.new_zeros(len(examples), max(len(p) for p in positions), output.shape[-1])
+    for row, of_row in enumerate(positions):
+        front[row, : len(of_row)] = output[row, of_row.to(output.device)]
+    return front

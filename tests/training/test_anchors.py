@@ -1,0 +1,244 @@
+"""The anchor: which tokens are held, and that training holds to them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lopt_lite
+from lopt_lite import TrainSettings
+from lopt_lite.data.dataset import TokenizedDataset, collate
+from lopt_lite.data.load import load_dataset
+from lopt_lite.errors import DataError, SettingsError, StoppedError
+from lopt_lite.events import Event, Progress, Step, ignore
+from lopt_lite.seeds import derive_seed
+from lopt_lite.training import run as training_run
+from lopt_lite.training import stopping
+from lopt_lite.training.anchors import AnchorSample, other_rows
+from tests.rig import residence
+from tests.tiny_models import make_data, make_model
+
+
+def _dataset(*examples: tuple[int, int]) -> TokenizedDataset:
+    """Examples of (prompt tokens, answer tokens)."""
+    parts, offsets = [], [0]
+    for prompt, answer in examples:
+        parts.append(torch.tensor([False] * prompt + [True] * answer))
+        offsets.append(offsets[-1] + prompt + answer)
+    is_target = torch.cat(parts)
+    return TokenizedDataset(torch.arange(len(is_target), dtype=torch.int32), is_target, torch.tensor(offsets))
+
+
+def _sample(dataset: TokenizedDataset, train: int, others: range = range(0), most: int = 4) -> AnchorSample:
+    return AnchorSample(dataset, train, others, most=most, seed=7)
+
+
+def test_only_positions_that_predict_prompt_tokens_are_held():
+    sample = _sample(_dataset((5, 3), (1, 4), (2, 6)), 3, most=10)
+    assert sample.positions(0).tolist() == [0, 1, 2, 3]
+    assert sample.positions(1).tolist() == []
+    assert sample.positions(2).tolist() == [0]
+    assert sample.counts.tolist() == [4, 0, 1]
+
+
+def test_a_sample_is_drawn_once_and_for_all():
+    dataset = _dataset((50, 3), (60, 2))
+    one, two = _sample(dataset, 2), _sample(dataset, 2)
+    for example in range(2):
+        positions = one.positions(example)
+        assert len(set(positions.tolist())) == 4
+        assert positions.tolist() == sorted(positions.tolist()) == two.positions(example).tolist()
+    assert AnchorSample(dataset, 2, range(0), most=4, seed=8).positions(0).tolist() != one.positions(0).tolist()
+
+
+def test_held_out_examples_are_not_anchored():
+    dataset = _dataset((5, 3), (5, 3), (9, 0))
+    sample = _sample(dataset, 1, range(2, 3), most=100)
+    assert sample.counts.tolist() == [4, 0, 8]
+    batch = collate(dataset, [2, 0, 1], 0)
+    assert sample.mask(batch).sum(1).tolist() == [8, 4, 0]
+
+
+def test_other_text_comes_round_again_and_again():
+    sample = _sample(_dataset((5, 3), (9, 0), (9, 0), (9, 0)), 1, range(1, 4))
+    seen = [example for step in range(6) for example in sample.others_of_step(step, 2)]
+    assert all(sorted(seen[begin : begin + 3]) == [1, 2, 3] for begin in range(0, 12, 3))
+    assert other_rows(8, 3) == 2
+    assert other_rows(8, 1) == 1
+    assert other_rows(1, 5) == 1
+    assert other_rows(8, 0) == 0
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    directory = tmp_path_factory.mktemp("inputs")
+    return make_model(directory / "model", "llama"), make_data(directory / "data.jsonl", 12)
+
+
+def _train(tmp_path: Path, inputs: tuple[Path, Path], name: str = "run", **changes: Any) -> tuple[Path, list[Step]]:
+    values: dict[str, Any] = {
+        "dtype": "float32",
+        "quantize": "none",
+        "epochs": 4,
+        "batch_size": 4,
+        "lr": 5e-3,
+        "retain_tokens": 6,
+        **changes,
+    }
+    steps: list[Step] = []
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Step) and event.phase == "train":
+            steps.append(event)
+
+    model, data = inputs
+    lopt_lite.train(TrainSettings(model=str(model), data=str(data), output=str(tmp_path / name), **values), on_event)
+    return tmp_path / name, steps
+
+
+def _weights(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@torch.no_grad()
+def _divergence(run: Path, inputs: tuple[Path, Path], most: int) -> float:
+    """Mean KL(base || tuned) at the anchored tokens, by plain transformers and PEFT."""
+    model, data = inputs
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    dataset, _ = load_dataset(str(data), tokenizer, max_length=1024, skip_bad_lines=False, on_event=ignore)
+    sample = AnchorSample(dataset, len(dataset), range(0), most=most, seed=derive_seed(0, "anchor"))
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), run / "adapter")
+    total, tokens = 0.0, 0
+    for example in range(len(dataset)):
+        ids = dataset.example(example)[0][None].long()
+        at = sample.positions(example)
+        before, after = base(ids).logits[0, at], tuned.eval()(ids).logits[0, at]
+        total += float(
+            functional.kl_div(after.log_softmax(-1), before.log_softmax(-1), reduction="sum", log_target=True)
+        )
+        tokens += len(at)
+    return total / tokens
+
+
+@pytest.mark.parametrize("changes", [{"blocks": 1}, {"objective": "none"}, {"schedule": "joint"}, {}])
+def test_an_anchored_run_stays_nearer_to_what_it_was(tmp_path, inputs, changes):
+    free, _ = _train(tmp_path, inputs, "free", **changes)
+    held, steps = _train(tmp_path, inputs, "held", retain=3.0, **changes)
+    if changes in ({"blocks": 1}, {"objective": "none"}):
+        assert steps[0].retain_kl == pytest.approx(0.0, abs=1e-6), "nothing has changed before the first step"
+    assert _divergence(held, inputs, 6) < 0.5 * _divergence(free, inputs, 6)
+    assert not (held / "cache" / "anchors").exists()
+
+
+def test_what_a_run_says_of_its_divergence_is_so(tmp_path, inputs):
+    run, steps = _train(tmp_path, inputs, retain=0.5, blocks=1, batch_size=12, epochs=12)
+    assert steps[-1].lr < 0.05 * steps[1].lr
+    # The last step hardly changes anything any more.
+    assert steps[-1].retain_kl == pytest.approx(_divergence(run, inputs, 6), rel=0.03)
+
+
+def test_an_anchor_without_weight_changes_nothing(tmp_path, inputs):
+    plain, _ = _train(tmp_path, inputs, "plain", epochs=1)
+    tiny, _ = _train(tmp_path, inputs, "tiny", epochs=1, retain=1e-30)
+    from safetensors.torch import load_file
+
+    one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (plain, tiny))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["none", "reconstruct"])
+@pytest.mark.parametrize("mode", ["streamed", "offloaded"])
+def test_every_way_of_working_holds_alike(tmp_path, inputs, objective, mode, monkeypatch):
+    other = make_data(tmp_path / "other.jsonl", 5, seed=4)
+    found = []
+    for chosen in ("resident", mode):
+        monkeypatch.setattr(
+            training_run,
+            "choose_residence",
+            lambda *args, chosen=chosen, **kwargs: residence(chosen, micro_batch_tokens=96, dequantised=False),
+        )
+        run, _ = _train(
+            tmp_path, inputs, chosen, epochs=2, retain=1.0, objective=objective, retain_data=str(other), quantize="nf4"
+        )
+        found.append(_weights(run))
+    assert found[0] == found[1]
+
+
+def test_other_text_is_held_and_not_learnt(tmp_path, inputs):
+    other = make_data(tmp_path / "other.jsonl", 5, seed=4)
+    run, steps = _train(tmp_path, inputs, retain=1.0, retain_data=str(other), epochs=1)
+    without, fewer = _train(tmp_path, inputs, "without", retain=1.0, epochs=1)
+    last = [step for step in steps if step.block == 1]
+    assert all(a.tokens > b.tokens for a, b in zip(last, [s for s in fewer if s.block == 1], strict=True))
+    assert _weights(run) != _weights(without)
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["retain"]["fingerprint"]
+
+
+@pytest.mark.parametrize("stop_in", ["what the untouched model says", "train"])
+def test_stopped_and_started_again_it_ends_with_the_same_bytes(tmp_path, inputs, stop_in, monkeypatch):
+    changes = {"retain": 1.0, "epochs": 2, "checkpoint_every": "0s"}
+    whole, _ = _train(tmp_path, inputs, "whole", **changes)
+    model, data = inputs
+    settings = TrainSettings(
+        model=str(model),
+        data=str(data),
+        output=str(tmp_path / "cut"),
+        dtype="float32",
+        quantize="none",
+        batch_size=4,
+        lr=5e-3,
+        retain_tokens=6,
+        **changes,
+    )
+    seen = 0
+
+    def stop_there(event: Event) -> None:
+        nonlocal seen
+        here = isinstance(event, Progress) and event.task == stop_in
+        here = here or (stop_in == "train" and isinstance(event, Step) and event.block == 1 and event.step == 3)
+        if here:
+            seen += 1
+            raise stopping.stopped("the test")
+
+    with pytest.raises(StoppedError):
+        lopt_lite.train(settings, stop_there)
+    assert seen == 1
+    lopt_lite.train(settings)
+    assert _weights(tmp_path / "cut") == _weights(whole)
+
+
+def test_an_anchor_needs_something_to_hold_on_to(tmp_path, inputs):
+    model, _ = inputs
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"some text {i}"}) + "\n" for i in range(4)))
+    settings = {"model": str(model), "data": str(text), "output": str(tmp_path / "run"), "retain": 1.0}
+    with pytest.raises(DataError, match="retain"):
+        lopt_lite.train(TrainSettings(**settings))
+    lopt_lite.train(TrainSettings(**settings, retain_data=str(text)))
+
+
+def test_what_makes_no_sense_is_refused():
+    for wrong in (
+        {"retain": -1.0},
+        {"retain": float("nan")},
+        {"retain_data": "x"},
+        {"retain_tokens": 0},
+        {"retain": 1.0, "preset": "paper"},
+        {"reconstruction_weight": 3.0},
+        {"schedule": "joint", "cache": "int8"},
+    ):
+        with pytest.raises(SettingsError):
+            TrainSettings(model="m", data="d", **wrong)
