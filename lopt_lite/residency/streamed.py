@@ -112,6 +112,8 @@ class StreamedLayers:
                 on_layer(index, layer)
                 if self._shells[position].keep_trainable():
                     self._streamed.discard(index)
+            # What was attached and put elsewhere leaves holes, which what is attached next never quite fits.
+            release_cached_memory(self._device)
         if self._stream is not None and not self._streamed:
             # Layers that are trained as a whole are their own now.
             self._stream.close()

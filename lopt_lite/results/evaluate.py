@@ -86,7 +86,6 @@ def _losses(
     residence = choose_residence(run.shapes(), ranges, _job(dataset), device=run.device, memory=memory)
     measure = partial(
         held_out_losses,
-        skeleton=run.skeleton,
         dataset=dataset,
         ranges=ranges,
         device=run.device,
@@ -98,12 +97,13 @@ def _losses(
         on_event=on_event,
     )
     if run.settings.tune == "full":
-        (base,) = measure(run.store, task="held-out loss of the base model")
-        (tuned,) = measure(run.tuned_store, task="held-out loss of the tuned model")
+        (base,) = measure(run.store, run.skeleton, task="held-out loss of the base model")
+        (tuned,) = measure(run.tuned_store, run.tuned_skeleton, task="held-out loss of the tuned model")
         return base, tuned
     with run.put_aside(residence) as state:
         base, tuned = measure(
             run.store,
+            run.skeleton,
             variants=2,
             on_layer=partial(run.on_layer, state=state),
             state=state,

@@ -19,7 +19,7 @@ from lopt_lite.checkpoints.tokenizer import pad_token_id
 from lopt_lite.data.batches import length_sorted_batches
 from lopt_lite.errors import DoesNotFitError
 from lopt_lite.events import OnEvent, Progress
-from lopt_lite.residency.choices import Memory, Residence, choose_residence
+from lopt_lite.residency.choices import Memory, Residence, choose_residence, smallest_budget
 from lopt_lite.residency.head import open_head
 from lopt_lite.residency.layers import open_layers
 from lopt_lite.residency.memory_model import Job
@@ -65,10 +65,8 @@ def complete(
     lengths = [len(prompt) for prompt in prompts]
     residence, rows = _place(run, max(lengths) + max_new_tokens, min(max_rows, len(prompts)), budget_bytes)
     batches = length_sorted_batches(lengths, max_tokens=residence.forward_tokens, max_rows=rows)
-    store = run.tuned_store if tuned else run.store
-    skeleton, device = run.skeleton, run.device
-    skeleton.set_embedding_reader(lambda ids: store.embedding_rows(skeleton, ids))
-    skeleton.place_root_tensors(store.root(skeleton), device)
+    skeleton, store = (run.tuned_skeleton, run.tuned_store) if tuned else (run.skeleton, run.store)
+    device = run.device
     answers: list[list[int]] = [[] for _ in prompts]
     with contextlib.ExitStack() as stack:
         state = stack.enter_context(run.put_aside(residence))
@@ -94,6 +92,7 @@ def complete(
         stack.callback(head.close)
         head.place_for_generation()
         model = skeleton.with_layers(pool.modules())
+        model.get_output_embeddings().register_forward_pre_hook(_contiguous)
         settings = _generation_config(run)
         settings.update(
             **choices,
@@ -117,17 +116,23 @@ def complete(
 
 def _place(run: OpenRun, longest: int, rows: int, budget_bytes: int | None) -> tuple[Residence, int]:
     """Where the layers are, and how many prompts are answered at once: fewer where keys and values would not fit."""
-    shapes = run.shapes()
+    shapes, whole = run.shapes(), [(0, run.skeleton.layer_count)]
     memory = Memory.now(run.device, budget_bytes)
     while True:
         kept = rows * longest * _cache_bytes_per_token(run)
         left = dataclasses.replace(memory, budget_bytes=memory.limit_bytes - kept)
         job = Job(step_tokens=0, longest=longest, answer_tokens=rows)
         try:
-            return choose_residence(shapes, [(0, run.skeleton.layer_count)], job, device=run.device, memory=left), rows
-        except DoesNotFitError:
+            return choose_residence(shapes, whole, job, device=run.device, memory=left), rows
+        except DoesNotFitError as error:
             if rows == 1:
-                raise
+                smallest = kept + smallest_budget(shapes, whole, job, device=run.device, memory=memory)
+                raise DoesNotFitError(
+                    f"a budget of {memory.limit_bytes >> 20:,} MiB is too small to answer prompts of up to "
+                    f"{longest:,} tokens with their answers",
+                    expected=f"at least --memory {(smallest >> 20) + 1}MiB",
+                    fix="raise --memory, or lower --max-length",
+                ) from error
             rows //= 2
 
 
@@ -146,6 +151,11 @@ def _generation_config(run: OpenRun) -> GenerationConfig:
     if (directory / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(directory)
     return GenerationConfig()
+
+
+def _contiguous(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Last positions cut out of several rows are not contiguous; PyTorch would copy the head's weight for each row."""
+    return (args[0].contiguous(), *args[1:])
 
 
 def _until_end(tokens: list[int], end_ids: Sequence[int]) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.checkpoints.tokenizer import pad_token_id
 from lopt_lite.data.batches import length_sorted_batches
@@ -87,11 +88,13 @@ class Scorer:
         rows.make_batches(max_tokens=residence.forward_tokens, max_rows=self._max_rows)
         rate = partial(self._pass, rows, residence, ranges)
         if run.settings.tune == "full":
-            (base,), (tuned,) = rate(run.store), rate(run.tuned_store)
+            (base,) = rate(run.store, run.skeleton)
+            (tuned,) = rate(run.tuned_store, run.tuned_skeleton)
             return list(zip(base, tuned, strict=True))
         with run.put_aside(residence) as state:
             base, tuned = rate(
                 run.store,
+                run.skeleton,
                 variants=2,
                 on_layer=partial(run.on_layer, state=state),
                 state=state,
@@ -105,15 +108,14 @@ class Scorer:
         residence: Residence,
         ranges: list[tuple[int, int]],
         store: Store,
+        skeleton: Skeleton,
         *,
         variants: int = 1,
         **how: Any,
     ) -> list[list[Score]]:
         run = self._run
-        run.skeleton.set_embedding_reader(lambda ids: store.embedding_rows(run.skeleton, ids))
-        run.skeleton.place_root_tensors(store.root(run.skeleton), run.device)
         head = ScoringHead(
-            run.skeleton,
+            skeleton,
             store,
             device=run.device,
             logit_elements=residence.logit_elements,
@@ -123,7 +125,7 @@ class Scorer:
         total, done = len(rows) * len(ranges) * variants, 0
 
         def embedded(batch: Batch) -> MicroBatch:
-            recording = run.skeleton.record(batch.input_ids.to(run.device), embed=True)
+            recording = skeleton.record(batch.input_ids.to(run.device), embed=True)
             return MicroBatch(recording.hidden, recording.calls)
 
         def take(number: int, variant: int, output: torch.Tensor) -> None:
@@ -144,7 +146,7 @@ class Scorer:
         with contextlib.closing(head):
             pass_variants(
                 store,
-                run.skeleton,
+                skeleton,
                 rows,
                 ranges,
                 embedded,

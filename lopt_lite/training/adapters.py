@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn import functional
 
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.seeds import derive_seed
@@ -61,34 +61,29 @@ def attach_adapter(layer: nn.Module, index: int, *, skeleton: Skeleton, settings
             if isinstance(module, BaseTunerLayer):
                 module.reset_lora_parameters(_ADAPTER, True)
     if skeleton.dtype != torch.float32:
-        _compute_in(skeleton.dtype, layer)
+        _compute_in_the_inputs_dtype(layer)
 
 
-class _Cast(nn.Module):
-    """Parametrisation of a float32 weight that is used in another dtype; gradients go through to the original."""
+class _CastLinear(nn.Linear):
+    """A linear module with float32 weights that computes in the dtype of its input."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._dtype = dtype
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.to(self._dtype)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return functional.linear(input, self.weight.to(input.dtype))
 
 
-def _compute_in(dtype: torch.dtype, layer: nn.Module) -> None:
+def _compute_in_the_inputs_dtype(layer: nn.Module) -> None:
     for module in layer.modules():
         if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
             for half in _HALVES:
-                # Unsafe: the dtype is meant to change.
-                parametrize.register_parametrization(
-                    getattr(module, half)[_ADAPTER], "weight", _Cast(dtype), unsafe=True
-                )
+                # The same module in another class: thousands of new ones would take memory of their own.
+                getattr(module, half)[_ADAPTER].__class__ = _CastLinear
 
 
 def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """A layer's adapter parameters by PEFT's file name within the layer (``self_attn.q_proj.lora_A.weight``)."""
     return {
-        name.replace(f".{_ADAPTER}.", ".").replace(".parametrizations.weight.original", ".weight"): parameter
+        name.replace(f".{_ADAPTER}.", "."): parameter
         for name, parameter in layer.named_parameters()
         if ".lora_A." in name or ".lora_B." in name
     }

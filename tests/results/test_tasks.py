@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ import lopt_lite
 from lopt_lite import EvaluateSettings, TrainSettings
 from lopt_lite.errors import DataError, SettingsError
 from lopt_lite.events import Event, Progress
-from lopt_lite.outcomes import EvaluateOutcome
+from lopt_lite.outcomes import EvaluateOutcome, TaskScore, TrainOutcome
 from lopt_lite.results import harness_generate, harness_scores
 from lopt_lite.results.harness_head import ScoringHead
 from lopt_lite.results.open_run import open_run
@@ -91,10 +91,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _train(root: Path, model: Path, **changes: Any) -> None:
+def _train(root: Path, model: Path, **changes: Any) -> TrainOutcome:
     values = {"epochs": 1, "batch_size": 4, "lr": 5e-3, "quantize": "none", "dtype": "float32", **changes}
     data = make_data(root / "data.jsonl")
-    lopt_lite.train(TrainSettings(model=str(model), data=str(data), output=str(root / "run"), **values))
+    return lopt_lite.train(TrainSettings(model=str(model), data=str(data), output=str(root / "run"), **values))
 
 
 @pytest.fixture
@@ -262,9 +262,16 @@ def test_the_head_rates_tokens_like_log_softmax(architecture: str, slice_rows: i
     assert likeliest[:9].all()
 
 
-def test_a_model_tuned_in_full_is_compared_with_its_base(tmp_path: Path, tasks: Path) -> None:
-    _train(tmp_path, make_model(tmp_path / "model", "qwen3", eos_token_id=1), tune="full", lr=1e-3)
-    found = _by_name(_evaluate(tmp_path / "run", tasks))
+@pytest.mark.parametrize("schedule", ["sequential", "joint"])
+def test_a_model_tuned_in_full_is_compared_with_its_base(tmp_path: Path, tasks: Path, schedule: str) -> None:
+    # The embedding is tied to the head; the joint schedule trains both, each for itself.
+    model = make_model(tmp_path / "model", "qwen3", eos_token_id=1)
+    held_out = make_data(tmp_path / "held_out.jsonl", 6, seed=5)
+    how = {"tune": "full", "schedule": schedule, "head_fit_epochs": 0, "lr": 1e-3, "validation": str(held_out)}
+    trained = _train(tmp_path, model, **how)
+    outcome = _evaluate(tmp_path / "run", tasks, data=str(held_out))
+    assert (outcome.base_loss, outcome.tuned_loss) == pytest.approx((trained.loss_before, trained.loss_after), rel=1e-4)
+    found = _by_name(outcome)
     assert found["tiny_texts", "bits_per_byte"][0] != found["tiny_texts", "bits_per_byte"][1]
     # The tuned model is an ordinary checkpoint, which lm-eval's own class can load.
     run = open_run(str(tmp_path / "run"), CPU)
@@ -362,4 +369,29 @@ def test_what_evaluate_needs_is_said() -> None:
     with pytest.raises(SettingsError, match="--tasks is ' , '"):
         EvaluateSettings(run="r", tasks=" , ")
     assert EvaluateSettings(run="r", tasks="a, b.yaml").task_names() == ["a", "b.yaml"]
-    assert not math.isnan(EvaluateOutcome(run="r").device_peak_bytes)
+
+
+def test_the_command_line_shows_tasks_as_a_table_without_the_parts_of_groups() -> None:
+    from lopt_lite_cli.evaluate import COMMAND
+
+    score = TaskScore(
+        task="mmlu",
+        group=None,
+        metric="acc",
+        filter=None,
+        higher_is_better=True,
+        examples=14042,
+        base=0.25,
+        base_stderr=0.0036,
+        tuned=0.26,
+        tuned_stderr=None,
+    )
+    part = dataclasses.replace(score, task="mmlu_anatomy", group="mmlu")
+    read = dataclasses.replace(score, task="gsm8k", metric="exact_match", filter="strict-match")
+    shown = COMMAND.render(EvaluateOutcome(run="r", tasks=(score, part, read), device_peak_bytes=3 * 2**30))
+    assert shown.splitlines() == [
+        "task   metric                      examples  base             tuned",
+        "mmlu   acc                         14,042    0.2500 ± 0.0036  0.2600",
+        "gsm8k  exact_match (strict-match)  14,042    0.2500 ± 0.0036  0.2600",
+        "peak memory 3.00 GiB",
+    ]
