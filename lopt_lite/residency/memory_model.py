@@ -119,7 +119,8 @@ def around_state_bytes(shapes: ModelShapes) -> int:
     Also what updating one of them needs for a moment.
     """
     elements = shapes.vocabulary * shapes.hidden
-    return elements * (shapes.itemsize + 2 * (shapes.itemsize + 8) + _UPDATE_BYTES)
+    # The head's gradient of a chunk is a second one beside their sum.
+    return elements * (2 * shapes.itemsize + 2 * (shapes.itemsize + 8) + _UPDATE_BYTES)
 
 
 def training_parts(
@@ -155,8 +156,10 @@ def training_parts(
         saved += adapters * shapes.itemsize
     if last:
         answers = job.answers_among(micro)
-        losses = _loss_bytes(shapes, layout, answers, gradient=True) + micro * row
-        losses += head_cost.anchor_bytes(shapes.head, min(micro, job.anchored_tokens), layout.head_slice_rows)
+        anchored = min(micro, job.anchored_tokens)
+        # A chunk has both models' logits of half as many anchored tokens.
+        losses = _loss_bytes(shapes, layout, max(answers, 2 * anchored), gradient=True) + micro * row
+        losses += head_cost.anchor_bytes(shapes.head, anchored, layout.head_slice_rows)
         if on_cpu:
             # oneDNN copies a product's operand into an order of its own.
             losses += _logit_elements(shapes, layout, answers) * shapes.itemsize

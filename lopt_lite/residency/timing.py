@@ -46,6 +46,8 @@ class Amounts:
         Tokens of an example.
     epochs, head_fit_epochs:
         Passes over the data.
+    other_tokens, anchored_tokens:
+        Of one epoch: tokens of examples that are only there to anchor on, and anchored tokens; 0 without an anchor.
     """
 
     tokens: int
@@ -57,6 +59,8 @@ class Amounts:
     mean_length: float
     epochs: int
     head_fit_epochs: int
+    other_tokens: int = 0
+    anchored_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,17 @@ class BlockTimes:
 
 @dataclass(frozen=True)
 class RunTimes:
-    """Seconds of a whole run. ``store_s`` is 0 where the store is there already."""
+    """Seconds of a whole run. ``store_s`` is 0 where the store is there already, ``anchor_s`` without an anchor."""
 
     store_s: float
     held_out_before_s: float
+    anchor_s: float
     blocks: tuple[BlockTimes, ...]
 
     @property
     def total_s(self) -> float:
         """From start to result."""
-        return self.store_s + self.held_out_before_s + sum(block.total_s for block in self.blocks)
+        return self.store_s + self.held_out_before_s + self.anchor_s + sum(block.total_s for block in self.blocks)
 
 
 class TimeModel:
@@ -174,7 +179,10 @@ class TimeModel:
     ) -> tuple[float, float]:
         residence = self._residence
         first, end = block
-        streamed_from = first + residence.resident_layers
+        # Of layers that are trained together, every block has its share of those that stay.
+        together = residence.layers > end - first + 1
+        stay = residence.resident_layers * (end - first) // residence.layers if together else residence.resident_layers
+        streamed_from = first + stay
         total = waiting = 0.0
         started = micro * _OPERATIONS * self._speeds.operation_s
         for layer in range(first, end):
@@ -253,9 +261,15 @@ class TimeModel:
     # -- a whole run --------------------------------------------------------------------------------------------------
 
     def run_times(
-        self, ranges: Sequence[tuple[int, int]], objectives: Sequence[str], amounts: Amounts, *, store_s: float
+        self,
+        ranges: Sequence[tuple[int, int]],
+        objectives: Sequence[str],
+        amounts: Amounts,
+        *,
+        store_s: float,
+        together: bool = False,
     ) -> RunTimes:
-        """The parts of a run with these blocks."""
+        """The parts of a run with these blocks, trained one after the other or ``together``."""
         before = 0.0
         if amounts.held_out_tokens:
             before = sum(
@@ -263,13 +277,24 @@ class TimeModel:
                 for block in ranges
             ) + self.task_loss_s(amounts.held_out_answer_tokens, train=False)
         blocks = tuple(
-            self._block_times(block, objective, amounts, last=number == len(ranges) - 1)
+            self._block_times(block, objective, amounts, last=number == len(ranges) - 1, together=together)
             for number, (block, objective) in enumerate(zip(ranges, objectives, strict=True))
         )
-        return RunTimes(store_s=store_s, held_out_before_s=before, blocks=blocks)
+        anchor = 0.0
+        if amounts.anchored_tokens:
+            # Where no block before the last is trained, its inputs are there already.
+            untouched = together or any(objective != "none" for objective in objectives[:-1])
+            anchor = sum(
+                self.put_in_place_s(block)
+                + self.forward_all_s(block, amounts.tokens + amounts.other_tokens, amounts.mean_length)
+                for block in (ranges if untouched else ranges[-1:])
+            )
+        return RunTimes(store_s=store_s, held_out_before_s=before, anchor_s=anchor, blocks=blocks)
 
-    def _block_times(self, block: tuple[int, int], objective: str, amounts: Amounts, *, last: bool) -> BlockTimes:
-        padded = amounts.tokens * amounts.padding
+    def _block_times(
+        self, block: tuple[int, int], objective: str, amounts: Amounts, *, last: bool, together: bool
+    ) -> BlockTimes:
+        padded = (amounts.tokens + (amounts.other_tokens if last or together else 0)) * amounts.padding
         step_tokens, mean = padded / amounts.steps_per_epoch, amounts.mean_length
         passes = amounts.steps_per_epoch
         head_fit = train = held_out = cache = waited = 0.0
@@ -280,6 +305,9 @@ class TimeModel:
                 if objective == "task"
                 else self.reconstruction_s(padded)
             )
+            if last:
+                # Both models' logits, and the gradient of one.
+                local += 1.5 * self.task_loss_s(amounts.anchored_tokens, train=True)
             train = amounts.epochs * (passes * seconds + local)
             if objective == "reconstruct":
                 fit_s, _ = self.step_s(block, step_tokens, mean, train=False)
@@ -287,7 +315,10 @@ class TimeModel:
         if last and amounts.held_out_tokens:
             once = self.forward_all_s(block, amounts.held_out_tokens, mean)
             held_out = amounts.epochs * (once + self.task_loss_s(amounts.held_out_answer_tokens, train=False))
-        if not last:
+        if together and objective == "none":
+            seconds, waited = self.step_s(block, padded / amounts.steps_per_epoch, mean, train=False)
+            train = amounts.epochs * passes * seconds
+        if not last and not together:
             everything = amounts.tokens + amounts.held_out_tokens
             written = everything * self._shapes.hidden * self._shapes.itemsize / self._speeds.write_bytes_per_s
             cache = self.forward_all_s(block, everything, mean) + written + self.put_in_place_s(block)

@@ -25,15 +25,8 @@ from lopt_lite.training.block_plan import Block
 from lopt_lite.training.cache_format import StoredError
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
-#: Examples of ``--retain-data`` in a step, for each example of DATA.
-_OTHERS_PER_EXAMPLE = 0.25
 #: About so many padded tokens pass through all blocks before the next ones do: enough to make loading blocks cheap.
 _PORTION_TOKENS = 65536
-
-
-def other_rows(batch_size: int, others: int) -> int:
-    """How many of ``others`` examples that are only there to anchor on are in each step."""
-    return min(others, max(1, round(_OTHERS_PER_EXAMPLE * batch_size))) if others else 0
 
 
 class AnchorSample:

@@ -27,12 +27,13 @@ from lopt_lite.residency.pool import LayerPool, MicroBatch
 from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_training
-from lopt_lite.training.anchors import AnchorReader, other_rows
+from lopt_lite.training.anchors import AnchorReader
 from lopt_lite.training.around import EMBEDDING, Around
 from lopt_lite.training.block_inputs import BlockInputs
 from lopt_lite.training.block_plan import Block, Stage
 from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_cursor, restore_checkpoint, save_lazily
 from lopt_lite.training.full import has_eight_bit_moments, own_weights, write_layers
+from lopt_lite.training.job import other_rows
 from lopt_lite.training.objectives import ReconstructionHead, reconstruction_loss
 from lopt_lite.training.optimisation import learning_rate
 from lopt_lite.training.stopping import stopped
@@ -277,7 +278,7 @@ class BlockTrainer:
             self._end_epoch(phase, epoch + 1)
 
     def _micro_batches(self, phase: _Phase, number: int, indices: list[int]) -> list[Batch]:
-        """The examples ``indices`` of a step, and what is only anchored on, as they pass through the layers together."""
+        """The examples ``indices`` of a step, and others to anchor on, as they pass through the layers together."""
         bench = self._bench
         if self._anchors is not None and phase.name == "train":
             rows = other_rows(bench.settings.batch_size, len(bench.other_range))
@@ -467,7 +468,8 @@ class BlockTrainer:
     def _end_epoch(self, phase: _Phase, epoch: int) -> None:
         """Held-out loss after an epoch of the last block, once per epoch however often the run is resumed."""
         bench = self._bench
-        if not self._is_last or not bench.held_out_count or bench.journal.last("validation", epoch=epoch):
+        ends_here = self._is_last and phase.name == "train"
+        if not ends_here or not bench.held_out_count or bench.journal.last("validation", epoch=epoch):
             return
         if self._not_finite == 0:
             # So that a stop while the loss is measured costs no step.

@@ -19,8 +19,9 @@ from lopt_lite.residency.machine import MachineSpeeds
 from lopt_lite.residency.memory_model import Job
 from lopt_lite.residency.timing import Amounts, RunTimes, TimeModel
 from lopt_lite.settings import TrainSettings
-from lopt_lite.training.block_plan import Block, plan_blocks
+from lopt_lite.training.block_plan import Block, plan_blocks, plan_stages
 from lopt_lite.training.disk_plan import disk_plan
+from lopt_lite.training.job import make_job, other_rows
 from lopt_lite.training.model_facts import ModelFacts, compute_dtype
 
 #: Waiting for layers is worth a word from this share of a block's steps on.
@@ -44,6 +45,7 @@ class Draft:
     settings: TrainSettings
     training: DataEstimate
     held_out: DataEstimate | None
+    other: DataEstimate | None
     device: torch.device
     memory: Memory
     speeds: MachineSpeeds
@@ -63,26 +65,29 @@ class Draft:
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
-        """(first layer, end layer) of each block."""
-        return [(block.first, block.end) for block in self.blocks]
+        """(first layer, end layer) of what is trained at the same time."""
+        return [(stage.first, stage.end) for stage in plan_stages(self.blocks, self.settings.schedule)]
 
     @property
     def job(self) -> Job:
         """The largest step."""
-        longest = max(self.training.longest, 0 if self.held_out is None else self.held_out.longest)
-        return Job(
-            step_tokens=min(self.settings.batch_size, self.training.examples) * longest,
-            longest=longest,
-            all_tokens=(self.training.examples + (0 if self.held_out is None else self.held_out.examples)) * longest,
-            early_blocks="reconstruct" in self.settings.objectives(),
-            cache_bytes=self.cache_bytes,
+        everything = self._everything
+        return make_job(
+            self.settings,
+            self.facts.shapes,
+            self.blocks,
+            train_examples=self.training.examples,
+            all_examples=sum(part.examples for part in everything),
+            other_examples=0 if self.other is None else self.other.examples,
+            longest=max(part.longest for part in everything),
+            all_tokens=self.cached_tokens,
+            most_answers=None,
+            most_anchors=self.settings.retain_tokens if self.settings.retain else 0,
         )
 
     @property
-    def cache_bytes(self) -> int:
-        """Size of one activation cache, 0 when there is only one block."""
-        shapes = self.facts.shapes
-        return self.cached_tokens * shapes.hidden * shapes.itemsize if self.settings.blocks > 1 else 0
+    def _everything(self) -> list[DataEstimate]:
+        return [part for part in (self.training, self.held_out, self.other) if part is not None]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -102,7 +107,7 @@ class Draft:
     @property
     def cached_tokens(self) -> int:
         """Tokens of all examples."""
-        return self.training.tokens + (0 if self.held_out is None else self.held_out.tokens)
+        return sum(part.tokens for part in self._everything)
 
     def with_settings(self, **changes: Any) -> Draft:
         """The same with other values of some options."""
@@ -163,8 +168,32 @@ class Draft:
             mean_length=self.mean_length,
             epochs=self.settings.epochs,
             head_fit_epochs=self.settings.head_fit_epochs,
+            other_tokens=self._other_tokens_per_epoch,
+            anchored_tokens=self._anchored_tokens,
         )
-        return model.run_times(self.ranges, [block.objective for block in self.blocks], amounts, store_s=store_s)
+        return model.run_times(
+            [(block.first, block.end) for block in self.blocks],
+            [block.objective for block in self.blocks],
+            amounts,
+            store_s=store_s,
+            together=self.settings.schedule == "joint",
+        )
+
+    @property
+    def _other_tokens_per_epoch(self) -> int:
+        """Tokens of examples that are only there to anchor on, as they pass through the last block in one epoch."""
+        if self.other is None:
+            return 0
+        rows = other_rows(self.settings.batch_size, self.other.examples) * self.steps_per_epoch
+        return round(rows * self.other.tokens / self.other.examples)
+
+    @property
+    def _anchored_tokens(self) -> int:
+        """Anchored tokens of one epoch: at most so many, as most prompts are longer than what is sampled of them."""
+        if not self.settings.retain:
+            return 0
+        others = 0 if self.other is None else other_rows(self.settings.batch_size, self.other.examples)
+        return self.settings.retain_tokens * (self.training.examples + others * self.steps_per_epoch)
 
     def hiding_tokens(self, residence: Residence) -> int | None:
         """Tokens of a step from which on loading hides behind computing; None where nothing is streamed."""

@@ -54,12 +54,13 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
     device = devices.choose_device(settings.device)
     model = describe_model(settings.model, config_dirs=settings.config, on_event=on_event)
     facts = model_facts(model, settings)
-    training, held_out = _estimate(settings, model, on_event)
+    training, held_out, other = _estimate(settings, model, on_event)
     draft = Draft(
         facts=facts,
         settings=settings,
         training=training,
         held_out=held_out,
+        other=other,
         device=device,
         memory=_memory_when_training(device, settings.memory_bytes()),
         speeds=machine_speeds(device),
@@ -80,7 +81,7 @@ def planned(
     *,
     lengths: torch.Tensor,
     target_counts: torch.Tensor,
-    train_count: int,
+    counts: tuple[int, int],
     device: torch.device,
     run: Path,
     store: Path,
@@ -91,16 +92,24 @@ def planned(
     Parameters
     ----------
     lengths, target_counts:
-        int64 [examples]: tokens, and tokens to be predicted, of the training examples and, after ``train_count`` of
-        them, of the held-out ones.
+        int64 [examples]: tokens, and tokens to be predicted, of the training examples, the held-out ones, and those
+        that are only there to anchor on.
+    counts:
+        How many of the first two there are.
     store_exists:
         Whether the store is complete already.
     """
+    parts = [
+        counted(some, targets) if len(some) else None
+        for some, targets in zip(_split(lengths, counts), _split(target_counts, counts), strict=True)
+    ]
+    assert parts[0] is not None
     draft = Draft(
         facts=facts,
         settings=settings,
-        training=counted(lengths[:train_count], target_counts[:train_count]),
-        held_out=counted(lengths[train_count:], target_counts[train_count:]) if train_count < len(lengths) else None,
+        training=parts[0],
+        held_out=parts[1],
+        other=parts[2],
         device=device,
         memory=memory,
         speeds=machine_speeds(device, nf4=settings.quantize == "nf4"),
@@ -126,17 +135,23 @@ def planned(
 
 def _estimate(
     settings: TrainSettings, model: ModelDescription, on_event: OnEvent
-) -> tuple[DataEstimate, DataEstimate | None]:
-    """The training and the held-out examples in numbers."""
+) -> tuple[DataEstimate, DataEstimate | None, DataEstimate | None]:
+    """The training and held-out examples, and those that are only there to anchor on, in numbers."""
     if model.tokenizer_directory is None:
         on_event(Notice(text="There is no tokenizer beside the model; tokens are guessed from the data's bytes."))
     fraction = settings.validation_fraction()
-    training = known_estimate(settings.data, model, max_length=settings.max_length)
+    training, validation, other = (
+        None if path is None else known_estimate(path, model, max_length=settings.max_length)
+        for path in (settings.data, None if fraction is not None else settings.validation, settings.retain_data)
+    )
+    assert training is not None
     if fraction is not None:
-        return training.part(1 - fraction), training.part(fraction)
-    if settings.validation is None:
-        return training, None
-    return training, known_estimate(settings.validation, model, max_length=settings.max_length)
+        return training.part(1 - fraction), training.part(fraction), other
+    return training, validation, other
+
+
+def _split(values: torch.Tensor, counts: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    return values.split([*counts, len(values) - sum(counts)])
 
 
 def _memory_when_training(device: torch.device, budget_bytes: int | None) -> Memory:

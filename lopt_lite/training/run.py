@@ -29,13 +29,13 @@ from lopt_lite.locks import locked
 from lopt_lite.outcomes import TrainOutcome
 from lopt_lite.residency.block_major import WAITING, held_out_losses
 from lopt_lite.residency.choices import Memory, Residence, choose_residence
-from lopt_lite.residency.memory_model import Job, around_state_bytes
 from lopt_lite.seeds import derive_seed
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import write_adapter
-from lopt_lite.training.anchors import AnchorSample, check_anchored, other_rows
+from lopt_lite.training.anchors import AnchorSample, check_anchored
 from lopt_lite.training.block_plan import Block, plan_blocks, plan_stages
 from lopt_lite.training.full import remarks
+from lopt_lite.training.job import make_job
 from lopt_lite.training.joint import train_jointly
 from lopt_lite.training.metrics import Metrics, read_metrics
 from lopt_lite.training.model_facts import ModelFacts, facts_of
@@ -230,7 +230,7 @@ def _open_bench(
             _show_plan(
                 settings,
                 dataset,
-                len(given.train),
+                (len(given.train), 0 if given.held_out is None else len(given.held_out)),
                 decided,
                 run=paths.root,
                 store=store_directory,
@@ -277,36 +277,28 @@ def _decide_residence(
     if fact is not None:
         return Residence.from_json(fact), memory, facts
     ranges = [(stage.first, stage.end) for stage in plan_stages(given.blocks, settings.schedule)]
-    job = _job(given, lengths, settings, facts)
+    sample = given.sample
+    job = make_job(
+        settings,
+        facts.shapes,
+        given.blocks,
+        train_examples=len(given.train),
+        all_examples=len(lengths),
+        other_examples=0 if given.other is None else len(given.other),
+        longest=int(lengths.max()),
+        all_tokens=int(lengths.sum()),
+        most_answers=int(given.train.target_counts.max()) if given.held_out is None else None,
+        most_anchors=0 if sample is None else int(sample.counts.max()),
+    )
     residence = choose_residence(facts.shapes, ranges, job, device=device, memory=memory)
     journal.add("residence", device=device.type, **residence.to_json())
     return residence, memory, facts
 
 
-def _job(given: _Given, lengths: torch.Tensor, settings: TrainSettings, facts: ModelFacts) -> Job:
-    """The run's work in tokens; ``lengths`` are those of all examples, held-out ones included."""
-    longest, rows = int(lengths.max()), min(settings.batch_size, len(given.train))
-    if given.sample is not None:
-        rows += other_rows(settings.batch_size, len(given.sample.others))
-    joint = settings.schedule == "joint"
-    row_bytes = given.skeleton.hidden_size * given.skeleton.dtype.itemsize
-    return Job(
-        step_tokens=rows * longest,
-        longest=longest,
-        answer_tokens=rows * int(given.train.target_counts.max()) if given.held_out is None else None,
-        all_tokens=len(lengths) * longest,
-        early_blocks="reconstruct" in settings.objectives(),
-        cache_bytes=int(lengths.sum()) * row_bytes if settings.blocks > 1 and not joint else 0,
-        anchored_tokens=0 if given.sample is None else rows * int(given.sample.counts.max()),
-        graph_layers=max(b.end - b.first for b in given.blocks) if joint else None,
-        around_bytes=around_state_bytes(facts.shapes) if settings.trains_around else 0,
-    )
-
-
 def _show_plan(
     settings: TrainSettings,
     dataset: TokenizedDataset,
-    train_count: int,
+    counts: tuple[int, int],
     decided: tuple[Residence, Memory, ModelFacts],
     *,
     run: Path,
@@ -327,7 +319,7 @@ def _show_plan(
             memory,
             lengths=dataset.lengths,
             target_counts=dataset.target_counts,
-            train_count=train_count,
+            counts=counts,
             device=device,
             run=run,
             store=store,

@@ -21,7 +21,8 @@ from lopt_lite.events import Event, Progress, Step, ignore
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training import run as training_run
 from lopt_lite.training import stopping
-from lopt_lite.training.anchors import AnchorSample, other_rows
+from lopt_lite.training.anchors import AnchorSample
+from lopt_lite.training.job import other_rows
 from tests.rig import residence
 from tests.tiny_models import make_data, make_model
 

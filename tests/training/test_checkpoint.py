@@ -39,7 +39,7 @@ class _Toy:
     def train(self, steps: range) -> None:
         for step in steps:
             x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
-            self.trained.begin_step(lambda group: 0.05 / (step + 1))
+            self.trained.begin_step(lambda group, step=step: 0.05 / (step + 1))
             (self.head(torch.tanh(self.body(x))) - x).square().mean().backward()
             self.trained.after_backward(3)
             self.trained.end_step(finite=True)

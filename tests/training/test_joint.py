@@ -1,4 +1,4 @@
-"""The joint schedule against a whole-model loop, written from the paper's description with plain torch and transformers."""
+"""The joint schedule against a whole-model loop in plain torch, written from the paper's description."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lopt_lite.training.objectives import ReconstructionHead
 from tests.tiny_models import make_data, make_model
 
 STEPS = 20
-LR, LR_EARLY = 2e-3, 1e-3
+LR, LR_EARLY = 1e-3, 5e-4
 LAMBDA = 10.0
 
 
@@ -69,9 +69,7 @@ def _reference(model_directory: Path, batch: Batch, blocks: int) -> tuple[nn.Mod
         return hidden if block == 0 else inputs[block]
 
     for block, (first, end) in enumerate(bounds):
-        layers[first].register_forward_pre_hook(
-            lambda module, args, block=block: (cut(block, args[0]), *args[1:])
-        )
+        layers[first].register_forward_pre_hook(lambda module, args, block=block: (cut(block, args[0]), *args[1:]))
         layers[end - 1].register_forward_hook(
             lambda module, args, output, block=block: outputs.update(
                 {block: output[0] if isinstance(output, tuple) else output}
@@ -130,7 +128,8 @@ def _train(tmp_path: Path, model: Path, data: Path, name: str = "run", **changes
 
 def _whole_batch(model: Path, data: Path) -> Batch:
     """All examples at once, so that their order does not matter."""
-    dataset, _ = load_dataset(str(data), AutoTokenizer.from_pretrained(model), max_length=1024, skip_bad_lines=False, on_event=ignore)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    dataset, _ = load_dataset(str(data), tokenizer, max_length=1024, skip_bad_lines=False, on_event=ignore)
     return collate(dataset, range(len(dataset)), 0)
 
 
@@ -148,7 +147,7 @@ def test_the_papers_recipe_equals_a_whole_model_loop(architecture, blocks, memor
         torch.testing.assert_close(
             torch.tensor(getattr(found, name)), torch.tensor(getattr(expected, name)), rtol=1e-5, atol=1e-6, msg=name
         )
-    assert found.losses[-1] < 0.9 * found.losses[0]
+    assert found.losses[-1] < 0.95 * found.losses[0]
     tuned = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
     for name, value in expected_model.state_dict().items():
         torch.testing.assert_close(tuned.state_dict()[name], value, rtol=0, atol=1e-5, msg=name)
@@ -158,9 +157,8 @@ def _stream_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     from lopt_lite.training import run as training_run
     from tests.rig import residence
 
-    monkeypatch.setattr(
-        training_run, "choose_residence", lambda *args, **kwargs: residence("offloaded", layers=4, micro_batch_tokens=64)
-    )
+    chosen = residence("offloaded", layers=4, micro_batch_tokens=64)
+    monkeypatch.setattr(training_run, "choose_residence", lambda *args, **kwargs: chosen)
 
 
 def test_an_untied_result_is_an_ordinary_checkpoint(tmp_path):
@@ -223,11 +221,12 @@ def test_one_block_is_the_same_in_both_schedules(tmp_path):
         assert torch.equal(value, found[1][name])
 
 
-def test_held_out_losses_are_those_of_evaluate(tmp_path):
+@pytest.mark.parametrize("fits", [0, 1])
+def test_held_out_losses_are_those_of_evaluate(tmp_path, fits):
     model = make_model(tmp_path / "model", "llama-tied")
     data = make_data(tmp_path / "data.jsonl", examples=8)
     held_out = make_data(tmp_path / "held-out.jsonl", examples=5, seed=9)
-    run, _ = _train(tmp_path, model, data, epochs=2, validation=str(held_out))
+    run, _ = _train(tmp_path, model, data, epochs=1, batch_size=2, validation=str(held_out), head_fit_epochs=fits)
     facts = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     losses = [fact["loss"] for fact in facts if fact["fact"] == "validation"]
     outcome = lopt_lite.evaluate(lopt_lite.EvaluateSettings(run=str(run), data=str(held_out)))

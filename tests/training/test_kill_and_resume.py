@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent.parent
 _RECIPE = ["--blocks", "3", "--epochs", "2", "--batch-size", "4", "--validation", "0.2"]
 _NF4 = ["--quantize", "nf4", "--dtype", "bfloat16", "--objective", "reconstruct", "--lora-dropout", "0.1"]
 _FLOAT = ["--quantize", "none", "--dtype", "float32", "--objective", "none,reconstruct", "--lora-dropout", "0.1"]
+_JOINT = ["--quantize", "nf4", "--schedule", "joint", "--retain", "1", "--retain-tokens", "4"]
 _FULL = ["--tune", "full", "--dtype", "bfloat16", "--objective", "none,reconstruct", "--lr", "1e-3"]
 
 
@@ -126,7 +127,9 @@ def test_killed_at_twenty_random_moments_and_started_again_it_ends_with_the_same
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "mode"), [(_NF4, "streamed"), (_FLOAT, "resident"), (_FULL, "offloaded")])
+@pytest.mark.parametrize(
+    ("options", "mode"), [(_NF4, "streamed"), (_FLOAT, "resident"), (_FULL, "offloaded"), (_JOINT, "streamed")]
+)
 def test_killed_between_any_two_file_operations_it_ends_with_the_same_bytes(tmp_path, inputs, options, mode):
     """Moments that a clock seldom hits: before and after a rename, a deletion, the journal's line."""
     options = [*options, "--checkpoint-every", "0s"]

@@ -1,0 +1,60 @@
+"""A run's work in numbers, for the memory plan: the same for a run whose data is loaded and for one on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lopt_lite.residency.memory_model import Job, around_state_bytes
+from lopt_lite.residency.shapes import ModelShapes
+from lopt_lite.settings import TrainSettings
+from lopt_lite.training.block_plan import Block
+
+#: Examples of ``--retain-data`` in a step, for each example of DATA.
+_OTHERS_PER_EXAMPLE = 0.25
+
+
+def other_rows(batch_size: int, others: int) -> int:
+    """How many of ``others`` examples that are only there to anchor on are in each step."""
+    return min(others, max(1, round(_OTHERS_PER_EXAMPLE * batch_size))) if others else 0
+
+
+def make_job(
+    settings: TrainSettings,
+    shapes: ModelShapes,
+    blocks: Sequence[Block],
+    *,
+    train_examples: int,
+    all_examples: int,
+    other_examples: int,
+    longest: int,
+    all_tokens: int,
+    most_answers: int | None,
+    most_anchors: int,
+) -> Job:
+    """The largest step of a run.
+
+    Parameters
+    ----------
+    all_examples, all_tokens, longest:
+        Of everything, held-out examples and those that are only there to anchor on included.
+    other_examples:
+        Those that are only there to anchor on.
+    most_answers:
+        Answer tokens of one example, None when any token may be one.
+    most_anchors:
+        Anchored tokens of one example, 0 without an anchor.
+    """
+    together = settings.schedule == "joint"
+    rows = min(settings.batch_size, train_examples)
+    anchored_rows = rows + other_rows(settings.batch_size, other_examples)
+    return Job(
+        step_tokens=anchored_rows * longest,
+        longest=longest,
+        answer_tokens=None if most_answers is None else rows * most_answers,
+        all_tokens=all_examples * longest,
+        early_blocks="reconstruct" in settings.objectives(),
+        cache_bytes=all_tokens * shapes.hidden * shapes.itemsize if len(blocks) > 1 and not together else 0,
+        anchored_tokens=anchored_rows * most_anchors,
+        graph_layers=max(block.end - block.first for block in blocks) if together else None,
+        around_bytes=around_state_bytes(shapes) if settings.trains_around else 0,
+    )
