@@ -133,14 +133,13 @@ class TimeModel:
         kept = (shapes.saved_bytes_per_token + shapes.saved_bytes_per_pair * mean_length) * tokens
         traffic = _TRAFFIC * kept / speeds.elementwise_bytes_per_s
         fresh = _NEW_MEMORY * kept / speeds.fresh_bytes_per_s if self._on_cpu else 0.0
-        adapters = 2 * shapes.layers[layer].trained_parameters * tokens / speeds.float32_flops
+        adapters = 2 * shapes.layers[layer].trained_parameters * tokens / self._flops
         return products + attention + traffic + fresh + (0.0 if shapes.full else adapters)
 
     def backward_s(self, layer: int, tokens: float, mean_length: float) -> float:
         """The backward pass of the same. The weights' own gradients come on top of that of the input."""
         own = 2 * self._shapes.layers[layer].trained_parameters * tokens
-        rate = self._flops if self._shapes.full else self._speeds.float32_flops
-        return self.forward_s(layer, tokens, mean_length) + own / rate
+        return self.forward_s(layer, tokens, mean_length) + own / self._flops
 
     def dequantise_s(self, layer: int) -> float:
         """Making a layer's NF4 matrices dense once."""

@@ -29,6 +29,7 @@ def disk_plan(
     job: Job,
     *,
     cached_tokens: int,
+    anchored_tokens: int,
     run: Path,
     store: Path,
     store_exists: bool,
@@ -39,6 +40,8 @@ def disk_plan(
     ----------
     cached_tokens:
         Tokens of all examples, held-out ones included.
+    anchored_tokens:
+        Anchored tokens of all examples, 0 without an anchor.
     run, store:
         Where the run directory and the store are or will be.
     """
@@ -55,7 +58,7 @@ def disk_plan(
     left = value_bytes * sum(trained) + around
     parts = {
         "store_bytes": shapes.stored_bytes(0, len(shapes.layers)) + facts.around_bytes,
-        "caches_bytes": caches * cached_tokens * token_bytes,
+        "caches_bytes": caches * cached_tokens * token_bytes + anchored_tokens * shapes.hidden * shapes.itemsize,
         "checkpoints_bytes": 2 * _checkpoint_bytes(shapes, settings, job, at_once),
         "scratch_bytes": _scratch_bytes(shapes, residence, blocks, job, at_once),
         "blocks_bytes": left,

@@ -134,6 +134,7 @@ class Draft:
             self.blocks,
             self.job,
             cached_tokens=self.cached_tokens,
+            anchored_tokens=self._all_anchored_tokens,
             run=self.paths.run,
             store=self.paths.store,
             store_exists=self.paths.store_exists,
@@ -186,6 +187,12 @@ class Draft:
             return 0
         rows = other_rows(self.settings.batch_size, self.other.examples) * self.steps_per_epoch
         return round(rows * self.other.tokens / self.other.examples)
+
+    @property
+    def _all_anchored_tokens(self) -> int:
+        """Anchored tokens of all examples, at most."""
+        examples = self.training.examples + (0 if self.other is None else self.other.examples)
+        return self.settings.retain_tokens * examples if self.settings.retain else 0
 
     @property
     def _anchored_tokens(self) -> int:

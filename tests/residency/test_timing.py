@@ -14,7 +14,7 @@ from lopt_lite.residency.shapes import LayerShapes, ModelShapes
 from lopt_lite.residency.timing import Amounts, TimeModel
 
 CPU = torch.device("cpu")
-LAYERS, PARAMETERS = 4, 200_000_000
+LAYERS, PARAMETERS, ADAPTER = 4, 200_000_000, 1_000_000
 
 SHAPES = ModelShapes(
     hidden=4096,
@@ -24,7 +24,7 @@ SHAPES = ModelShapes(
     ),
     itemsize=2,
     quantised=True,
-    layers=(LayerShapes(int(0.516 * PARAMETERS), 2 * PARAMETERS, 4096 * 11008, 1_000_000),) * LAYERS,
+    layers=(LayerShapes(int(0.516 * PARAMETERS), 2 * PARAMETERS, 4096 * 11008, ADAPTER),) * LAYERS,
     saved_bytes_per_token=300_000,
     saved_bytes_per_pair=0,
     transient_bytes_per_token=80_000,
@@ -103,7 +103,7 @@ def test_products_alone_take_two_operations_per_parameter_and_token_each_way():
         operation_s=0.0,
     )
     forward = model(speeds=endless).forward_s(0, 1000, 0)
-    assert forward == pytest.approx(2 * PARAMETERS * 1000 / 1e12)
+    assert forward == pytest.approx(2 * (PARAMETERS + ADAPTER) * 1000 / 1e12)
     seconds = model(speeds=endless).step_s((0, LAYERS), 1000, 0.1, train=True)[0]
     assert seconds == pytest.approx(LAYERS * 2 * forward, rel=0.01)
 
