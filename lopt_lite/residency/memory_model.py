@@ -14,7 +14,7 @@ from lopt_lite.residency.shapes import ModelShapes
 MIB = 2**20
 
 #: What libraries allocate on their first use, and what the allocator cannot give back, fitted on the CPU build.
-_CPU_OVERHEAD_BYTES = 62 * MIB
+_CPU_OVERHEAD_BYTES = 54 * MIB
 #: More of it when many small tensors go to a file and come back.
 _OFFLOAD_OVERHEAD_BYTES = 22 * MIB
 #: A layer's modules, adapters and names as Python objects.
