@@ -9,7 +9,7 @@ import typer
 
 import lopt_lite
 
-from . import evaluate, export, generate, plan, quantize, status, train
+from . import evaluate, export, generate, plan, quantize, report, status, train
 from .command import add_command
 from .errors import ErrorBoundary, print_lines
 
@@ -18,6 +18,7 @@ COMMANDS = (
     train.COMMAND,
     plan.COMMAND,
     status.COMMAND,
+    report.COMMAND,
     evaluate.COMMAND,
     generate.COMMAND,
     export.COMMAND,

@@ -19,6 +19,7 @@ from lopt_lite.settings import (
     GenerateSettings,
     PlanSettings,
     QuantizeSettings,
+    ReportSettings,
     TrainSettings,
 )
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lopt_lite.results.evaluate import evaluate
     from lopt_lite.results.export import export
     from lopt_lite.results.generate import generate
+    from lopt_lite.results.report import report
     from lopt_lite.results.status import status
     from lopt_lite.training.plan import plan
     from lopt_lite.training.run import train
@@ -39,6 +41,7 @@ __all__ = [
     "GenerateSettings",
     "PlanSettings",
     "QuantizeSettings",
+    "ReportSettings",
     "TrainSettings",
     "__version__",
     "evaluate",
@@ -46,6 +49,7 @@ __all__ = [
     "generate",
     "plan",
     "quantize",
+    "report",
     "status",
     "train",
 ]
@@ -56,6 +60,7 @@ _OPERATIONS = {
     "generate": "lopt_lite.results.generate",
     "plan": "lopt_lite.training.plan",
     "quantize": "lopt_lite.checkpoints.build_store",
+    "report": "lopt_lite.results.report",
     "status": "lopt_lite.results.status",
     "train": "lopt_lite.training.run",
 }

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -210,10 +211,14 @@ def remove_stray_temporaries(directory: Path) -> int:
 
 
 def directory_bytes(path: Path) -> int:
-    """Bytes of all regular files below ``path`` (0 when it does not exist)."""
-    if not path.exists():
-        return 0
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    """Bytes of all regular files below ``path`` (0 when it does not exist); what vanishes meanwhile is not counted."""
+    total = 0
+    for directory, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found = Path(directory, name).stat()
+                total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
 
 
 def require_free_space(path: Path, needed_bytes: int, *, what: str) -> None:

@@ -196,6 +196,28 @@ class StatusOutcome(Outcome):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportOutcome(Outcome):
+    """A written report. ``picture`` is None before the first step, when there are no curves to draw.
+
+    Held-out losses and ``final_train_loss`` (the mean of the last steps) are nats per answer token; ``loss_after`` is
+    there once the last epoch is done. ``device_peak_bytes`` is what the steps so far measured.
+    """
+
+    run: str
+    report: str
+    picture: str | None
+    state: str  # "running", "stopped" or "done"
+    next: str
+    seconds_left: float | None
+    loss_before: float | None
+    loss_after: float | None
+    final_train_loss: float | None
+    device_peak_bytes: int | None
+    predicted_bytes: int | None
+    notices: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskScore(Outcome):
     """What both models score in one metric of one task (or group of tasks) of lm-eval, with standard errors.
 

@@ -414,6 +414,16 @@ class EvaluateSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """Everything ``lopt-lite report`` can be told."""
+
+    run: str = argument("Run directory. RUN/report.html and RUN/loss.png are written, or written anew.")
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateSettings:
     """Everything ``lopt-lite generate`` can be told."""
 

@@ -255,6 +255,13 @@ def test_bytes_of_a_directory_are_those_of_its_files(tmp_path):
     assert files.directory_bytes(tmp_path) == 7
 
 
+def test_what_vanishes_while_a_directory_is_counted_is_not_counted(tmp_path, monkeypatch):
+    (tmp_path / "stays").write_bytes(b"123")
+    listing = [(str(tmp_path), ["gone"], ["stays", "gone-too"])]
+    monkeypatch.setattr(files.os, "walk", lambda path: iter(listing))
+    assert files.directory_bytes(tmp_path) == 3
+
+
 def test_work_that_the_disk_cannot_hold_is_refused_before_it_starts(tmp_path):
     files.require_free_space(tmp_path / "not" / "made", 1, what="the store")
     with pytest.raises(DoesNotFitError, match=r"the store needs 1,000,000,000,000,000,000 bytes") as caught:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from lopt_lite import files
+from lopt_lite.checkpoints.integrity import DamagedFileError, sha256_of
 from lopt_lite.checkpoints.locate import ModelFiles, locate_model
 from lopt_lite.checkpoints.names import NF4_SUFFIXES, Recipe, plan_names
 from lopt_lite.checkpoints.nf4 import dequantize_matrix, quantize_matrix, state_shape
@@ -25,6 +26,7 @@ from lopt_lite.checkpoints.store import (
     HEAD_SHARD,
     INDEX_NAME,
     STORE_VERSION,
+    Store,
     StoreInfo,
     layer_shard,
     store_info,
@@ -140,6 +142,43 @@ class StoreBuilder:
             finally:
                 journal.close()
         return True
+
+    def rebuild(self, name: str) -> None:
+        """Write one damaged or missing shard of the complete store again, with the bytes that it had.
+
+        Raises
+        ------
+        ModelError
+            What came out is not what was there: made by other versions of the libraries, or on another device.
+        RunDirectoryError, DoesNotFitError
+            The store is of another model or of other settings, or the shard cannot be written.
+        """
+        path = self._directory / name
+        plan = next(plan for plan in self._plans if plan.name == name)
+        with locked(self._directory, what="the store", wait=True, check=self._check, on_event=self._on_event):
+            info = store_info(self._directory)
+            if info is None or not self._already_complete():
+                raise RunDirectoryError(f"{self._directory} holds no complete store", fix="run the same command again")
+            expected = info.shards[name]["sha256"]
+            try:
+                if sha256_of(path) == expected:
+                    return  # another process has done it
+                damage = "damaged"
+            except DamagedFileError:
+                damage = "missing"
+            text = f"the store's shard {path} is {damage}: it is made again from {self._files.origin}"
+            self._on_event(Notice(text=text))
+            needed = sum(spec.nbytes for spec in plan.specs) + (16 << 20)
+            files.require_free_space(self._directory, needed, what=f"the shard {name}")
+            made = write_shard(path, plan.specs, self._tensors_of(plan), metadata={"format": "pt"})
+            if made.sha256 != expected:
+                raise ModelError(
+                    f"the store's shard {path} was damaged, and what is made from the model now has the "
+                    f"sha256 {made.sha256}",
+                    expected=f"{expected}, as the store's index says",
+                    fix="use the device and the versions that made the store, restore the file from a backup, or make "
+                    f"the store anew: delete {self._directory}, and start runs that use it with --fresh",
+                )
 
     def _already_complete(self) -> bool:
         info = store_info(self._directory)
@@ -395,7 +434,7 @@ class StoreBuilder:
 
 
 def quantize(settings: QuantizeSettings, on_event: OnEvent = ignore) -> QuantizeOutcome:
-    """Make the store of a model (``lopt-lite quantize``).
+    """Make the store of a model (``lopt-lite quantize``); of one that is there, check all shards and mend them.
 
     Raises
     ------
@@ -412,6 +451,10 @@ def quantize(settings: QuantizeSettings, on_event: OnEvent = ignore) -> Quantize
         model, directory, quantize=settings.quantize, dtype=settings.dtype, device=device, on_event=on_event
     )
     built = builder.build()
+    if not built:
+        store = Store(directory, repair=builder.rebuild, on_event=on_event)
+        store.check()
+        store.close()
     info = store_info(directory)
     assert info is not None
     return QuantizeOutcome(

@@ -6,7 +6,10 @@ It is complete when its index file is there, which is written last.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import shlex
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +19,10 @@ import torch
 
 from lopt_lite import files
 from lopt_lite.checkpoints.header import Header, read_header
+from lopt_lite.checkpoints.integrity import SILENT_S, CheckedFiles, DamagedFileError
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.errors import ModelError, RunDirectoryError
+from lopt_lite.events import OnEvent, Progress, ignore
 
 if TYPE_CHECKING:
     from lopt_lite.checkpoints.skeleton import Skeleton
@@ -58,7 +63,7 @@ def store_info(directory: Path) -> StoreInfo | None:
     path = directory / INDEX_NAME
     if not path.is_file():
         return None
-    index = files.read_json(path, what="the index", error=ModelError, fix="get the file again, or make the store again")
+    index = _read_index(path)
     metadata = index.get("metadata") if isinstance(index, dict) else None
     own = metadata.get("lopt_lite") if isinstance(metadata, dict) else None
     if own is None:
@@ -73,6 +78,20 @@ def store_info(directory: Path) -> StoreInfo | None:
         return StoreInfo(**{**own, "unquantized": tuple(own["unquantized"])})
     except (TypeError, KeyError) as error:
         raise RunDirectoryError(f"the index {path} is damaged: {error}", fix="make the store again") from error
+
+
+def _read_index(path: Path) -> Any:
+    return files.read_json(path, what="the index", error=ModelError, fix="get the file again, or make the store again")
+
+
+def _remedy(info: StoreInfo, directory: Path) -> str:
+    """What can be done about a damaged shard that nothing in the process can make again."""
+    # Weights that were transformed, as by training, are in no other place.
+    if "+" in info.model_fingerprint:
+        return "restore the file from a backup, or make these weights again (lopt-lite train with --fresh)"
+    command = ["lopt-lite", "quantize", info.source, str(directory), "--quantize", info.quantize]
+    command += ["--dtype", info.dtype] if info.quantize == "none" else []
+    return f"get the file again, or give the command '{shlex.join(command)}', which rebuilds it from the model"
 
 
 @dataclass(frozen=True)
@@ -95,37 +114,89 @@ class ShardView:
 
 
 class Store:
-    """An open, complete store.
+    """An open, complete store. A shard is checked by its sha256 when the first of its tensors is read.
 
     Parameters
     ----------
     directory:
         Where it lies.
+    repair:
+        Given the name of a damaged or missing shard, makes it anew; may be called from the thread that reads.
+    on_event:
+        Told how far a check is that takes long.
 
     Raises
     ------
     RunDirectoryError
-        There is no complete store, or a shard is missing or has changed its size.
+        There is no complete store.
+    DamagedFileError
+        A shard is missing, has changed its size, or has another header than it was written with, and ``repair`` is
+        None. From then on, reading raises it of a shard that holds something else than was written.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, *, repair: Callable[[str], None] | None = None, on_event: OnEvent = ignore
+    ) -> None:
         info = store_info(directory)
         if info is None:
             raise RunDirectoryError(f"{directory} holds no complete store", fix="run the same command again")
         self.directory = directory
         self.info = info
-        located: dict[str, Header] = {}
-        for name, record in info.shards.items():
+        self._headers: dict[Path, Header] = {}
+        self._repair, self._on_event = repair, on_event
+        self._checked = CheckedFiles(
+            {directory / name: record["sha256"] for name, record in info.shards.items()},
+            fix=_remedy(info, directory),
+            repair=None if repair is None else self._repair_shard,
+            on_event=on_event,
+        )
+        held: dict[str, set[str]] = {}
+        for tensor, name in _read_index(directory / INDEX_NAME).get("weight_map", {}).items():
+            held.setdefault(name, set()).add(tensor)
+        for name in info.shards:
             path = directory / name
-            if Path(name).name != name or not path.is_file() or path.stat().st_size != record["bytes"]:
-                raise RunDirectoryError(
-                    f"the store's shard {path} is missing or has changed",
-                    fix=f"delete {directory} and run the same command again, which rebuilds it from the model",
-                )
+            self._headers[path] = self._header(path, info.shards[name]["bytes"], held.get(name, set()))
+        self._located = {name: header for header in self._headers.values() for name in header.tensors}
+        self._tensors = TensorFiles(self._located, before_opening=self._checked.check)
+
+    def _header(self, path: Path, nbytes: int, names: set[str]) -> Header:
+        """The header of a shard; the whole shard is checked if it cannot be the one that was written."""
+        if path.parent != self.directory:
+            raise RunDirectoryError(f"the store's index names {path}", fix="make the store again")
+        header = None
+        if path.is_file() and path.stat().st_size == nbytes:
+            with contextlib.suppress(ModelError):
+                header = read_header(path)
+        if header is None or set(header.tensors) != names:
+            self._checked.check(path)
             header = read_header(path)
-            located.update(dict.fromkeys(header.tensors, header))
-        self._located = located
-        self._tensors = TensorFiles(located)
+        return header
+
+    def _repair_shard(self, path: Path) -> None:
+        assert self._repair is not None
+        self._repair(path.name)
+        read_before = self._headers.get(path)
+        if read_before is not None and read_header(path) != read_before:
+            raise DamagedFileError(
+                f"the header of {path} was damaged when the store was opened, and has been made again",
+                fix="give the same command again",
+            )
+
+    def check(self) -> None:
+        """Check every shard that was not read yet.
+
+        Raises
+        ------
+        DamagedFileError
+            A shard is damaged and cannot be repaired.
+        """
+        told_s = time.monotonic()
+        for number, path in enumerate(self._headers, start=1):
+            self._checked.check(path)
+            if time.monotonic() - told_s >= SILENT_S:
+                told_s = time.monotonic()
+                total = len(self._headers)
+                self._on_event(Progress(task="checking the store", done=number, total=total, unit="shards"))
 
     def overlaid(self, shards: Iterable[Path]) -> Store:
         """This store as if ``shards`` replaced those of the same layers; it has to be closed by itself.
@@ -151,7 +222,7 @@ class Store:
                     fix="start anew with --fresh",
                 )
             overlay._located.update(dict.fromkeys(header.tensors, header))
-        overlay._tensors = TensorFiles(overlay._located)
+        overlay._tensors = TensorFiles(overlay._located, before_opening=self._checked.check)
         return overlay
 
     def layer(self, skeleton: Skeleton, index: int) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -34,11 +34,16 @@ class TensorFiles:
     ----------
     locations:
         For each tensor name, the checked header of the file that holds it.
+    before_opening:
+        Called before a file is opened; may raise. More than one thread may call it at once.
     """
 
-    def __init__(self, locations: Mapping[str, Header]) -> None:
+    def __init__(
+        self, locations: Mapping[str, Header], *, before_opening: Callable[[Path], None] = lambda path: None
+    ) -> None:
         self._infos = {name: header.tensors[name] for name, header in locations.items()}
         self._headers = dict(locations)
+        self._before_opening = before_opening
         self._open_files: dict[Path, _OpenFile] = {}
         self._opening = threading.Lock()
         self._fingerprint: str | None = None
@@ -206,6 +211,12 @@ class TensorFiles:
 
     def _open(self, name: str) -> _OpenFile:
         header = self._headers[name]
+        with self._opening:
+            file = self._open_files.get(header.path)
+        if file is not None:
+            return file
+        # Without the lock: it may take long, and others go on reading other files.
+        self._before_opening(header.path)
         with self._opening:
             if header.path not in self._open_files:
                 self._open_files[header.path] = _OpenFile(header)

@@ -225,7 +225,8 @@ def _layouts(shapes: ModelShapes, block: tuple[int, int], job: Job) -> Iterator[
         yield from all_resident(_ROOMY_TOKENS, recompute=True)
         yield from all_resident(_TIGHT_TOKENS, recompute=False)
     slice_rows = max(1, _HEAD_SLICE_BYTES // (shapes.hidden * shapes.head.stored.itemsize))
-    sliced = (None, slice_rows) if slice_rows < shapes.vocabulary else (None,)
+    # A head that is trained is there as a whole.
+    sliced = (None, slice_rows) if slice_rows < shapes.vocabulary and not job.around_bytes else (None,)
     for tokens in (_ROOMY_TOKENS, _TIGHT_TOKENS):
         for offload in _offloads(shapes, job):
             for rows in sliced:

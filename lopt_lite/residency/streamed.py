@@ -204,7 +204,8 @@ class StreamedLayers:
                 for number in range(len(parts)):
                     inner = self._boundaries.take((index, number)).requires_grad_(index in trains_below)
                     output = run(index, layer, number, inner)
-                    if output.requires_grad:
+                    # A micro-batch without a loss has no gradient.
+                    if output.requires_grad and gradients[number] is not None:
                         torch.autograd.backward(output, gradients[number])
                     gradients[number] = inner.grad
                 self._state.after_backward(index)

@@ -33,7 +33,7 @@ def export(settings: ExportSettings, on_event: OnEvent = ignore) -> ExportOutcom
     SettingsError
         Asks for an adapter, or for merging, of a run that tuned the whole model.
     ModelError
-        The original model is gone or has changed.
+        The original model is gone or has changed, or a file to be copied or merged is damaged.
     """
     device = devices.choose_device(settings.device)
     out = Path(settings.out)
@@ -41,6 +41,7 @@ def export(settings: ExportSettings, on_event: OnEvent = ignore) -> ExportOutcom
     try:
         if run.settings.tune == "full":
             _check_nothing_to_merge(settings)
+            run.tuned_store.check()
             _copy_directory(run.paths.model, out)
         elif settings.format == "adapter":
             _copy_directory(run.paths.adapter, out)
@@ -87,6 +88,7 @@ def _write_merged(run: OpenRun, out: Path, settings: ExportSettings, on_event: O
     if out.is_dir() and store_info(out) is not None:
         raise RunDirectoryError(f"{out} holds a finished checkpoint already", fix="name a new or empty directory")
     if settings.onto == "quantized":
+        run.store.check()
         source = locate_model(str(run.store.directory), on_event=on_event)
     else:
         given = read_settings(run.paths)["model"]

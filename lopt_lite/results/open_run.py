@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lopt_lite.checkpoints.build_store import DTYPES
+from lopt_lite.checkpoints.integrity import check_file
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store, store_info
@@ -121,6 +122,8 @@ def open_run(run: str, device: torch.device) -> OpenRun:
     ------
     RunDirectoryError
         It is no run, is not finished, or its store or its result is gone.
+    DamagedFileError
+        The adapter is not what the run wrote.
     """
     paths = RunPaths(Path(run))
     content = read_settings(paths)
@@ -135,6 +138,11 @@ def open_run(run: str, device: torch.device) -> OpenRun:
     if store_info(paths.model) is None if full else not (paths.adapter / "adapter_model.safetensors").is_file():
         what = "model" if full else "adapter"
         raise RunDirectoryError(f"the {what} of the run in {run} is gone", fix="train again with --fresh")
+    if not full:
+        noted = next((fact.get("sha256") for fact in reversed(facts) if fact["fact"] == "adapter"), None)
+        if noted is not None:
+            fix = "restore the file from a backup, or train again with --fresh"
+            check_file(paths.adapter / "adapter_model.safetensors", noted, fix=fix)
     store_directory = paths.store if paths.store.is_dir() else Path(content["store"])
     store = Store(store_directory)
     skeleton = _skeleton_of(store, settings, device)

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from lopt_lite import files
 from lopt_lite.checkpoints.header import Header, read_header
+from lopt_lite.checkpoints.integrity import SILENT_S, DamagedFileError, check_file
 from lopt_lite.checkpoints.shard_writer import TensorSpec, write_shard
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.data.batches import length_sorted_batches
 from lopt_lite.errors import ModelError
+from lopt_lite.events import Notice, OnEvent, Progress
+from lopt_lite.journal import Fact
 from lopt_lite.settings import Cache
 from lopt_lite.training.background_writer import BackgroundWriter
 from lopt_lite.training.cache_format import CacheFormat, StoredError
@@ -87,7 +91,7 @@ class CacheLayout:
             for example in batch:
                 self._place[example] = (len(self.shards) - 1, self.shard_tokens[-1])
                 self.shard_tokens[-1] += self._kept[example]
-        self.total_bytes = sum(self.shard_tokens) * token_bytes
+        self.total_bytes = self.shard_bytes(range(len(self.shards)))
 
     def place(self, example: int) -> tuple[int, int]:
         """(shard, first row within the shard) of an example."""
@@ -96,6 +100,10 @@ class CacheLayout:
     def length(self, example: int) -> int:
         """Stored tokens of an example."""
         return self._kept[example]
+
+    def shard_bytes(self, shards: Iterable[int]) -> int:
+        """Bytes of the activations in some shards."""
+        return sum(self.shard_tokens[shard] for shard in shards) * self.format.token_bytes
 
     def specs(self, shard: int) -> list[TensorSpec]:
         """The tensors of a shard's file, in file order."""
@@ -111,7 +119,8 @@ def write_cache(
     run_batches: RunBatches,
     *,
     done: Collection[int],
-    on_shard: Callable[[int, StoredError], None],
+    on_shard: Callable[[int, StoredError, str], None],
+    wanted: Collection[int] | None = None,
 ) -> None:
     """Write the shards that are missing, each while the batches after it are computed.
 
@@ -123,8 +132,10 @@ def write_cache(
     done:
         Shards that are durable already.
     on_shard:
-        Called in this thread, in order, with a shard's number and error once it is durable; after an error or an
-        interruption also for the shard that was being written.
+        Called in this thread, in order, with a shard's number, error and sha256 once it is durable; after an error or
+        an interruption also for the shard that was being written.
+    wanted:
+        The shards to write; None for all.
 
     Raises
     ------
@@ -132,7 +143,8 @@ def write_cache(
         The disk is full or a file cannot be written.
     """
     files.make_directory(directory)
-    missing = [n for n in range(len(layout.shards)) if n not in done or not (directory / shard_name(n)).is_file()]
+    of_these = range(len(layout.shards)) if wanted is None else sorted(wanted)
+    missing = [n for n in of_these if n not in done or not (directory / shard_name(n)).is_file()]
     batches = [batch for number in missing for batch in layout.shards[number]]
     last_of_shard = []
     for number in missing:
@@ -150,11 +162,13 @@ def write_cache(
             filling.add(batches[position], output)
             if last_of_shard[position]:
                 shard, filling = filling, None
-                writer.submit(
-                    functools.partial(shard.write, directory), functools.partial(on_shard, shard.number, shard.error)
-                )
+                writer.submit(functools.partial(shard.write, directory), functools.partial(_tell_of, shard, on_shard))
 
         run_batches(batches, keep)
+
+
+def _tell_of(shard: _Shard, on_shard: Callable[[int, StoredError, str], None]) -> None:
+    on_shard(shard.number, shard.error, shard.sha256)
 
 
 class _Shard:
@@ -163,6 +177,7 @@ class _Shard:
     def __init__(self, layout: CacheLayout, number: int) -> None:
         self.number = number
         self.error = StoredError()
+        self.sha256 = ""
         self._layout = layout
         self._content = layout.format.empty(layout.shard_tokens[number])
         self._filled = 0
@@ -176,9 +191,56 @@ class _Shard:
             self._filled = end
 
     def write(self, directory: Path) -> None:
-        """Make the shard durable."""
+        """Make the shard durable, and note the sha256 of its file."""
         tensors = ((_tensor_name(part, self.number), tensor) for part, tensor in self._content.items())
-        write_shard(directory / shard_name(self.number), self._layout.specs(self.number), tensors, metadata=None)
+        path = directory / shard_name(self.number)
+        self.sha256 = write_shard(path, self._layout.specs(self.number), tensors, metadata=None).sha256
+
+
+def drop_damaged(
+    directory: Path,
+    layout: CacheLayout,
+    facts: Iterable[Fact],
+    *,
+    what: str,
+    check: Callable[[], None],
+    on_event: OnEvent,
+) -> list[int]:
+    """Compare the shards of a finished cache with what was noted of them, and delete those that are damaged.
+
+    Parameters
+    ----------
+    facts:
+        What the journal says of the shards, oldest first: ``shard`` and ``sha256``. Earlier releases noted no sha256.
+    what:
+        What the cache holds, for the user.
+    check:
+        Called between shards; may raise to stop.
+
+    Returns
+    -------
+    list of int
+        Shards that are missing now, to be written again. The user is told of each.
+    """
+    noted = {int(fact["shard"]): fact.get("sha256") for fact in facts}
+    missing = []
+    told_s = time.monotonic()
+    for number in range(len(layout.shards)):
+        path = directory / shard_name(number)
+        try:
+            if noted.get(number) is not None:
+                check_file(path, str(noted[number]), fix="start anew with --fresh", on_event=on_event)
+            elif not path.is_file():
+                raise DamagedFileError(f"{path} is missing")
+        except DamagedFileError as error:
+            on_event(Notice(text=f"{error.found}; this part of {what} is computed again"))
+            files.remove_file(path)
+            missing.append(number)
+        if time.monotonic() - told_s >= SILENT_S:
+            told_s = time.monotonic()
+            on_event(Progress(task=f"checking {what}", done=number + 1, total=len(layout.shards), unit="shards"))
+        check()
+    return missing
 
 
 class ActivationCache:
@@ -188,6 +250,8 @@ class ActivationCache:
     ----------
     keep_bytes:
         Host memory that may be used to keep the cache: if it fits whole, each shard is read once.
+    shards:
+        The shards that are there and will be read; None for all.
 
     Raises
     ------
@@ -195,10 +259,12 @@ class ActivationCache:
         A shard is missing or damaged, or belongs to another layout.
     """
 
-    def __init__(self, directory: Path, layout: CacheLayout, *, keep_bytes: int = 0) -> None:
+    def __init__(
+        self, directory: Path, layout: CacheLayout, *, keep_bytes: int = 0, shards: Collection[int] | None = None
+    ) -> None:
         self._layout = layout
         headers = {}
-        for number in range(len(layout.shards)):
+        for number in range(len(layout.shards)) if shards is None else shards:
             header = read_header(directory / shard_name(number))
             _check_shard(header, layout.specs(number))
             headers.update(dict.fromkeys(header.tensors, header))

@@ -19,7 +19,7 @@ from lopt_lite.errors import DataError
 from lopt_lite.events import Progress
 from lopt_lite.residency.anchors import Anchors
 from lopt_lite.residency.block_major import WAITING, pass_blocks
-from lopt_lite.training.activation_cache import ActivationCache, CacheLayout, shard_name, write_cache
+from lopt_lite.training.activation_cache import ActivationCache, CacheLayout, drop_damaged, shard_name, write_cache
 from lopt_lite.training.block_inputs import BlockInputs
 from lopt_lite.training.block_plan import Block
 from lopt_lite.training.cache_format import StoredError
@@ -156,6 +156,8 @@ def needs_untouched_pass(blocks: Sequence[Block]) -> bool:
 def write_anchors(bench: Workbench, sample: AnchorSample, blocks: Sequence[Block], inputs: BlockInputs) -> None:
     """Pass all anchored examples through the untouched ``blocks``, up to the last, and cache what is anchored on.
 
+    Of a cache that was finished before, damaged shards are written again.
+
     Parameters
     ----------
     blocks:
@@ -166,15 +168,19 @@ def write_anchors(bench: Workbench, sample: AnchorSample, blocks: Sequence[Block
     StoppedError, DoesNotFitError
         See :func:`write_cache`.
     """
-    if bench.journal.last("anchors"):
-        return
     layout = anchor_layout(bench, sample)
     directory = bench.paths.anchors
+    finished_before = bench.journal.last("anchors") is not None
+    if finished_before:
+        facts = bench.journal.all("anchor-shard")
+        what = "what the untouched model says"
+        if not drop_damaged(directory, layout, facts, what=what, check=bench.stop.check, on_event=bench.on_event):
+            return
     journalled = {int(fact["shard"]) for fact in bench.journal.all("anchor-shard")}
     done = {number for number in journalled if (directory / shard_name(number)).is_file()}
     files.require_free_space(
         bench.paths.root,
-        layout.total_bytes - files.directory_bytes(directory) + (16 << 20),
+        layout.shard_bytes(n for n in range(len(layout.shards)) if n not in done) + (16 << 20),
         what="the anchor's cache",
     )
     total = len(blocks) * sum(len(batches) for batches in layout.shards)
@@ -207,11 +213,12 @@ def write_anchors(bench: Workbench, sample: AnchorSample, blocks: Sequence[Block
                 on_pass=on_pass,
             )
 
-    def on_shard(number: int, error: StoredError) -> None:
-        bench.journal.add("anchor-shard", shard=number, name=shard_name(number))
+    def on_shard(number: int, error: StoredError, sha256: str) -> None:
+        bench.journal.add("anchor-shard", shard=number, name=shard_name(number), sha256=sha256)
 
     write_cache(directory, layout, run_batches, done=done, on_shard=on_shard)
-    bench.journal.add("anchors")
+    if not finished_before:
+        bench.journal.add("anchors")
 
 
 def _portions(batches: Sequence[Sequence[int]], lengths: torch.Tensor) -> list[tuple[int, int]]:

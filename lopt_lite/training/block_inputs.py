@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -69,7 +69,7 @@ class CachedInputs:
     ----------
     directory, layout:
         The cache of the block before.
-    keep_bytes:
+    keep_bytes, shards:
         See :class:`ActivationCache`.
 
     Attributes
@@ -79,10 +79,17 @@ class CachedInputs:
     """
 
     def __init__(
-        self, skeleton: Skeleton, device: torch.device, directory: Path, layout: CacheLayout, *, keep_bytes: int = 0
+        self,
+        skeleton: Skeleton,
+        device: torch.device,
+        directory: Path,
+        layout: CacheLayout,
+        *,
+        keep_bytes: int = 0,
+        shards: Collection[int] | None = None,
     ) -> None:
         self._skeleton, self._device = skeleton, device
-        self._cache = ActivationCache(directory, layout, keep_bytes=keep_bytes)
+        self._cache = ActivationCache(directory, layout, keep_bytes=keep_bytes, shards=shards)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache-reader")
         self._ahead: dict[_Wanted, Future[torch.Tensor]] = {}
         self.ahead_count = 0

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lopt_lite import devices, files
+from lopt_lite.checkpoints.integrity import DamagedFileError
 from lopt_lite.data.batches import epoch_batches, length_sorted_batches, micro_batches
 from lopt_lite.data.dataset import Batch, collate
 from lopt_lite.errors import DivergedError
@@ -229,10 +230,17 @@ class BlockTrainer:
         return settings.early_lr if is_early else settings.lr
 
     def _cursor(self) -> Cursor:
-        """Where to begin: at the last journalled checkpoint, or at the first phase."""
+        """Where to begin: at the last journalled checkpoint if it is sound, or at the first phase."""
         fact = self._bench.journal.last("checkpoint", block=self._stage.index)
         first = self._plan_phases()[0].name
         self._restore_name = None if fact is None else str(fact["name"])
+        if fact is not None:
+            try:
+                self._checkpoints.check(str(fact["name"]), fact.get("sha256"))
+            except DamagedFileError as error:
+                self._restore_name = None
+                text = f"{error.found}; {self._stage.name} is trained again from its start"
+                self._bench.on_event(Notice(text=text))
         self._checkpoints.keep_only(self._restore_name)
         if self._restore_name is None:
             return Cursor(first, 0)
@@ -456,11 +464,11 @@ class BlockTrainer:
 
     def _checkpoint(self, phase: _Phase, step: int) -> None:
         bench, started = self._bench, time.monotonic()
-        name = self._checkpoints.save(Cursor(phase.name, step), self._trained)
+        saved = self._checkpoints.save(Cursor(phase.name, step), self._trained)
         newest = bench.journal.last("checkpoint", block=self._stage.index)
-        if newest is None or newest["name"] != name:
-            bench.journal.add("checkpoint", block=self._stage.index, name=name)
-        self._checkpoints.keep_only(name)
+        if newest is None or (newest["name"], newest.get("sha256")) != saved:
+            bench.journal.add("checkpoint", block=self._stage.index, name=saved.name, sha256=saved.sha256)
+        self._checkpoints.keep_only(saved.name)
         self._last_checkpoint_s = time.monotonic()
         seconds = self._last_checkpoint_s - started
         bench.on_event(CheckpointSaved(block=self._stage.index, step=step, seconds=seconds))

@@ -11,11 +11,13 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from lopt_lite import files
 from lopt_lite.checkpoints.header import read_header
+from lopt_lite.checkpoints.integrity import DamagedFileError, check_file
 from lopt_lite.checkpoints.shard_writer import TensorSpec, aligned_order, write_shard
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.errors import RunDirectoryError
@@ -55,11 +57,14 @@ def load_tensors(path: Path, *, prefix: str = "") -> dict[str, torch.Tensor]:
         source.close()
 
 
-def save_checkpoint(path: Path, cursor: Cursor, trained: TrainedParameters) -> None:
-    """Write a checkpoint: everything trainable of the block, and the state of its optimisers, one tensor at a time."""
+def save_checkpoint(path: Path, cursor: Cursor, trained: TrainedParameters) -> str:
+    """Write a checkpoint: everything trainable of the block, and the state of its optimisers, one tensor at a time.
+
+    Returns the file's sha256.
+    """
     saved = {f"parameter.{tensor.name}": tensor for tensor in trained.parameters()}
     saved |= {f"optimizer.{tensor.name}": tensor for tensor in trained.state()}
-    save_lazily(path, saved, {_CURSOR: json.dumps({"phase": cursor.phase, "step": cursor.step})})
+    return save_lazily(path, saved, {_CURSOR: json.dumps({"phase": cursor.phase, "step": cursor.step})})
 
 
 def read_cursor(path: Path) -> Cursor:
@@ -104,6 +109,13 @@ def restore_checkpoint(path: Path, trained: TrainedParameters) -> None:
         source.close()
 
 
+class SavedCheckpoint(NamedTuple):
+    """What the journal says of a checkpoint: the name and the sha256 of its file."""
+
+    name: str
+    sha256: str
+
+
 class CheckpointDirectory:
     """The checkpoints of one block: at most one, and for a moment two while the newer is not yet journalled."""
 
@@ -114,12 +126,25 @@ class CheckpointDirectory:
         """Path of the checkpoint called ``name``."""
         return self._directory / name
 
-    def save(self, cursor: Cursor, trained: TrainedParameters) -> str:
-        """Write a checkpoint; returns its name, for the journal."""
+    def save(self, cursor: Cursor, trained: TrainedParameters) -> SavedCheckpoint:
+        """Write a checkpoint; returns what the journal is to say of it."""
         files.make_directory(self._directory)
         name = f"{cursor.phase}-{cursor.step:08d}.safetensors"
-        save_checkpoint(self.path(name), cursor, trained)
-        return name
+        return SavedCheckpoint(name, save_checkpoint(self.path(name), cursor, trained))
+
+    def check(self, name: str, sha256: str | None) -> None:
+        """Compare the checkpoint called ``name`` with what the journal says; earlier releases noted no sha256.
+
+        Raises
+        ------
+        DamagedFileError
+            It is missing or damaged.
+        """
+        path = self.path(name)
+        if sha256 is not None:
+            check_file(path, sha256, fix="start anew with --fresh")
+        elif not path.is_file():
+            raise DamagedFileError(f"{path} is missing")
 
     def keep_only(self, name: str | None) -> None:
         """Delete every checkpoint but ``name``."""

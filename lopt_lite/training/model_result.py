@@ -41,6 +41,7 @@ def write_model(bench: Workbench) -> str:
 
 
 def _build(bench: Workbench) -> None:
+    bench.store.check()  # it is read past the store below
     shards = [
         path
         for block in bench.blocks

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lopt_lite import devices, files
@@ -22,6 +23,7 @@ from lopt_lite.checkpoints.store import Store, store_info
 from lopt_lite.checkpoints.tokenizer import check_vocabulary, load_tokenizer, pad_token_id
 from lopt_lite.data.dataset import TokenizedDataset
 from lopt_lite.data.load import load_dataset
+from lopt_lite.data.seeding import permutation
 from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.events import Notice, OnEvent, RunStarted, Validation, ignore
 from lopt_lite.journal import Journal
@@ -34,8 +36,9 @@ from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import write_adapter
 from lopt_lite.training.anchors import AnchorSample, check_anchored
 from lopt_lite.training.block_plan import Block, plan_blocks, plan_stages
+from lopt_lite.training.block_results import check_block
 from lopt_lite.training.full import remarks
-from lopt_lite.training.job import make_job
+from lopt_lite.training.job import make_job, other_rows
 from lopt_lite.training.joint import train_jointly
 from lopt_lite.training.metrics import Metrics, read_metrics
 from lopt_lite.training.model_facts import ModelFacts, facts_of
@@ -157,6 +160,8 @@ def _read_inputs(settings: TrainSettings, on_event: OnEvent) -> _Given:
     elif settings.validation is not None:
         held_out = load(settings.validation)
     other = None if settings.retain_data is None else load(settings.retain_data).without_targets()
+    if other is not None:
+        other = _used(other, settings, len(training))
     given = _Given(model, skeleton, blocks, tokenizer, training, held_out, other, None)
     if not settings.retain:
         return given
@@ -166,6 +171,16 @@ def _read_inputs(settings: TrainSettings, on_event: OnEvent) -> _Given:
     )
     check_anchored(sample)
     return dataclasses.replace(given, sample=sample)
+
+
+def _used(other: TokenizedDataset, settings: TrainSettings, train_count: int) -> TokenizedDataset:
+    """Of the examples that are only there to anchor on, as many as the run has use for: a sample if there are more."""
+    steps = settings.epochs * math.ceil(train_count / settings.batch_size)
+    needed = steps * other_rows(settings.batch_size, len(other))
+    if len(other) <= needed:
+        return other
+    chosen = permutation(len(other), (settings.seed, "other text"))[:needed]
+    return other.select(np.sort(chosen).tolist())
 
 
 def _store_directory(settings: TrainSettings, model: ModelFiles, paths: RunPaths) -> Path:
@@ -239,7 +254,7 @@ def _open_bench(
             )
         if builder is not None:
             builder.build()
-        store = Store(store_directory)
+        store = Store(store_directory, repair=None if builder is None else builder.rebuild, on_event=on_event)
         stack.callback(store.close)
         if journal.last("store-ready") is None:
             journal.add("store-ready")
@@ -358,6 +373,8 @@ def _work(bench: Workbench, given: _Given) -> None:
         train_jointly(bench, given.sample)
     else:
         train_sequentially(bench, given.sample)
+    for block in bench.blocks:
+        check_block(bench, block)
     if bench.settings.tune == "full":
         bench.journal.add("model", sha256=write_model(bench))
         return
@@ -417,7 +434,11 @@ def _outcome(bench: Workbench, *, already_done: bool, seconds: float) -> TrainOu
     before = bench.journal.last("validation", epoch=0)
     after = bench.journal.last("validation", epoch=bench.settings.epochs)
     steps = read_metrics(bench.paths.metrics)
-    finite = [r["loss"] for r in steps if r["block"] == len(bench.stages) - 1 and math.isfinite(r["loss"])]
+    finite = [
+        r["loss"]
+        for r in steps
+        if r["block"] == len(bench.stages) - 1 and r["phase"] == "train" and math.isfinite(r["loss"])
+    ]
     recent = finite[-10:]
     return TrainOutcome(
         run=str(bench.paths.root),

@@ -15,7 +15,8 @@ from lopt_lite.settings import TrainSettings
 
 RUNS_DIRECTORY = "runs"
 
-_OWNED = ("settings.json", "journal.jsonl", "metrics.jsonl", "store", "cache", "blocks", "adapter", "model")
+_RECORDS = ("settings.json", "journal.jsonl", "metrics.jsonl", "report.html", "loss.png")
+_OWNED = (*_RECORDS, "store", "cache", "blocks", "adapter", "model")
 #: Journal facts that say that the result is there: of LoRA and of full tuning.
 RESULT_FACTS = ("adapter", "model")
 

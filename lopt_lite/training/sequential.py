@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -14,11 +14,12 @@ from lopt_lite.events import Notice, Progress
 from lopt_lite.residency.block_major import groups
 from lopt_lite.residency.layers import open_layers
 from lopt_lite.residency.spill import Spill, SpillLimits
-from lopt_lite.training.activation_cache import CacheLayout, shard_name, write_cache
+from lopt_lite.training.activation_cache import CacheLayout, drop_damaged, shard_name, write_cache
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, load_adapter, set_training
 from lopt_lite.training.anchors import AnchorReader, AnchorSample, needs_untouched_pass, write_anchors
 from lopt_lite.training.block_inputs import BlockInputs, CachedInputs, EmbeddedInputs
 from lopt_lite.training.block_plan import Block, Stage
+from lopt_lite.training.block_results import check_block
 from lopt_lite.training.block_trainer import BlockTrainer
 from lopt_lite.training.cache_format import StoredError
 from lopt_lite.training.checkpoint import load_tensors
@@ -42,14 +43,18 @@ def train_sequentially(bench: Workbench, sample: AnchorSample | None) -> None:
         See :class:`BlockTrainer` and :func:`write_cache`.
     """
     layout = _layout(bench)
-    if sample is not None and needs_untouched_pass(bench.blocks):
+    all_trained = bench.journal.last("block", block=bench.blocks[-1].index) is not None
+    if sample is not None and needs_untouched_pass(bench.blocks) and not all_trained:
         write_anchors(bench, sample, bench.blocks, EmbeddedInputs(bench.skeleton, bench.device))
         bench.release_memory()
     for stage in bench.stages:
         (block,) = stage.blocks
         is_last = block.index == len(bench.blocks) - 1
         if is_last or not bench.journal.last("cache", block=block.index + 1):
-            if not bench.journal.last("block", block=block.index):
+            trained = bench.journal.last("block", block=block.index) is not None
+            if block.index and not (is_last and trained):
+                _check_inputs(bench, block, layout)
+            if not trained:
                 _train(bench, stage, layout, sample if is_last else None)
                 bench.release_memory()
             if not is_last:
@@ -79,7 +84,7 @@ def _train(bench: Workbench, stage: Stage, layout: CacheLayout, sample: AnchorSa
         BlockTrainer(bench, stage, inputs, anchors).run()
 
 
-def _inputs(bench: Workbench, block: Block, layout: CacheLayout) -> BlockInputs:
+def _inputs(bench: Workbench, block: Block, layout: CacheLayout, shards: Collection[int] | None = None) -> BlockInputs:
     if block.index == 0:
         return EmbeddedInputs(bench.skeleton, bench.device)
     return CachedInputs(
@@ -88,7 +93,36 @@ def _inputs(bench: Workbench, block: Block, layout: CacheLayout) -> BlockInputs:
         bench.paths.cache(block.index),
         layout,
         keep_bytes=bench.residence.cache_keep_bytes,
+        shards=shards,
     )
+
+
+def _check_inputs(bench: Workbench, block: Block, layout: CacheLayout) -> None:
+    """Check the cached inputs of a block before they are used, and write again what is damaged."""
+    damaged = drop_damaged(
+        bench.paths.cache(block.index),
+        layout,
+        bench.journal.all("cache-shard", block=block.index),
+        what=f"the inputs of block {block.index + 1}",
+        check=bench.stop.check,
+        on_event=bench.on_event,
+    )
+    if damaged:
+        _rewrite_inputs(bench, block, layout, damaged)
+        bench.release_memory()
+
+
+def _rewrite_inputs(bench: Workbench, block: Block, layout: CacheLayout, shards: Collection[int]) -> None:
+    """Write some shards of a block's inputs again.
+
+    The inputs of the block before are gone by then: the same shards of them are made first, and deleted afterwards.
+    """
+    before = bench.blocks[block.index - 1]
+    if before.index:
+        _rewrite_inputs(bench, before, layout, shards)
+    _write_outputs(bench, before, layout, shards)
+    if before.index:
+        files.remove_tree(bench.paths.cache(before.index))
 
 
 def _layout(bench: Workbench) -> CacheLayout:
@@ -104,13 +138,21 @@ def _layout(bench: Workbench) -> CacheLayout:
 
 def _write_next_inputs(bench: Workbench, block: Block, layout: CacheLayout) -> None:
     """Pass all examples through the trained block and cache what comes out."""
+    _write_outputs(bench, block, layout)
+    _finish_cache(bench, layout, block.index + 1)
+
+
+def _write_outputs(bench: Workbench, block: Block, layout: CacheLayout, wanted: Collection[int] | None = None) -> None:
+    """Write those of the ``wanted`` shards of the next block's inputs that are missing; None for all."""
     following = block.index + 1
     directory = bench.paths.cache(following)
+    check_block(bench, block)
     journalled = {int(f["shard"]) for f in bench.journal.all("cache-shard", block=following)}
     done = {number for number in journalled if (directory / shard_name(number)).is_file()}
+    of_these = range(len(layout.shards)) if wanted is None else wanted
     files.require_free_space(
         bench.paths.root,
-        layout.total_bytes - files.directory_bytes(directory) + (16 << 20),
+        layout.shard_bytes(n for n in of_these if n not in done) + (16 << 20),
         what=f"the activation cache of block {following + 1}",
     )
     storage = Spill(SpillLimits(0, 1 << 62), bench.paths.root, bench.device)
@@ -128,9 +170,9 @@ def _write_next_inputs(bench: Workbench, block: Block, layout: CacheLayout) -> N
         set_training(layer, False)
         trained.add(index, {f"{index}.{name}": p for name, p in adapter_parameters(layer).items()})
 
-    inputs = _inputs(bench, block, layout)
-    total = sum(len(batches) for batches in layout.shards)
-    finished = sum(len(layout.shards[n]) for n in done)
+    inputs = _inputs(bench, block, layout, wanted)
+    total = sum(len(layout.shards[n]) for n in of_these)
+    finished = sum(len(layout.shards[n]) for n in done.intersection(of_these))
     pool = open_layers(
         bench.residence,
         store,
@@ -146,9 +188,10 @@ def _write_next_inputs(bench: Workbench, block: Block, layout: CacheLayout) -> N
     def collated(examples: list[int]) -> Batch:
         return collate(bench.dataset, examples, bench.pad_token_id)
 
-    def on_shard(number: int, error: StoredError) -> None:
+    def on_shard(number: int, error: StoredError, sha256: str) -> None:
         measured = error.to_json() if layout.format.name == "int8" else {}
-        bench.journal.add("cache-shard", block=following, shard=number, name=shard_name(number), **measured)
+        name = shard_name(number)
+        bench.journal.add("cache-shard", block=following, shard=number, name=name, sha256=sha256, **measured)
 
     def run_batches(batches: list[list[int]], on_output: Callable[[int, torch.Tensor], None]) -> None:
         of_pass = groups(batches, layout.lengths, bench.residence.group_tokens)
@@ -168,13 +211,12 @@ def _write_next_inputs(bench: Workbench, block: Block, layout: CacheLayout) -> N
             pool.forward_all(micro_batches, take)
 
     try:
-        write_cache(directory, layout, run_batches, done=done, on_shard=on_shard)
+        write_cache(directory, layout, run_batches, done=done, on_shard=on_shard, wanted=wanted)
     finally:
         pool.close()
         inputs.close()
         storage.close()
         store.close()
-    _finish_cache(bench, layout, following)
 
 
 def _finish_cache(bench: Workbench, layout: CacheLayout, block: int) -> None:

@@ -87,7 +87,7 @@ class TrainedParameters:
         self._storage, self._per_layer, self._eight_bit = storage, per_layer, eight_bit
         self._groups: dict[int | str, _Group] = {}
         self._layers_train = False
-        self._rate: Callable[[int | str], float] = lambda group: 0.0
+        self._rate: Callable[[int | str], float] = _no_rate
         self._seed = 0
         self._update_norms: list[torch.Tensor] = []
 
@@ -193,6 +193,8 @@ class TrainedParameters:
                 self._update_where_it_is(name, group, norm)
             _drop_gradients(group)
             group.norms = None
+        # It may refer to whoever trains, who refers to this.
+        self._rate = _no_rate
         return float(total) if finite else math.nan
 
     def _update_where_it_is(self, key: int | str, group: _Group, norm: torch.Tensor) -> None:
@@ -317,6 +319,10 @@ class TrainedParameters:
             assert self._storage is not None
             return self._storage.peek(("parameter", name))
         return group.parameters[name].detach()
+
+
+def _no_rate(group: int | str) -> float:
+    return 0.0
 
 
 def _gradients(group: _Group) -> list[torch.Tensor]:

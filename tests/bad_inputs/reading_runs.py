@@ -23,11 +23,12 @@ def reading(command: str, run: Path, place: Place) -> list[str]:
         "generate": ["--prompt", "Hi"],
         "export": [str(place.root / "out")],
         "status": [],
+        "report": [],
     }
     return [command, str(run), *more[command]]
 
 
-for _command in ("evaluate", "generate", "export", "status"):
+for _command in ("evaluate", "generate", "export", "status", "report"):
 
     def _on_a_stray(place, command=_command):
         return reading(command, place.stray_directory("mine"), place)
@@ -51,6 +52,12 @@ for _command in ("evaluate", "generate", "export"):
 def status_of_a_run_with_a_damaged_journal(place):
     (place.finished_run() / "journal.jsonl").write_text("garbage\n")
     return ["status", str(place.run)]
+
+
+@bad(RUN_DIRECTORY, "journal.jsonl is damaged at line 1")
+def report_of_a_run_with_a_damaged_journal(place):
+    (place.finished_run() / "journal.jsonl").write_text("garbage\n")
+    return ["report", str(place.run)]
 
 
 @bad(RUN_DIRECTORY, "mine", "not an empty directory", "new directory")

@@ -18,6 +18,7 @@ from tests.bad_inputs.place import (
     RUN_DIRECTORY,
     bad,
 )
+from tests.damage import flip_a_byte
 
 # -- the run directory -------------------------------------------------------------------------------------------------
 
@@ -166,10 +167,22 @@ def adapter_deleted_from_a_finished_run(place):
     return place.train()
 
 
-@bad(RUN_DIRECTORY, "layer-00001.safetensors", "missing or has changed", "rebuilds it")
+@bad(INPUT, "layer-00001.safetensors is missing", "lopt-lite quantize", "rebuilds it from the model")
 def store_shard_deleted_from_a_finished_run(place):
     (place.finished_run() / "store" / "layer-00001.safetensors").unlink()
-    return place.train()
+    return ["evaluate", str(place.run), str(place.data)]
+
+
+@bad(INPUT, "layer-00001.safetensors is damaged", "as when it was written", "rebuilds it from the model")
+def store_shard_with_another_byte(place):
+    flip_a_byte(place.finished_run() / "store" / "layer-00001.safetensors")
+    return ["evaluate", str(place.run), str(place.data)]
+
+
+@bad(INPUT, "adapter_model.safetensors is damaged", "as when it was written", "backup", "--fresh")
+def adapter_with_another_byte(place):
+    flip_a_byte(place.finished_run() / "adapter" / "adapter_model.safetensors")
+    return ["evaluate", str(place.run), str(place.data)]
 
 
 # -- memory and disk ---------------------------------------------------------------------------------------------------

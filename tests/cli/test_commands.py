@@ -8,6 +8,7 @@ import pytest
 from lopt_lite_cli.text import one_line, plain
 from lopt_lite_cli.units import bytes_text, duration_text, loss_text
 
+import lopt_lite
 from lopt_lite import outcomes
 
 STATUS = outcomes.StatusOutcome(
@@ -52,12 +53,27 @@ OUTCOMES = {
         prompt="p", text="line one\nline two", tokens=6, tokens_per_s=10.0, finished=True
     ),
     "export": outcomes.ExportOutcome(out="out", format="merged", onto="original", bytes=2**28),
+    "report": outcomes.ReportOutcome(
+        run="runs/x",
+        report="runs/x/report.html",
+        picture="runs/x/loss.png",
+        state="stopped",
+        next="train block 2",
+        seconds_left=200.0,
+        loss_before=1.5,
+        loss_after=None,
+        final_train_loss=1.25,
+        device_peak_bytes=2**30,
+        predicted_bytes=2**31,
+        notices=("The held-out loss rose.",),
+    ),
 }
 ARGUMENTS = {
     "quantize": ("m", "s"),
     "evaluate": ("runs/x", "d.jsonl"),
     "generate": ("runs/x", "--prompt", "p"),
     "export": ("runs/x", "out"),
+    "report": ("runs/x",),
 }
 
 
@@ -102,6 +118,7 @@ def test_json_is_the_outcome(lopt, fake, name):
         ("evaluate", ["40 examples, 4,000 answer tokens", "1.5000", "4.482", "1.2500", "3.49"]),
         ("generate", ["line one\nline two\n"]),
         ("export", ["merged, onto the original weights: out (256 MiB)"]),
+        ("report", ["runs/x/report.html", "stopped; next: train block 2, about 3m 20s left", "1.2500", "loss rose"]),
     ],
 )
 def test_text_tells_the_outcome(lopt, fake, name, says):
@@ -125,6 +142,12 @@ def test_status_tells_what_is_done_what_is_next_and_the_time_left(lopt, fake):
     ):
         assert part in result.out
     assert lopt("status", "runs/x", "--json").json()["blocks"][1]["step"] == 10
+
+
+def test_a_report_without_a_step_says_that_there_are_no_curves(lopt, fake):
+    calls = fake("report", dataclasses.replace(OUTCOMES["report"], picture=None, final_train_loss=None))
+    assert "curves  none yet" in lopt("report", "runs/x").out
+    assert calls == [lopt_lite.ReportSettings(run="runs/x")]
 
 
 def test_an_answer_cannot_steer_the_terminal(lopt, fake):

@@ -15,16 +15,26 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lopt_lite.checkpoints.locate import locate_model
+from lopt_lite.checkpoints.shard_writer import ShardRecord
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.checkpoints.tokenizer import load_tokenizer, pad_token_id
 from lopt_lite.data.dataset import TokenizedDataset, collate
 from lopt_lite.data.load import load_dataset
 from lopt_lite.errors import DoesNotFitError, LoptError, ModelError
+from lopt_lite.events import Event
 from lopt_lite.settings import Cache
 from lopt_lite.training import activation_cache, cache_format
-from lopt_lite.training.activation_cache import ActivationCache, CacheLayout, RunBatches, shard_name, write_cache
+from lopt_lite.training.activation_cache import (
+    ActivationCache,
+    CacheLayout,
+    RunBatches,
+    drop_damaged,
+    shard_name,
+    write_cache,
+)
 from lopt_lite.training.block_inputs import CachedInputs, EmbeddedInputs
 from lopt_lite.training.cache_format import CacheFormat, StoredError
+from tests.damage import flip_a_byte
 from tests.rig import CPU, Rig, open_rig
 from tests.tiny_models import make_data, make_model
 
@@ -41,12 +51,12 @@ def one_by_one(run_batch: Callable[[list[int]], torch.Tensor]) -> RunBatches:
     return run_batches
 
 
-def into(numbers: list[int]) -> Callable[[int, StoredError], None]:
+def into(numbers: list[int]) -> Callable[[int, StoredError, str], None]:
     """What :func:`write_cache` tells of durable shards, noting their numbers."""
-    return lambda number, error: numbers.append(number)
+    return lambda number, error, sha256: numbers.append(number)
 
 
-def ignore(number: int, error: StoredError) -> None:
+def ignore(number: int, error: StoredError, sha256: str) -> None:
     """What :func:`write_cache` tells of durable shards, not minded."""
 
 
@@ -285,14 +295,26 @@ def test_values_are_brought_into_8_bits_a_few_at_a_time_with_the_same_result(mon
 def test_each_shard_tells_its_own_error_and_they_add_up_to_that_of_the_whole(tmp_path):
     layout, block = _layout(_LENGTHS, cache="int8"), _Block(_LENGTHS)
     told: dict[int, StoredError] = {}
-    write_cache(tmp_path, layout, one_by_one(block), done=(), on_shard=told.__setitem__)
+    write_cache(
+        tmp_path,
+        layout,
+        one_by_one(block),
+        done=(),
+        on_shard=lambda *told_of: told.update([told_of[:2]]),
+    )
     outputs = torch.cat(block.outputs).double()
     stored = torch.cat([_stored(layout, output) for output in block.outputs]).double()
     expected = _relative(outputs, stored - outputs)
     assert 0.001 < expected < 0.02
     assert StoredError.total(error.to_json() for error in told.values()).relative == pytest.approx(expected, rel=1e-4)
     again: dict[int, StoredError] = {}
-    write_cache(tmp_path, layout, one_by_one(block), done=(0,), on_shard=again.__setitem__)
+    write_cache(
+        tmp_path,
+        layout,
+        one_by_one(block),
+        done=(0,),
+        on_shard=lambda *told_of: again.update([told_of[:2]]),
+    )
     assert again == {number: error for number, error in told.items() if number != 0}
 
 
@@ -325,6 +347,51 @@ def test_a_cache_of_another_layout_is_refused(tmp_path):
     assert "scale.00000" in caught.value.expected
 
 
+def test_of_a_finished_cache_damaged_and_missing_shards_are_dropped_told_of_and_written_again(tmp_path):
+    lengths = _LENGTHS * 2
+    layout, block = _layout(lengths), _Block(lengths)
+    assert len(layout.shards) > 4
+    facts: list[dict[str, Any]] = []
+
+    def on_shard(number: int, error: StoredError, sha256: str) -> None:
+        facts.append({"fact": "cache-shard", "shard": number, "sha256": sha256})
+
+    write_cache(tmp_path, layout, one_by_one(block), done=(), on_shard=on_shard)
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    told: list[Event] = []
+
+    def dropped() -> list[int]:
+        return drop_damaged(
+            tmp_path, layout, facts, what="the inputs of block 2", check=lambda: None, on_event=told.append
+        )
+
+    assert (dropped(), told) == ([], [])
+    flip_a_byte(tmp_path / shard_name(1))
+    (tmp_path / shard_name(3)).unlink()
+    facts[4]["sha256"] = None  # as an earlier release noted it
+    flip_a_byte(tmp_path / shard_name(4))
+    assert dropped() == [1, 3]
+    assert [shard_name(n) in event.text for n, event in zip((1, 3), told, strict=True)] == [True, True]
+    assert not (tmp_path / shard_name(1)).exists()
+    again = _Block(lengths)
+    write_cache(tmp_path, layout, one_by_one(again), done=(), on_shard=ignore, wanted=[1, 3])
+    assert again.calls == layout.shards[1] + layout.shards[3]
+    for number in (1, 3):
+        assert (tmp_path / shard_name(number)).read_bytes() == whole[shard_name(number)]
+
+
+def test_a_cache_can_be_opened_in_part(tmp_path):
+    layout, block = _layout(_LENGTHS), _Block(_LENGTHS)
+    write_cache(tmp_path, layout, one_by_one(block), done=(), on_shard=ignore, wanted=[1])
+    assert [path.name for path in tmp_path.iterdir()] == [shard_name(1)]
+    cache = ActivationCache(tmp_path, layout, shards=[1])
+    examples = layout.shards[1][0]
+    hidden = cache.read(examples, max(_LENGTHS[i] for i in examples))
+    for row, example in enumerate(examples):
+        assert torch.equal(hidden[row, : _LENGTHS[example]], block.outputs[example])
+    cache.close()
+
+
 # -- while the next thing computes ------------------------------------------------------------------------------------
 
 
@@ -339,13 +406,14 @@ class _SlowDisk:
         self.fail_at: int | None = None
         monkeypatch.setattr(activation_cache, "write_shard", self)
 
-    def __call__(self, path: Path, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, path: Path, *args: Any, **kwargs: Any) -> ShardRecord:
         self.started.append(path.name)
         assert self.go.acquire(timeout=60)
         if self.fail_at == len(self.written):
             raise DoesNotFitError("the disk is full")
-        self._write(path, *args, **kwargs)
+        record = self._write(path, *args, **kwargs)
         self.written.append(path.name)
+        return record
 
 
 def test_batches_are_computed_while_a_shard_is_written_and_only_one_shard_waits(tmp_path, monkeypatch):
@@ -354,7 +422,7 @@ def test_batches_are_computed_while_a_shard_is_written_and_only_one_shard_waits(
     first, second = (len(batches) for batches in layout.shards[:2])
     threads: set[int] = set()
 
-    def on_shard(number: int, error: StoredError) -> None:
+    def on_shard(number: int, error: StoredError, sha256: str) -> None:
         assert shard_name(number) in disk.written
         threads.add(threading.get_ident())
         done.append(number)

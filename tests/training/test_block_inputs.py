@@ -55,7 +55,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
             longest = max(layout.length(i) for i in batch)
             on_output(number, torch.randn(len(batch), longest, layout.format.hidden_size, generator=generator))
 
-    write_cache(tmp_path / "cache", layout, run_batches, done=(), on_shard=lambda n, e: None)
+    write_cache(tmp_path / "cache", layout, run_batches, done=(), on_shard=lambda n, e, s: None)
     pad = pad_token_id(tokenizer)
     batches = [collate(dataset, examples, pad) for examples in ([3, 1], [0], [11, 5, 7], [2, 2], [8, 4], [10])]
     return _Place(tmp_path / "cache", rig, batches, layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from lopt_lite.checkpoints.integrity import DamagedFileError
 from lopt_lite.errors import LoptError, RunDirectoryError
 from lopt_lite.training.checkpoint import (
     CheckpointDirectory,
@@ -21,6 +23,7 @@ from lopt_lite.training.checkpoint import (
     save_tensors,
 )
 from lopt_lite.training.trained import TrainedParameters
+from tests.damage import flip_a_byte
 
 
 class _Toy:
@@ -162,7 +165,7 @@ def test_the_directory_keeps_only_the_checkpoint_named(tmp_path):
     toy = _Toy()
     directory = CheckpointDirectory(tmp_path / "checkpoint")
     directory.keep_only(None)  # nothing there yet: nothing to do
-    names = [directory.save(Cursor("train", step), toy.trained) for step in (1, 2, 3)]
+    names = [directory.save(Cursor("train", step), toy.trained).name for step in (1, 2, 3)]
     (tmp_path / "checkpoint" / ".train-00000004.safetensors.tmp").write_bytes(b"torn")
     directory.keep_only(names[1])
     assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == [names[1]]
@@ -171,10 +174,25 @@ def test_the_directory_keeps_only_the_checkpoint_named(tmp_path):
     assert list((tmp_path / "checkpoint").iterdir()) == []
 
 
+def test_a_checkpoint_is_known_by_its_sha256(tmp_path):
+    directory = CheckpointDirectory(tmp_path)
+    name, sha256 = directory.save(Cursor("train", 1), _Toy().trained)
+    assert sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    directory.check(name, sha256)
+    flip_a_byte(tmp_path / name)
+    directory.check(name, None)  # an earlier release noted none
+    with pytest.raises(DamagedFileError, match=name):
+        directory.check(name, sha256)
+    (tmp_path / name).unlink()
+    for noted in (sha256, None):
+        with pytest.raises(DamagedFileError, match="is missing"):
+            directory.check(name, noted)
+
+
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     toy = _Toy()
     directory = CheckpointDirectory(tmp_path)
-    name = directory.save(Cursor("train", 1), toy.trained)
+    name = directory.save(Cursor("train", 1), toy.trained).name
     whole = Path(tmp_path / name).read_bytes()
     monkeypatch.setattr("lopt_lite.files.os.replace", _crash)
     toy.train(range(1))

@@ -147,7 +147,7 @@ def _fill(paths: RunPaths) -> None:
     for path in (paths.store, paths.adapter, paths.cache(1), paths.checkpoint(0)):
         path.mkdir(parents=True)
         (path / "x.safetensors").write_bytes(b"x")
-    for path in (paths.journal, paths.metrics):
+    for path in (paths.journal, paths.metrics, paths.root / "report.html", paths.root / "loss.png"):
         path.write_text(json.dumps({"fact": "block", "block": 0}) + "\n")
 
 
@@ -159,7 +159,7 @@ def test_starting_fresh_deletes_what_the_run_made_and_keeps_the_rest(claimed):
     assert sorted(p.name for p in claimed.root.iterdir()) == ["lock", "notes.txt"]
 
 
-@pytest.mark.parametrize("cut", range(7))
+@pytest.mark.parametrize("cut", range(9))
 def test_a_crash_while_starting_fresh_leaves_a_run_with_nothing_done(claimed, monkeypatch, cut):
     class Crash(BaseException):
         pass

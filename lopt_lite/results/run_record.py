@@ -1,0 +1,103 @@
+"""What a run has written of itself, read once: no lock is taken and no model opened, so that it may be training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lopt_lite.errors import SettingsError
+from lopt_lite.journal import Fact, read_facts
+from lopt_lite.outcomes import StatusOutcome
+from lopt_lite.results.stage_steps import Line, StageSteps, number, stage_steps
+from lopt_lite.results.status import status
+from lopt_lite.settings import parse_memory
+from lopt_lite.training.metrics import read_metrics
+from lopt_lite.training.run_directory import RunPaths, read_settings
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run's settings, facts and steps, and what follows from them."""
+
+    paths: RunPaths
+    content: dict[str, Any]
+    facts: list[Fact]
+    status: StatusOutcome
+    stages: list[StageSteps]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that decide the result."""
+        return dict(self.content["settings"])
+
+    @property
+    def residence(self) -> Fact:
+        """Where everything is while the run trains; empty before that is decided."""
+        return next((f for f in reversed(self.facts) if f["fact"] == "residence"), {"fact": "residence"})
+
+    @property
+    def examples(self) -> int | None:
+        """Training examples, None before the data were read."""
+        return next((int(f["examples"]) for f in self.facts if f["fact"] == "started"), None)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch, 0 before the data were read."""
+        return math.ceil((self.examples or 0) / int(self.settings["batch_size"]))
+
+    @property
+    def held_out(self) -> dict[int, float]:
+        """Held-out losses by epoch; 0 is the untouched model."""
+        return {int(f["epoch"]): float(f["loss"]) for f in self.facts if f["fact"] == "validation"}
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """All steps, in order."""
+        return [line for stage in self.stages for line in stage.lines]
+
+    @property
+    def store(self) -> Path:
+        """Where the weights are; a run that was moved takes its own along."""
+        return self.paths.store if self.paths.store.is_dir() else Path(str(self.content["store"]))
+
+    @property
+    def result(self) -> Path:
+        """The adapter, or the model that was tuned in full."""
+        return self.paths.model if self.settings.get("tune") == "full" else self.paths.adapter
+
+    def peak(self, key: str) -> int | None:
+        """The highest ``device_peak_bytes`` or ``host_rss_bytes`` of any step, None before the first."""
+        return max((int(v) for m in self.lines if math.isfinite(v := number(m, key))), default=None)
+
+    def predicted(self, key: str) -> int | None:
+        """``predicted_bytes`` or ``predicted_host_bytes`` of the plan."""
+        value = self.residence.get(key)
+        return int(value) if value else None
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget that was named, None without one."""
+        try:
+            return parse_memory(str(self.settings.get("memory", "auto")))
+        except SettingsError:
+            return None
+
+
+def read_run(run: str) -> RunRecord:
+    """Read a run's files; no lock, no model.
+
+    Raises
+    ------
+    RunDirectoryError
+        The directory is no run.
+    """
+    paths = RunPaths(Path(run))
+    content = read_settings(paths)
+    found = status(run)
+    facts, _ = read_facts(paths.journal)
+    schedule = str(content["settings"].get("schedule"))
+    stages = stage_steps(found.blocks, read_metrics(paths.metrics), schedule=schedule)
+    return RunRecord(paths, content, facts, found, stages)
