@@ -124,6 +124,8 @@ def _time(outcome: PlanOutcome) -> list[str]:
         lines.append(f"  store            {duration_text(outcome.store_s)}")
     if outcome.held_out_before_s:
         lines.append(f"  held-out loss    {duration_text(outcome.held_out_before_s)} before training")
+    if outcome.anchor_s:
+        lines.append(f"  anchor           {duration_text(outcome.anchor_s)} for what the untouched model says")
     lines += [_block_line(block) for block in outcome.blocks]
     lines.append(f"  total            {duration_text(outcome.total_s)}")
     return lines

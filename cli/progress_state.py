@@ -43,8 +43,9 @@ class ProgressState:
             self._measure()
         elif isinstance(event, Progress):
             self.job = event if event.done < event.total else None
-            # The time that it takes is not the steps'.
-            self._previous_step_s = None
+            if not event.task.startswith("layers of"):
+                # The time that it takes is not the steps'.
+                self._previous_step_s = None
         elif isinstance(event, BlockDone):
             self.block, self.step = None, None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 import re
 from pathlib import Path
@@ -37,16 +38,21 @@ def forget_peak() -> None:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BYTES = 1 << 18
+#: oneDNN keeps a compiled kernel for every shape of a product, up to 1,024 of them, of some 100 KiB each. One step needs
+#: a few dozen; batches of ever new lengths fill the rest: 60 MiB after twenty steps of SmolLM2-135M.
+_KERNELS_KEPT = "96"
 
 
 def return_freed_memory() -> None:
-    """With glibc: make the allocator give freed memory back to the system at once.
+    """Keep few compiled kernels; with glibc, make the allocator give freed memory back to the system at once.
 
     By default glibc keeps freed blocks of up to 32 MiB in its heap, where activations of ever new sizes leave holes: a
     process that needs 0.8 GiB at any time grew to 1.4 GiB in ``benchmarks/depth.py``. (With a limit of 1 MiB instead of
     256 KiB, small layers' matrices still left 70 to 100 MiB of holes.) Giving memory back costs page faults (up to 40 %
     of the time with small layers), so it is done only for runs that have a budget to keep.
     """
+    # Read when the first product is made.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)

@@ -147,6 +147,7 @@ class PlanOutcome(Outcome):
     disk: PlanDisk
     store_s: float
     held_out_before_s: float
+    anchor_s: float
     blocks: tuple[PlanBlock, ...]
     total_s: float
     advice: tuple[str, ...]

@@ -232,6 +232,7 @@ def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: 
         disk=disk,
         store_s=times.store_s,
         held_out_before_s=times.held_out_before_s,
+        anchor_s=times.anchor_s,
         blocks=tuple(
             PlanBlock(
                 block=block.index,

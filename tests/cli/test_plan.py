@@ -68,6 +68,7 @@ PLAN = outcomes.PlanOutcome(
         free_bytes=500 * GIB,
     ),
     store_s=600.0,
+    anchor_s=0.0,
     held_out_before_s=60.0,
     blocks=(
         outcomes.PlanBlock(
