@@ -38,7 +38,7 @@ def forget_peak() -> None:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BYTES = 1 << 18
-#: oneDNN keeps a compiled kernel for every shape of a product, up to 1,024 of them, of some 100 KiB each. One step needs
+#: oneDNN keeps a compiled kernel for every shape of a product, up to 1,024 of them of some 100 KiB. One step needs
 #: a few dozen; batches of ever new lengths fill the rest: 60 MiB after twenty steps of SmolLM2-135M.
 _KERNELS_KEPT = "96"
 
