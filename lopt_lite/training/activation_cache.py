@@ -54,7 +54,8 @@ class CacheLayout:
     hidden_size, dtype:
         Shape and type of one token's activation.
     max_tokens, max_rows:
-        Largest batch of the pass that writes the cache; a shard holds whole batches.
+        Largest batch of the pass that writes the cache. A shard is made of whole batches, but which examples it holds
+        does not depend on these limits.
     cache:
         How tokens are stored: see :class:`CacheFormat`.
     kept:
@@ -80,18 +81,28 @@ class CacheLayout:
         sizes: list[int] = lengths.tolist()
         self._kept: list[int] = sizes if kept is None else kept.tolist()
         self._place: list[tuple[int, int]] = [(0, 0)] * len(lengths)
-        token_bytes = self.format.token_bytes
-        stored = [example for example, count in enumerate(self._kept) if count]
-        sorted_ = length_sorted_batches([sizes[e] for e in stored], max_tokens=max_tokens, max_rows=max_rows)
-        for batch in ([stored[position] for position in positions] for positions in sorted_):
-            if not self.shards or self.shard_tokens[-1] * token_bytes >= _SHARD_BYTES:
-                self.shards.append([])
-                self.shard_tokens.append(0)
-            self.shards[-1].append(batch)
-            for example in batch:
-                self._place[example] = (len(self.shards) - 1, self.shard_tokens[-1])
+        # Where an example lies may not depend on how much a machine takes at once: a run may go on on another one.
+        for examples in self._shards_of(sizes):
+            self.shard_tokens.append(0)
+            for example in examples:
+                self._place[example] = (len(self.shards), self.shard_tokens[-1])
                 self.shard_tokens[-1] += self._kept[example]
+            lengths_of_shard = [sizes[example] for example in examples]
+            batches = length_sorted_batches(lengths_of_shard, max_tokens=max_tokens, max_rows=max_rows)
+            self.shards.append([[examples[position] for position in batch] for batch in batches])
         self.total_bytes = self.shard_bytes(range(len(self.shards)))
+
+    def _shards_of(self, sizes: list[int]) -> list[list[int]]:
+        """All stored examples from short to long, in shards."""
+        shards: list[list[int]] = []
+        filled = _SHARD_BYTES
+        for example in sorted((e for e, count in enumerate(self._kept) if count), key=sizes.__getitem__):
+            if filled >= _SHARD_BYTES:
+                shards.append([])
+                filled = 0
+            shards[-1].append(example)
+            filled += self._kept[example] * self.format.token_bytes
+        return shards
 
     def place(self, example: int) -> tuple[int, int]:
         """(shard, first row within the shard) of an example."""

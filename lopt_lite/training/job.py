@@ -47,13 +47,16 @@ def make_job(
     together = settings.schedule == "joint"
     rows = min(settings.batch_size, train_examples)
     anchored_rows = rows + other_rows(settings.batch_size, other_examples)
+    row_bytes = shapes.hidden * shapes.itemsize
+    cached_tokens = all_tokens if len(blocks) > 1 and not together else 0
     return Job(
         step_tokens=anchored_rows * longest,
         longest=longest,
         answer_tokens=None if most_answers is None else rows * most_answers,
         all_tokens=all_examples * longest,
         early_blocks="reconstruct" in settings.objectives(),
-        cache_bytes=all_tokens * shapes.hidden * shapes.itemsize if len(blocks) > 1 and not together else 0,
+        # The anchor's cache is written through the same buffers.
+        cache_bytes=max(cached_tokens, most_anchors * all_examples) * row_bytes,
         anchored_tokens=anchored_rows * most_anchors,
         graph_layers=max(block.end - block.first for block in blocks) if together else None,
         around_bytes=around_state_bytes(shapes) if settings.trains_around else 0,
