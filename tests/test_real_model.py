@@ -71,6 +71,11 @@ def test_plain_peft_on_bitsandbytes_picks_the_same_tokens(trained: tuple[Path, d
     )
     base = AutoModelForCausalLM.from_pretrained(MODEL.parent, dtype=torch.bfloat16, quantization_config=config)
     plain = plain_kernels(PeftModel.from_pretrained(base, run / "adapter").eval())
+    # lopt-lite keeps adapters in float32 and computes with them in the model's dtype; PEFT by itself turns inputs into
+    # float32 for them, which rounds elsewhere and changes a few tokens in a hundred.
+    for name, parameter in plain.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.bfloat16()
     dataset, _ = load_dataset(
         held_out,
         load_tokenizer(locate_model(str(MODEL))),
