@@ -11,21 +11,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.pools import OpenModel, Timing, alternate
+from benchmarks.pools import DEMO_MODEL, ONE_B, SMOLLM2, OpenModel, Timing, alternate, model_store
 from benchmarks.report import Bench, parser
-from benchmarks.shapes import Shape, write_store
-from lopt_lite import QuantizeSettings, quantize
 from lopt_lite.devices import choose_device
 
 NAME = "dequantise_once"
-DEMO_MODEL = Path(".demo/SmolLM2-135M-Instruct")
-ONE_B = "1B shape"
-SMOLLM2 = "SmolLM2-135M"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(bench: Bench, options: Any, name: str, layers: int, tokens: int) -> dict[str, Any]:
     torch.set_num_threads(1 if bench.quick else bench.threads)
     device = choose_device(options.device)
-    model = OpenModel.open(_store(bench, name, layers), device)
+    model = OpenModel.open(model_store(bench.directory, name, layers), device)
     length = min(tokens, 256)
     try:
         batches = model.batches(tokens=tokens, length=length, micro_batch_tokens=1024)
@@ -73,15 +67,6 @@ def _measure(bench: Bench, options: Any, name: str, layers: int, tokens: int) ->
     finally:
         model.close()
     return {kind: asdict(timing) for kind, timing in timings.items()}
-
-
-def _store(bench: Bench, name: str, layers: int) -> Path:
-    directory = bench.directory / f"store-{name.replace(' ', '-')}"
-    if name == SMOLLM2:
-        quantize(QuantizeSettings(model=str(DEMO_MODEL), store=str(directory), device="cpu"))
-        return directory
-    shape = Shape(2048, layers, 5632, 32, 4, 32000) if name == ONE_B else Shape(64, layers, 128, 4, 2, 512)
-    return write_store(directory, shape)
 
 
 if __name__ == "__main__":

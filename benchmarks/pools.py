@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lopt_lite import devices
+from benchmarks.shapes import Shape, write_store
+from lopt_lite import QuantizeSettings, devices, quantize
 from lopt_lite.checkpoints.build_store import DTYPES
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
@@ -22,7 +23,21 @@ from lopt_lite.residency.streamed import StreamedLayers
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapters import attach_adapter, set_training
 
+#: Where 'make demo-model' puts the demo's model.
+DEMO_MODEL = Path(".demo/SmolLM2-135M-Instruct")
+SMOLLM2, ONE_B = "SmolLM2-135M", "1B shape"
+
 _SETTINGS = TrainSettings(model="not used", data="not used")
+
+
+def model_store(directory: Path, name: str, layers: int) -> Path:
+    """An NF4 store within ``directory``: of SmolLM2, of ``layers`` random layers of a 1B shape, or of tiny ones."""
+    store = directory / f"store-{name.replace(' ', '-')}"
+    if name == SMOLLM2:
+        quantize(QuantizeSettings(model=str(DEMO_MODEL), store=str(store), device="cpu"))
+        return store
+    shape = Shape(2048, layers, 5632, 32, 4, 32000) if name == ONE_B else Shape(64, layers, 128, 4, 2, 512)
+    return write_store(store, shape)
 
 
 @dataclass

@@ -14,20 +14,16 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.pools import OpenModel, step
+from benchmarks.pools import DEMO_MODEL, ONE_B, SMOLLM2, OpenModel, model_store, step
 from benchmarks.report import Bench, parser
-from benchmarks.shapes import Shape, write_store
-from lopt_lite import QuantizeSettings, devices, quantize
+from lopt_lite import devices
 from lopt_lite.training.adapters import adapter_parameters
 
 NAME = "utilisation"
-DEMO_MODEL = Path(".demo/SmolLM2-135M-Instruct")
-SMOLLM2, ONE_B = "SmolLM2-135M", "1B shape"
 ROWS = 8
 #: Share of the peak that is wanted.
 WANTED = 0.6
@@ -65,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(bench: Bench, options: Any, name: str, layers: int, length: int) -> dict[str, Any]:
     torch.set_num_threads(1 if bench.quick else bench.threads)
     device = devices.choose_device(options.device)
-    model = OpenModel.open(_store(bench, name, layers), device)
+    model = OpenModel.open(model_store(bench.directory, name, layers), device)
     tokens = ROWS * length
     try:
         batches = model.batches(tokens=tokens, length=length, micro_batch_tokens=tokens)
@@ -104,15 +100,6 @@ def _timed(work: Any, device: torch.device) -> float:
     work()
     devices.synchronize(device)
     return time.perf_counter() - started
-
-
-def _store(bench: Bench, name: str, layers: int) -> Path:
-    directory = bench.directory / f"store-{name.replace(' ', '-')}"
-    if name == SMOLLM2:
-        quantize(QuantizeSettings(model=str(DEMO_MODEL), store=str(directory), device="cpu"))
-        return directory
-    shape = Shape(2048, layers, 5632, 32, 4, 32000) if name == ONE_B else Shape(64, layers, 128, 4, 2, 512)
-    return write_store(directory, shape)
 
 
 if __name__ == "__main__":
