@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -156,15 +155,13 @@ class BlockTrainer:
                 self._trained.add(name, parameters, scaffolding=True)
         if not any(block.objective == "task" for block in self._stage.blocks):
             return
-        make_head = partial(
-            open_head,
+        self._answers = open_head(
             bench.skeleton,
             bench.store,
             device=bench.device,
             logit_elements=bench.residence.logit_elements,
             slice_rows=bench.residence.head_slice_rows,
         )
-        self._answers = make_head()
         if settings.trains_around:
             self._around = Around(bench.store, bench.skeleton, self._trained)
             self._answers.train(tuple(self._around.output.values()))
@@ -360,9 +357,10 @@ class BlockTrainer:
         for block in self._blocks_of(phase):
             self._working_on = block.index
             outputs: list[torch.Tensor] = []
+            is_last = block is self._stage.blocks[-1]
             local = self._local_loss(phase, block, batches, entering, losses)
 
-            def loss_backward(
+            def loss_and_keep(
                 part: int, output: torch.Tensor, local: _Local = local, kept: list[torch.Tensor] = outputs
             ) -> float:
                 kept.append(output.detach())
@@ -370,12 +368,14 @@ class BlockTrainer:
 
             self._pool.accumulate(
                 entering if block is not self._stage.blocks[0] else inputs_of_step(),
-                loss_backward,
+                # Nothing comes after the last block: its outputs need not stay.
+                local if is_last else loss_and_keep,
                 dropout_seed if settings.lora_dropout else None,
                 first=block.first,
                 end=block.end,
             )
-            entering = [MicroBatch(output, part.calls) for output, part in zip(outputs, entering, strict=True)]
+            if not is_last:
+                entering = [MicroBatch(output, part.calls) for output, part in zip(outputs, entering, strict=True)]
         return losses
 
     def _blocks_of(self, phase: _Phase) -> list[Block]:
