@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 resumed_mib <= through_mib * (1 + NOISE),
                 f"{key}: {resumed_mib:.0f} MiB resumed, {through_mib:.0f} MiB uninterrupted",
             )
+            bench.expect(found["same_way"], f"{key}: two starts with the same budget chose different ways of working")
             bench.expect(found["same_adapter"], f"{key}: the resumed run's result has other bytes")
             ratio = resumed_mib / through_mib
             same = "yes" if found["same_adapter"] else "no"
@@ -114,7 +115,12 @@ def _measure(bench: Bench, settings: dict[str, Any], budget_mib: int) -> dict[st
     resumed = bench.alone.run("train", **within)
     same = _digest(output) == expected
     files.remove_tree(output)
-    return {"through_bytes": through["peak_bytes"], "resumed_bytes": resumed["peak_bytes"], "same_adapter": same}
+    return {
+        "through_bytes": through["peak_bytes"],
+        "resumed_bytes": resumed["peak_bytes"],
+        "same_way": through["residence"] == resumed["residence"],
+        "same_adapter": same,
+    }
 
 
 def _digest(run: Path) -> str:

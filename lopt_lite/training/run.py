@@ -31,6 +31,7 @@ from lopt_lite.locks import locked
 from lopt_lite.outcomes import TrainOutcome
 from lopt_lite.residency.block_major import WAITING, held_out_losses
 from lopt_lite.residency.choices import Memory, Residence, choose_residence
+from lopt_lite.residency.process_size import steady_size
 from lopt_lite.seeds import derive_seed
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import write_adapter
@@ -287,6 +288,8 @@ def _decide_residence(
 ) -> tuple[Residence, Memory, ModelFacts]:
     """Decide once per run, so that a resumed run computes as the first part did."""
     memory = Memory.now(device, settings.memory_bytes())
+    if device.type == "cpu":
+        memory = dataclasses.replace(memory, used_bytes=steady_size(memory.used_bytes))
     facts = facts_of(given.skeleton, settings)
     fact = journal.last("residence", device=device.type)
     if fact is not None:
