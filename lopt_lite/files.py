@@ -115,11 +115,17 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
         fsync_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _forget_temporary(temporary)
         raise explain_os_error(error, path, "write") from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _forget_temporary(temporary)
         raise
+
+
+def _forget_temporary(path: Path) -> None:
+    """Delete what will not be needed, where that works: the next start deletes it too, and another error is told of."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

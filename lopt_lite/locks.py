@@ -99,5 +99,7 @@ def locked(
         _record_pid(directory)
         yield
     finally:
-        (directory / _PID_NAME).unlink(missing_ok=True)
+        # It says nothing once the lock is free; a disk that fails now must not hide what ended the work.
+        with contextlib.suppress(OSError):
+            (directory / _PID_NAME).unlink(missing_ok=True)
         lock.release()

@@ -7,21 +7,24 @@ the imports, this process imports everything once, and each attempt is a fork of
 ``kill``        SIGKILL from outside after a random time.
 ``SIGINT``, ``SIGTERM``
                 that signal from outside after a random time.
-``operations``  SIGKILL by itself just before or just after a random one of the calls that make files durable.
+
+Or an operation on files (see ``operations.py``) is a process's last, or fails: :func:`run_tries`.
 
 Every run that ends is compared by the test that wrote the job; here nothing is judged.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,11 @@ from lopt_lite_cli.main import main
 from lopt_lite.training import activation_cache
 from lopt_lite.training import run as training_run
 from tests.rig import residence
+from tests.training.operations import Operation, fail_at, kill_at, record, recorded, watch
 
 #: Attempts per cut that the job wants, before it is given up.
 _ATTEMPTS_PER_CUT = 6
+_KILLS = ("before", "after")
 
 
 def make_everything_small(mode: str) -> None:
@@ -68,34 +73,6 @@ def attempt(arguments: list[str], log: Path, *, prepare: Callable[[], None], cut
     cut(child)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
-
-
-def kill_at_operation(number: int, *, after: bool) -> None:
-    """Let this process kill itself at call ``number`` of those that change durable state."""
-    count = 0
-
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == number and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = call(*args, **kwargs)
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return wrapper
-
-    for module, name in (
-        (os, "fsync"),
-        (os, "replace"),
-        (os, "unlink"),
-        (os, "mkdir"),
-        (os, "rmdir"),
-        (shutil, "rmtree"),
-    ):
-        setattr(module, name, counted(getattr(module, name)))
 
 
 def lines(path: Path) -> int:
@@ -138,15 +115,11 @@ def run_job(job: dict[str, Any], work: Path) -> dict[str, Any]:
     cuts, run = 0, 0
     for _ in range(job["cuts"] * _ATTEMPTS_PER_CUT):
         directory = work / f"run-{run}"
-        prepare, cut = nothing, nothing
+        cut: Callable[[int], None] = nothing
         if cuts < job["cuts"]:
-            if job["how"] == "operations":
-                number, after = rng.randint(1, job["most_operations"]), rng.random() < 0.5
-                prepare = lambda number=number, after=after: kill_at_operation(number, after=after)  # noqa: E731
-            else:
-                number = signal.SIGKILL if job["how"] == "kill" else getattr(signal, job["how"])
-                cut = signal_later(number)
-        code = attempt([*arguments, "--output", str(directory)], work / "log", prepare=prepare, cut=cut)
+            number = signal.SIGKILL if job["how"] == "kill" else getattr(signal, job["how"])
+            cut = signal_later(number)
+        code = attempt([*arguments, "--output", str(directory)], work / "log", prepare=nothing, cut=cut)
         outcome["codes"].append(code)
         if code == 0:
             outcome["runs"].append(str(directory))
@@ -160,12 +133,72 @@ def run_job(job: dict[str, Any], work: Path) -> dict[str, Any]:
     return outcome
 
 
+@dataclass(frozen=True)
+class Try:
+    """A run whose first process was ended by, or failed at, an operation, and which then was started again.
+
+    ``said``: what the first process printed. ``codes``: exit codes (or minus the signal) of both.
+    """
+
+    operation: Operation
+    how: str
+    run: Path
+    codes: tuple[int, int]
+    said: str
+
+
+def reference_operations(arguments: list[str], work: Path) -> list[Operation]:
+    """Do the uninterrupted run, ``work``/reference; returns what it did to files."""
+    run, into = work / "reference", work / "operations"
+    code = attempt(
+        [*arguments, "--output", str(run)], work / "log", prepare=lambda: watch(run, record(into)), cut=nothing
+    )
+    if code != 0:
+        raise RuntimeError(f"the undisturbed run ended with {code}: {(work / 'log').read_text()}")
+    return recorded(into)
+
+
+def some_of_each_kind(operations: list[Operation], count: int, rng: random.Random) -> list[Operation]:
+    """``count`` operations, of as many kinds as can be."""
+    kinds: dict[str, list[Operation]] = {}
+    for operation in rng.sample(operations, len(operations)):
+        kinds.setdefault(operation.kind, []).append(operation)
+    rounds = zip_longest(*rng.sample(list(kinds.values()), len(kinds)))
+    return [operation for round_ in rounds for operation in round_ if operation is not None][:count]
+
+
+def try_operation(arguments: list[str], run: Path, operation: Operation, how: str) -> Try:
+    """One run: disturbed at ``operation``, then started again.
+
+    ``how`` is ``before`` or ``after`` (the process is killed there), or the name of an error that the operation fails
+    with: ``ENOSPC``, ``EIO``, ``EROFS``.
+    """
+    log = run.with_name(f"{run.name}.log")
+    around = kill_at(operation, after=how == "after") if how in _KILLS else fail_at(operation, getattr(errno, how))
+    arguments = [*arguments, "--output", str(run)]
+    first = attempt(arguments, log, prepare=lambda: watch(run, around), cut=nothing)
+    said = log.read_text()
+    return Try(operation, how, run, (first, attempt(arguments, log, prepare=nothing, cut=nothing)), said)
+
+
+def run_tries(job: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Do the uninterrupted run, then ``tries`` runs disturbed at operations of as many kinds as can be."""
+    rng = random.Random(job["seed"])
+    operations = reference_operations(job["arguments"], work)
+    tries = []
+    for number, operation in enumerate(some_of_each_kind(operations, job["tries"], rng)):
+        how = job["how"][number % len(job["how"])]
+        tries.append(try_operation(job["arguments"], work / f"run-{number}", operation, how))
+    return {"operations": len(operations), "tries": [{**asdict(one), "run": str(one.run)} for one in tries]}
+
+
 def main_of_jobs(job_path: Path, outcome_path: Path) -> None:
     """Read the job, do it, write what came of it."""
     torch.set_num_threads(1)
     job = json.loads(job_path.read_text())
     make_everything_small(job["mode"])
-    outcome_path.write_text(json.dumps(run_job(job, outcome_path.parent)))
+    work = outcome_path.parent
+    outcome_path.write_text(json.dumps(run_tries(job, work) if "tries" in job else run_job(job, work)))
 
 
 if __name__ == "__main__":
