@@ -38,9 +38,12 @@ def forget_peak() -> None:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BYTES = 1 << 18
-#: oneDNN keeps a compiled kernel for every shape of a product, up to 1,024 of them of some 100 KiB. One step needs
-#: a few dozen; batches of ever new lengths fill the rest: 60 MiB after twenty steps of SmolLM2-135M.
-_KERNELS_KEPT = "96"
+#: oneDNN keeps a compiled kernel for every shape of a product, up to 1,024 of them, and PyTorch's bridge to it keeps as
+#: many for itself, of up to 1 MiB each: batches of ever new lengths took SmolLM2-135M's demo from 0.7 to 1.6 GiB. As many
+#: as the layers have kinds of products are enough: with 16 of each instead of 1,024, a step took no longer (with one, half
+#: as long again).
+_KERNELS_KEPT = "16"
+_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 def return_freed_memory() -> None:
@@ -51,8 +54,9 @@ def return_freed_memory() -> None:
     256 KiB, small layers' matrices still left 70 to 100 MiB of holes.) Giving memory back costs page faults (up to 40 %
     of the time with small layers), so it is done only for runs that have a budget to keep.
     """
-    # Read when the first product is made.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS_KEPT)
+    for variable in _KERNEL_CACHES:
+        # Read when the first product is made.
+        os.environ.setdefault(variable, _KERNELS_KEPT)
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)

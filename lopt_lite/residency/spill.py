@@ -64,8 +64,10 @@ class Spill:
         self._holes: dict[int, list[int]] = {}
         self.written_bytes = 0
 
-    def __len__(self) -> int:
-        return len(self._kept)
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is put aside. (No ``__len__``: an empty one must not count as none.)"""
+        return not self._kept
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._kept

@@ -82,7 +82,9 @@ class StreamedLayers:
         self._device = device
         self._on_pass = on_pass
         self._state = NoState() if state is None else state
-        self._boundaries = boundaries or Spill(SpillLimits(1 << 62, 0), Path(tempfile.gettempdir()), device)
+        if boundaries is None:
+            boundaries = Spill(SpillLimits(1 << 62, 0), Path(tempfile.gettempdir()), device)
+        self._boundaries = boundaries
         views = {i: store.layer_view(skeleton, i) for i in range(first, end) if i not in resident}
         self._stream = ShardStream(views, device=device, prefetch=prefetch) if views else None
         self._streamed = set(views)

@@ -107,7 +107,7 @@ def test_wherever_hidden_states_wait_the_bits_are_the_same_and_nothing_is_left(o
     (spill,) = spills
     assert spill.most_bytes <= limits.device_bytes
     assert (spill.written_bytes > 0) == (limits.device_bytes < 1 << 30)
-    assert len(spill) == 0
+    assert spill.is_empty
     assert not list(opened.directory.iterdir())
 
 

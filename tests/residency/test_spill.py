@@ -27,7 +27,7 @@ def test_everything_comes_back_bit_for_bit(device_bytes: int, tmp_path: Path) ->
             for key, tensor in reversed(_tensors().items()):
                 back = spill.take(key)
                 assert back.dtype == tensor.dtype and torch.equal(back, tensor)
-        assert not len(spill)
+        assert spill.is_empty
         assert (spill.written_bytes == 0) == (device_bytes == 10**9)
     assert not list(tmp_path.iterdir())
 
