@@ -39,8 +39,8 @@ def forget_peak() -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BYTES = 1 << 18
 #: oneDNN keeps a compiled kernel for every shape of a product, up to 1,024 of them, and PyTorch's bridge to it keeps as
-#: many for itself, of up to 1 MiB each: batches of ever new lengths took SmolLM2-135M's demo from 0.7 to 1.6 GiB. As many
-#: as a layer has kinds of products are enough: with 16 instead of 1,024 a step took no longer (with one, half as long
+#: many for itself, of up to 1 MiB each: batches of ever new lengths took SmolLM2-135M to 1.6 GiB, not 0.7. As many
+#: as a layer has kinds of products do: with 16 instead of 1,024 a step took no longer (with one, half as long
 #: again).
 _KERNELS_KEPT = "16"
 _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
