@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import typer
 
-from lopt_lite.errors import LoptError, StoppedError
+from lopt_lite.errors import LoptError, StoppedError, is_out_of_memory
 
 from .quiet import debugging
 from .text import json_document, one_line, plain
@@ -50,15 +50,6 @@ class Report(NamedTuple):
 class _Row(NamedTuple):
     matches: Callable[[BaseException], bool]
     report: Callable[[Any], Report]
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    # The allocators of the CPU and of Apple's GPU have no exception class of their own.
-    said = str(error)
-    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in said or "MPS backend out of memory" in said)
 
 
 def _is_disk_full(error: BaseException) -> bool:
@@ -111,7 +102,7 @@ TABLE = (
     _Row(lambda error: isinstance(error, LoptError), _from_lopt_error),
     _Row(lambda error: isinstance(error, USAGE_ERROR), _from_usage_error),
     _Row(lambda error: isinstance(error, KeyboardInterrupt), _from_interrupt),
-    _Row(_is_out_of_memory, _from_out_of_memory),
+    _Row(is_out_of_memory, _from_out_of_memory),
     _Row(_is_disk_full, _from_disk_full),
     _Row(lambda error: True, _from_anything),
 )

@@ -6,6 +6,8 @@ what was expected, and what to change; :class:`LoptError` joins them so that no 
 
 from __future__ import annotations
 
+import sys
+
 
 class LoptError(Exception):
     """Base of every error lopt-lite raises on purpose.
@@ -84,3 +86,13 @@ class StoppedError(LoptError):
     """Stopped on time or by a signal; the same command again continues (exit code 75)."""
 
     exit_code = 75
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is what Python, PyTorch or a device raises when memory runs out."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    # The allocators of the CPU and of Apple's GPU have no exception class of their own.
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in said or "MPS backend out of memory" in said)

@@ -16,9 +16,9 @@ from torch import nn
 
 from lopt_lite import devices, files
 from lopt_lite.checkpoints.integrity import DamagedFileError
-from lopt_lite.data.batches import epoch_batches, length_sorted_batches, micro_batches
+from lopt_lite.data.batches import epoch_batches, length_sorted_batches
 from lopt_lite.data.dataset import Batch, collate
-from lopt_lite.errors import DivergedError
+from lopt_lite.errors import DivergedError, DoesNotFitError, is_out_of_memory
 from lopt_lite.events import BlockDone, BlockStarted, CheckpointSaved, Notice, Progress, Step, Validation
 from lopt_lite.residency.block_major import groups
 from lopt_lite.residency.head import AnswerHead, open_head
@@ -34,6 +34,7 @@ from lopt_lite.training.block_plan import Block, Stage
 from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_cursor, restore_checkpoint, save_lazily
 from lopt_lite.training.full import has_eight_bit_moments, own_weights, write_layers
 from lopt_lite.training.job import other_rows
+from lopt_lite.training.micro_batch_size import MicroBatchSize, describe
 from lopt_lite.training.objectives import ReconstructionHead, reconstruction_loss
 from lopt_lite.training.optimisation import learning_rate
 from lopt_lite.training.stopping import stopped
@@ -92,6 +93,13 @@ class BlockTrainer:
         self._last_checkpoint_s = time.monotonic()
         self._not_finite = 0
         self._working_on = stage.blocks[0].index
+        self._sizes = MicroBatchSize(
+            bench.journal,
+            stage=stage.index,
+            phases=PHASES,
+            planned_tokens=bench.residence.micro_batch_tokens,
+            lengths=bench.dataset.lengths,
+        )
         self._heads: dict[int, ReconstructionHead] = {}
         self._answers: AnswerHead | None = None
         self._around: Around | None = None
@@ -282,14 +290,17 @@ class BlockTrainer:
                 self._stop_or_checkpoint(phase, number + 1, needed_s=took_s)
             self._end_epoch(phase, epoch + 1)
 
+    def _examples(self, phase: _Phase, number: int, indices: list[int]) -> list[int]:
+        """The examples ``indices`` of a step, and others to anchor on."""
+        if self._anchors is None or phase.name != "train":
+            return indices
+        rows = other_rows(self._bench.settings.batch_size, len(self._bench.other_range))
+        return [*indices, *self._anchors.sample.others_of_step(number, rows)]
+
     def _micro_batches(self, phase: _Phase, number: int, indices: list[int]) -> list[Batch]:
-        """The examples ``indices`` of a step, and others to anchor on, as they pass through the layers together."""
-        bench = self._bench
-        if self._anchors is not None and phase.name == "train":
-            rows = other_rows(bench.settings.batch_size, len(bench.other_range))
-            indices = [*indices, *self._anchors.sample.others_of_step(number, rows)]
-        parts = micro_batches(indices, self._lengths, max_tokens=bench.residence.micro_batch_tokens)
-        return [collate(bench.dataset, part, bench.pad_token_id) for part in parts]
+        """What belongs to a step, as it passes through the layers together."""
+        parts = self._sizes.split(phase.name, number, self._examples(phase, number, indices))
+        return [collate(self._bench.dataset, part, self._bench.pad_token_id) for part in parts]
 
     def _step(
         self, phase: _Phase, epoch: int, number: int, steps: int, indices: list[int], following: list[list[int]]
@@ -300,13 +311,23 @@ class BlockTrainer:
         """
         bench = self._bench
         started = time.monotonic()
-        batches = self._micro_batches(phase, number, indices)
 
         def rate(group: int | str) -> float:
             return learning_rate(number, steps, self._peak_lr(phase, group))
 
-        self._trained.begin_step(rate, seed=derive_seed(bench.settings.seed, "step", phase.name, number))
-        losses = self._accumulate(phase, batches, number, following)
+        seed = derive_seed(bench.settings.seed, "step", phase.name, number)
+        while True:
+            batches = self._micro_batches(phase, number, indices)
+            self._trained.begin_step(rate, seed=seed)
+            try:
+                losses = self._accumulate(phase, batches, number, following)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve_micro_batches(phase, number, indices, error)
+            # Here nothing refers any more to the tensors of what failed.
+            devices.release_everything(bench.device)
         reconstruction = sum(losses.reconstruction.values()) / max(1, len(losses.reconstruction))
         is_task = phase.name == "train" and self._stage.blocks[-1].objective == "task"
         loss = losses.task if is_task else reconstruction
@@ -336,6 +357,23 @@ class BlockTrainer:
         bench.on_event(step)
         self._watch_for_divergence(finite and math.isfinite(norm), number + 1)
         return took_s
+
+    def _halve_micro_batches(self, phase: _Phase, number: int, indices: list[int], error: BaseException) -> None:
+        """Memory ran out in a step: make what is left of it forgotten, and go on with half of the tokens at once.
+
+        Raises
+        ------
+        DoesNotFitError
+            One example at a time is too much; or part of the step is done, and it takes a new start from the checkpoint
+            to begin it again (the smaller size is remembered).
+        """
+        before = self._sizes.tokens(phase.name, number)
+        fact = self._sizes.halve(phase.name, number, self._examples(phase, number, indices))
+        text = describe(fact, before)
+        if self._trained.updated_in_step:
+            raise DoesNotFitError(text, fix="give the same command again to go on from the last checkpoint") from error
+        self._trained.abandon_step()
+        self._bench.on_event(Notice(text=f"{self._stage.name}: {text}"))
 
     def _accumulate(self, phase: _Phase, batches: list[Batch], number: int, following: list[list[int]]) -> _Losses:
         """The gradients of one step: all micro-batches through each block; what comes out enters the next one."""

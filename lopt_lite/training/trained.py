@@ -197,6 +197,17 @@ class TrainedParameters:
         self._rate = _no_rate
         return float(total) if finite else math.nan
 
+    @property
+    def updated_in_step(self) -> bool:
+        """Whether a layer was updated already in this step, so that the step cannot be begun again."""
+        return bool(self._update_norms)
+
+    def abandon_step(self) -> None:
+        """Forget the gradients of a step that came to nothing."""
+        for group in self._groups.values():
+            _drop_gradients(group)
+            group.norms = None
+
     def _update_where_it_is(self, key: int | str, group: _Group, norm: torch.Tensor) -> None:
         if not group.away:
             self._update(key, group, norm)
