@@ -29,6 +29,8 @@ class Command(NamedTuple):
     settings: type[Any]
     operation: Callable[[Any, OnEvent], Outcome]
     render: Callable[[Any], str]
+    #: With --json, events are JSON too: one a line, on standard error.
+    json_events: bool = False
 
 
 def add_command(app: typer.Typer, command: Command) -> None:
@@ -38,11 +40,11 @@ def add_command(app: typer.Typer, command: Command) -> None:
         as_json = bool(given.pop("as_json"))
         raise typer.Exit(execute(command, given, as_json=as_json))
 
+    text = "Print the result (or the error) as one JSON document."
+    if command.json_events:
+        text += " What happens meanwhile is written to standard error as JSON too, one event a line."
     json_option = inspect.Parameter(
-        "as_json",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=typer.Option(False, "--json", help="Print the result (or the error) as one JSON document."),
-        annotation=bool,
+        "as_json", inspect.Parameter.KEYWORD_ONLY, default=typer.Option(False, "--json", help=text), annotation=bool
     )
     signature = inspect.Signature([*parameters(command.settings), json_option])
     call.__signature__ = signature  # type: ignore[attr-defined]
@@ -55,7 +57,8 @@ def execute(command: Command, given: dict[str, Any], *, as_json: bool) -> int:
     silence_libraries()
     with ErrorBoundary(as_json=as_json) as boundary:
         settings = resolve(command.settings, given, command=command.name)
-        with Display(quiet=getattr(settings, "quiet", False)) as display:
+        lines = as_json and command.json_events
+        with Display(quiet=getattr(settings, "quiet", False), json_lines=lines) as display:
             outcome = command.operation(settings, display.on_event)
         print_lines(json_document(outcome.to_json()) if as_json else plain(command.render(outcome)))
     return boundary.exit_code

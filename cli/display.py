@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lopt_lite.events import Event, Notice
 
+from .json_lines import JsonLines
 from .plain_display import PlainDisplay
 from .text import one_line
 
@@ -18,28 +19,32 @@ from .text import one_line
 class _Progress(Protocol):
     def start(self) -> None: ...
     def stop(self) -> None: ...
-    def line(self, text: str) -> None: ...
+    def notice(self, event: Notice) -> None: ...
     def update(self, event: Event) -> None: ...
 
 
 class Display:
     """A listener that shows events; use it in a ``with`` block around the operation.
 
-    On a terminal that can be drawn on it is one live display, otherwise plain lines; with ``quiet`` only notices.
+    On a terminal that can be drawn on it is one live display, otherwise lines; with ``quiet`` only notices.
 
     Parameters
     ----------
     quiet:
         Show notices only.
+    json_lines:
+        Write events as JSON, one a line, whatever the stream is.
     stream:
         Where to write; standard error by default.
     """
 
-    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+    def __init__(self, *, quiet: bool = False, json_lines: bool = False, stream: TextIO | None = None) -> None:
         self._quiet = quiet
         self._stream = _Unbreakable(sys.stderr if stream is None else stream)
         self._progress: _Progress
-        if self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") and not quiet:
+        if json_lines:
+            self._progress = JsonLines(self._write_line)
+        elif self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") and not quiet:
             from .live_display import LiveDisplay  # a fifth of the start-up time, and only needed here
 
             self._progress = LiveDisplay(Console(file=self._stream, highlight=False))  # type: ignore[arg-type]
@@ -58,7 +63,7 @@ class Display:
     def on_event(self, event: Event) -> None:
         """Show ``event``."""
         if isinstance(event, Notice):
-            self._progress.line(f"note: {one_line(event.text)}")
+            self._progress.notice(event)
         elif not self._quiet:
             self._progress.update(event)
 

@@ -9,7 +9,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from lopt_lite.events import BlockDone, Event, Planned, RunStarted, Validation
+from lopt_lite.events import BlockDone, Event, Notice, Planned, RunStarted, Validation
 
 from .plain_display import validation_text
 from .progress_state import ProgressState, plan_texts, run_text
@@ -43,22 +43,25 @@ class LiveDisplay:
         """Take the live region away; the lines above it stay."""
         self._live.stop()
 
-    def line(self, text: str) -> None:
-        """Print one lasting line above the live region."""
+    def notice(self, event: Notice) -> None:
+        """Print what the user should know, above the live region."""
+        self._line(f"note: {one_line(event.text)}")
+
+    def _line(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
 
     def update(self, event: Event) -> None:
         """Take in ``event``; the region shows it at the next redraw."""
         self._state.update(event)
         if isinstance(event, RunStarted):
-            self.line(one_line(run_text(event)))
+            self._line(one_line(run_text(event)))
         elif isinstance(event, Planned):
             for text in plan_texts(event):
-                self.line(text)
+                self._line(text)
         elif isinstance(event, Validation):
-            self.line(validation_text(event))
+            self._line(validation_text(event))
         elif isinstance(event, BlockDone):
-            self.line(f"block {event.block + 1} of {event.blocks} done")
+            self._line(f"block {event.block + 1} of {event.blocks} done")
 
     def _draw(self) -> RenderableType:
         state = self._state

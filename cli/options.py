@@ -1,7 +1,8 @@
 """Typer parameters made from the settings dataclasses, and settings made from what the user gave.
 
-The defaults of the command line are None: what the user did not type comes from the YAML file, and what is not there
-from the dataclass. So no option is declared, and no default written, twice.
+The defaults of the command line are None: what the user did not type comes from the environment (for some options),
+then from the YAML file, and what is not there from the dataclass. So no option is declared, and no default written,
+twice.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from rich.markup import escape
 
 from lopt_lite.errors import SettingsError
 from lopt_lite.settings import load_yaml
+
+#: Begins the names of environment variables that stand for options.
+_ENVIRONMENT = "LOPT_LITE_"
 
 
 def parameters(settings: type[Any]) -> list[inspect.Parameter]:
@@ -36,7 +40,8 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
         how = typer.Argument(None, metavar=field.name.upper(), help=text, show_default=False)
     else:
         metavar = "PATH" if field.metadata.get("repeat") else None
-        how = typer.Option(None, flag(field.name), metavar=metavar, help=text, show_default=False)
+        variable = _ENVIRONMENT + field.name.upper() if field.metadata.get("environment") else None
+        how = typer.Option(None, flag(field.name), metavar=metavar, help=text, show_default=False, envvar=variable)
     kind = list[str] if field.metadata.get("repeat") else hint
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=how, annotation=Optional[kind])  # noqa: UP045
 
@@ -50,14 +55,14 @@ def _help(field: dataclasses.Field[Any]) -> str:
 
 
 def resolve(settings: type[Any], given: dict[str, Any], *, command: str) -> Any:
-    """The settings of a command: the command line wins over ``--config`` FILE, which wins over the defaults.
+    """The settings of a command: the command line and the environment win over ``--config`` FILE, it over the defaults.
 
     Parameters
     ----------
     settings:
         The dataclass to make.
     given:
-        What typer parsed, by field name; None for what the user did not type.
+        What typer parsed, by field name; None for what is neither on the command line nor in the environment.
     command:
         The command's name, for messages.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from lopt_lite.events import BlockDone, BlockStarted, Event, Planned, Progress, RunStarted, Step, Validation
+from lopt_lite.events import BlockDone, BlockStarted, Event, Notice, Planned, Progress, RunStarted, Step, Validation
 
 from .progress_state import ProgressState, plan_texts, run_text
+from .text import one_line
 from .units import loss_text
 
 #: A line of progress comes when a tenth of the work or a minute has passed, and not within five seconds of another.
@@ -41,9 +42,9 @@ class PlainDisplay:
     def stop(self) -> None:
         """Nothing to take down."""
 
-    def line(self, text: str) -> None:
-        """Print one line as it is."""
-        self._write_line(text)
+    def notice(self, event: Notice) -> None:
+        """Print what the user should know."""
+        self._write_line(f"note: {one_line(event.text)}")
 
     def update(self, event: Event) -> None:
         """Print what ``event`` says, if it is time for a line."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from lopt_lite.text import one_line, plain
 
-__all__ = ["json_document", "one_line", "plain"]
+__all__ = ["json_document", "json_line", "one_line", "plain"]
 
 
 def json_document(value: Any) -> str:
@@ -17,6 +17,11 @@ def json_document(value: Any) -> str:
     JSON has no infinity and no NaN: they become null.
     """
     return json.dumps(_finite(value), indent=2, ensure_ascii=True, allow_nan=False)
+
+
+def json_line(value: Any) -> str:
+    """As :func:`json_document`, on one line."""
+    return json.dumps(_finite(value), ensure_ascii=True, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -47,4 +47,5 @@ COMMAND = Command(
     settings=TrainSettings,
     operation=_train,
     render=_render,
+    json_events=True,
 )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lopt_lite.results.report import report
     from lopt_lite.results.status import status
     from lopt_lite.training.plan import plan
-    from lopt_lite.training.run import train
+    from lopt_lite.training.start import train
 
 __version__ = "0.1.0"
 
@@ -62,7 +62,7 @@ _OPERATIONS = {
     "quantize": "lopt_lite.checkpoints.build_store",
     "report": "lopt_lite.results.report",
     "status": "lopt_lite.results.status",
-    "train": "lopt_lite.training.run",
+    "train": "lopt_lite.training.start",
 }
 
 

@@ -52,6 +52,14 @@ def _recorded_pid(directory: Path) -> int | None:
         return None
 
 
+def refusal(directory: Path, what: str, pid: int | None) -> RunDirectoryError:
+    """The error for ``directory``, which is ``what`` and held by process ``pid``."""
+    return RunDirectoryError(
+        f"{what} {directory} is in use by another process (process id {pid or 'unknown'})",
+        fix="wait for it to end, stop it, or choose another directory",
+    )
+
+
 @contextlib.contextmanager
 def locked(
     directory: Path,
@@ -83,10 +91,7 @@ def locked(
     except Timeout:
         pid = _recorded_pid(directory)
         if not wait:
-            raise RunDirectoryError(
-                f"{what} {directory} is in use by another process (process id {pid or 'unknown'})",
-                fix="wait for it to end, stop it, or choose another directory",
-            ) from None
+            raise refusal(directory, what, pid) from None
         if on_event is not None:
             on_event(Notice(text=f"waiting for process {pid or 'unknown'}, which is working in {directory}"))
         while not lock.is_locked:

@@ -30,9 +30,12 @@ Onto = Literal["original", "quantized"]
 OBJECTIVES = ("reconstruct", "task", "none")
 
 
-def option(default: Any, help: str, *, repeat: bool = False) -> Any:
-    """A dataclass field that is also a command-line option with this help text."""
-    metadata = {"help": help, "repeat": repeat}
+def option(default: Any, help: str, *, repeat: bool = False, environment: bool = False) -> Any:
+    """A dataclass field that is also a command-line option with this help text.
+
+    ``environment``: on the command line, LOPT_LITE_ITS_NAME stands for the option where it is not given.
+    """
+    metadata = {"help": help, "repeat": repeat, "environment": environment}
     return field(default=default, metadata=metadata)
 
 
@@ -152,16 +155,23 @@ class TrainSettings:
         "auto",
         "Budget of device memory, e.g. 6GiB (2**30 bytes) or 8GB (10**9 bytes); on the CPU that of the whole process. "
         "Layers that do not fit are streamed. auto takes most of what is free.",
+        environment=True,
     )
-    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.")
+    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.", environment=True)
     seed: int = option(0, "Seed of shuffling, splitting, adapter start and dropout.")
     skip_bad_lines: bool = option(False, "Drop lines of DATA that cannot be used, and count them, instead of stopping.")
     checkpoint_every: str = option(
-        "5m", "Longest time between checkpoints within a block: e.g. 30s, 5m, 1h; a bare number is seconds."
+        "5m",
+        "Longest time between checkpoints within a block: e.g. 30s, 5m, 1h; a bare number is seconds.",
+        environment=True,
     )
-    max_hours: float | None = option(None, "Stop after this many hours with a checkpoint (exit code 75).")
-    deadline: str | None = option(None, "Stop before this time of day, HH:MM, with a checkpoint (exit code 75).")
-    quiet: bool = option(False, "Only warnings, errors and the final summary.")
+    max_hours: float | None = option(
+        None, "Stop after this many hours with a checkpoint (exit code 75).", environment=True
+    )
+    deadline: str | None = option(
+        None, "Stop before this time of day, HH:MM, with a checkpoint (exit code 75).", environment=True
+    )
+    quiet: bool = option(False, "Only warnings, errors and the final summary.", environment=True)
 
     def __post_init__(self) -> None:
         # Defaults that depend on another option; nobody sees None here afterwards.
@@ -362,7 +372,7 @@ class QuantizeSettings:
     )
     quantize: Quantize = option("nf4", "nf4 (4 bits, double quantisation, block size 64) or none.")
     dtype: Dtype = option("bfloat16", "Type of what stays unquantised.")
-    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.")
+    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.", environment=True)
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -389,8 +399,8 @@ class EvaluateSettings:
     max_length: int | None = option(
         None, "Longest example, in tokens. Default: the run's; for tasks as much as the model may see."
     )
-    memory: str = option("auto", "Budget of memory, as for train.")
-    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.")
+    memory: str = option("auto", "Budget of memory, as for train.", environment=True)
+    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.", environment=True)
     skip_bad_lines: bool = option(False, "Drop lines that cannot be used, and count them, instead of stopping.")
 
     def __post_init__(self) -> None:
@@ -433,9 +443,9 @@ class GenerateSettings:
     temperature: float = option(0.0, "0 takes the likeliest token each time; higher is more varied.")
     top_p: float = option(1.0, "With a temperature: sample from the smallest set of tokens with this probability.")
     seed: int = option(0, "Seed of the sampling.")
-    memory: str = option("auto", "Budget of memory, as for train.")
+    memory: str = option("auto", "Budget of memory, as for train.", environment=True)
     base: bool = option(False, "Answer with the untouched base model instead.")
-    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.")
+    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.", environment=True)
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -467,7 +477,7 @@ class ExportSettings:
         "against (the evaluated model, up to bfloat16 rounding).",
     )
     model: str | None = option(None, "Where the original model is now, if it has moved since training.")
-    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.")
+    device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.", environment=True)
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -136,3 +136,21 @@ def test_a_lock_file_that_cannot_be_made_is_an_error_of_the_run_directory(tmp_pa
     (tmp_path / LOCK_NAME).mkdir()
     with pytest.raises(RunDirectoryError, match="cannot lock"), locked(tmp_path, what="the run directory"):
         pytest.fail("locked a directory")
+
+
+def test_a_second_start_of_a_run_is_turned_away_before_anything_large_is_imported(tmp_path):
+    """Importing torch takes longer than a refusal may."""
+    code = (
+        "import sys\n"
+        "from lopt_lite_cli.main import main\n"
+        f"code = main(['train', 'some/model', 'd.jsonl', '--output', {str(tmp_path)!r}])\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.exit(code)"
+    )
+    with locked(tmp_path, what="the run directory"):
+        started = time.monotonic()
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        took_s = time.monotonic() - started
+    assert second.returncode == 5, second.stderr
+    assert f"process id {os.getpid()}" in second.stderr
+    assert took_s < 3, "well under a second, where the machine is not busy"

@@ -1,4 +1,4 @@
-"""A training run from settings to adapter, or fully tuned model: ``lopt_lite.train``."""
+"""A training run from settings to adapter, or fully tuned model."""
 
 from __future__ import annotations
 
@@ -52,26 +52,8 @@ from lopt_lite.training.targets import target_names
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
 
-def train(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
-    """Train, or continue: the same settings again go on after the last durable fact.
-
-    Parameters
-    ----------
-    settings:
-        What to do.
-    on_event:
-        Told what happens, see :mod:`lopt_lite.events`.
-
-    Raises
-    ------
-    SettingsError, ModelError, DataError
-        Something given cannot be used, and nothing was written (except that weights that are not finite numbers are
-        found only while they are prepared).
-    RunDirectoryError
-        The run directory is in use, not writable, or belongs to other settings.
-    DoesNotFitError, DivergedError, StoppedError
-        See their classes. Finished work is kept.
-    """
+def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
+    """See :func:`lopt_lite.training.start.train`, the door."""
     started = time.monotonic()
     device = devices.choose_device(settings.device)
     if settings.memory != "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 
@@ -11,7 +12,7 @@ from lopt_lite_cli.display import Display
 from lopt_lite_cli.plain_display import PlainDisplay
 from lopt_lite_cli.progress_state import ProgressState
 
-from lopt_lite import events
+from lopt_lite import errors, events
 
 RUN = events.RunStarted(
     run="runs/x",
@@ -193,8 +194,32 @@ def test_training_goes_on_when_nobody_reads_the_progress_any_more(kind):
 
 def test_the_display_leaves_standard_output_alone(lopt, fake, trained):
     fake("train", trained, events=(RUN, block_started(), step(100), events.Notice(text="take note")))
-    result = lopt("train", "m", "d", "--json")
-    assert result.json() == trained.to_json()
+    result = lopt("train", "m", "d")
+    assert "done in" in result.out and "step 100/100" not in result.out
     assert "step 100/100" in result.err
     assert "note: take note" in result.err
     assert sys.stdout is not None
+
+
+def test_with_json_every_event_of_a_training_is_one_line_of_json(lopt, fake, trained):
+    happened = (RUN, block_started(), step(1, loss=float("nan")), step(2), events.Notice(text="a\x1b[31m\nb"))
+    fake("train", trained, events=happened)
+    result = lopt("train", "m", "d", "--json")
+    assert result.json() == trained.to_json()
+    lines = [json.loads(line) for line in result.err.splitlines()]
+    assert [line["event"] for line in lines] == ["RunStarted", "BlockStarted", "Step", "Step", "Notice"]
+    assert lines[2]["loss"] is None and lines[3] == step(2).to_json()
+    assert "\x1b" not in result.err
+
+
+def test_with_json_and_quiet_only_notices_are_lines(lopt, fake, trained):
+    fake("train", trained, events=(RUN, step(1), events.Notice(text="take note")))
+    lines = lopt("train", "m", "d", "--json", "--quiet").err.splitlines()
+    assert [json.loads(line) for line in lines] == [{"event": "Notice", "text": "take note"}]
+
+
+def test_other_commands_show_progress_as_text_with_json_too(lopt, fake, capsys):
+    fake("quantize", events=(events.Notice(text="take note"),), error=errors.ModelError("broken"))
+    result = lopt("quantize", "m", "s", "--json")
+    assert "note: take note" in result.err
+    assert result.json()["exit_code"] == 3

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from lopt_lite_cli.main import COMMANDS
@@ -47,6 +50,50 @@ def test_command_line_wins_over_yaml_and_yaml_over_default(lopt, fake, trained, 
     file.write_text("model: from-yaml\ndata: d\nlora-r: 4\nbatch_size: 2\nlr: 4e-4\nquiet: true\n")
     assert lopt("train", "--config", str(file), "--lora-r", "32").code == 0
     assert calls == [TrainSettings(model="from-yaml", data="d", lora_r=32, batch_size=2, quiet=True)]
+
+
+def test_the_environment_stands_for_options_that_are_not_given(lopt, fake, trained, tmp_path, monkeypatch):
+    calls = fake("train", trained)
+    file = tmp_path / "options.yaml"
+    file.write_text("memory: 1GiB\ndevice: mps\nmax_hours: 9\n")
+    for name, value in (("MEMORY", "6GiB"), ("DEVICE", "cpu"), ("QUIET", "1"), ("MAX_HOURS", "2.5")):
+        monkeypatch.setenv(f"LOPT_LITE_{name}", value)
+    assert lopt("train", "m", "d", "--config", str(file), "--memory", "8GiB").code == 0
+    assert calls == [TrainSettings(model="m", data="d", memory="8GiB", device="cpu", quiet=True, max_hours=2.5)]
+
+
+@pytest.mark.parametrize(("name", "value"), [("DEVICE", "tpu"), ("MAX_HOURS", "many"), ("MEMORY", "much")])
+def test_a_value_in_the_environment_that_cannot_be_used_is_refused_by_name(lopt, fake, monkeypatch, name, value):
+    calls = fake("train")
+    monkeypatch.setenv(f"LOPT_LITE_{name}", value)
+    result = lopt("train", "m", "d")
+    assert (result.code, calls) == (2, [])
+    assert f"LOPT_LITE_{name}" in result.err or f"--memory '{value}'" in result.err
+
+
+def test_other_options_are_not_read_from_the_environment(lopt, fake, trained, monkeypatch):
+    calls = fake("train", trained)
+    monkeypatch.setenv("LOPT_LITE_FRESH", "1")
+    monkeypatch.setenv("LOPT_LITE_OUTPUT", "elsewhere")
+    assert lopt("train", "m", "d").code == 0
+    assert calls == [TrainSettings(model="m", data="d")]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("lopt-lite ex", "export"), ("lopt-lite train --mem", "--memory")],
+    ids=["command", "option"],
+)
+def test_the_shell_can_ask_how_a_word_goes_on(words, expected):
+    asked = {"_LOPT_LITE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    answer = subprocess.run(
+        [sys.executable, "-c", "from lopt_lite_cli.main import run; run()"],
+        env={**os.environ, **asked},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.stdout.split() == [expected]
 
 
 def test_an_option_given_with_its_default_value_still_wins_over_yaml(lopt, fake, trained, tmp_path):

@@ -36,6 +36,16 @@ from lopt_lite.training import run as training_run
 from tests.rig import residence
 from tests.training.operations import Operation, fail_at, kill_at, record, recorded, watch
 
+#: Options of the small runs that are interrupted, and more for each kind of run.
+RECIPE = ["--blocks", "3", "--epochs", "2", "--batch-size", "4", "--validation", "0.2"]
+NF4 = ["--quantize", "nf4", "--dtype", "bfloat16", "--objective", "reconstruct", "--lora-dropout", "0.1"]
+FLOAT = ["--quantize", "none", "--dtype", "float32", "--objective", "none,reconstruct", "--lora-dropout", "0.1"]
+JOINT = ["--quantize", "nf4", "--schedule", "joint", "--retain", "1", "--retain-tokens", "4"]
+FULL = ["--tune", "full", "--dtype", "bfloat16", "--objective", "none,reconstruct", "--lr", "1e-3"]
+
+#: What an error of an operation has to lead to: the exit code, and words of the message.
+FAULTS = {"ENOSPC": (4, "the disk is full"), "EIO": (5, "Input/output error"), "EROFS": (5, "Read-only file system")}
+
 #: Attempts per cut that the job wants, before it is given up.
 _ATTEMPTS_PER_CUT = 6
 _KILLS = ("before", "after")
@@ -158,11 +168,15 @@ def reference_operations(arguments: list[str], work: Path) -> list[Operation]:
     return recorded(into)
 
 
-def some_of_each_kind(operations: list[Operation], count: int, rng: random.Random) -> list[Operation]:
+def some_of_each_kind(
+    operations: list[Operation], count: int, rng: random.Random, *, most_of_a_kind: int | None = None
+) -> list[Operation]:
     """``count`` operations, of as many kinds as can be."""
     kinds: dict[str, list[Operation]] = {}
     for operation in rng.sample(operations, len(operations)):
-        kinds.setdefault(operation.kind, []).append(operation)
+        of_kind = kinds.setdefault(operation.kind, [])
+        if most_of_a_kind is None or len(of_kind) < most_of_a_kind:
+            of_kind.append(operation)
     rounds = zip_longest(*rng.sample(list(kinds.values()), len(kinds)))
     return [operation for round_ in rounds for operation in round_ if operation is not None][:count]
 

@@ -21,20 +21,16 @@ import lopt_lite
 from lopt_lite import TrainSettings
 from lopt_lite.errors import RunDirectoryError, StoppedError
 from lopt_lite.events import BlockDone, BlockStarted, Event, Progress, Step, Validation
-from lopt_lite.journal import read_facts
 from lopt_lite.training import block_trainer, stopping
 from lopt_lite.training import run as training_run
 from lopt_lite.training.metrics import read_metrics
 from tests.rig import residence
 from tests.tiny_models import make_data, make_model
+from tests.training.interruptions import FAULTS, FLOAT, FULL, JOINT, NF4, RECIPE
+from tests.training.same_runs import assert_same
+from tests.training.same_runs import steps as steps_of
 
 ROOT = Path(__file__).parent.parent.parent
-
-_RECIPE = ["--blocks", "3", "--epochs", "2", "--batch-size", "4", "--validation", "0.2"]
-_NF4 = ["--quantize", "nf4", "--dtype", "bfloat16", "--objective", "reconstruct", "--lora-dropout", "0.1"]
-_FLOAT = ["--quantize", "none", "--dtype", "float32", "--objective", "none,reconstruct", "--lora-dropout", "0.1"]
-_JOINT = ["--quantize", "nf4", "--schedule", "joint", "--retain", "1", "--retain-tokens", "4"]
-_FULL = ["--tune", "full", "--dtype", "bfloat16", "--objective", "none,reconstruct", "--lr", "1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -54,44 +50,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# -- what a run leaves ------------------------------------------------------------------------------------------------
-
-
-def _files(run: Path) -> set[str]:
-    return {str(p.relative_to(run)) for p in run.rglob("*") if not p.name.startswith("lock")}
-
-
-def _sequence(run: Path) -> list[tuple[Any, ...]]:
-    keys = ("block", "phase", "epoch", "step", "steps", "loss", "lr", "grad_norm", "tokens")
-    return [tuple(record[key] for key in keys) for record in read_metrics(run / "metrics.jsonl")]
-
-
-def _facts(run: Path) -> list[dict[str, Any]]:
-    """What was done; where checkpoints were made depends on the clock, and a prediction on the process."""
-    facts = [fact for fact in read_facts(run / "journal.jsonl")[0] if fact["fact"] != "checkpoint"]
-    return [{key: value for key, value in fact.items() if not key.startswith("predicted")} for fact in facts]
-
-
-def _assert_same(run: Path, reference: Path) -> None:
-    """The same bytes of adapter or model, losses, facts and files, and nothing left over."""
-    results = [path for part in ("adapter", "model") for path in (reference / part).glob("*")]
-    assert any(path.suffix == ".safetensors" for path in results)
-    for path in results:
-        assert (run / path.relative_to(reference)).read_bytes() == path.read_bytes(), path.name
-    assert _sequence(run) == _sequence(reference)
-    assert _facts(run) == _facts(reference)
-    assert _files(run) == _files(reference)
-    for shard in (reference / "store").glob("*.safetensors"):
-        assert (run / "store" / shard.name).read_bytes() == shard.read_bytes(), shard.name
-
-
 # -- cut off at random moments ----------------------------------------------------------------------------------------
 
 
 def _interrupt(work: Path, inputs: tuple[Path, Path], options: list[str], mode: str, **job: Any) -> dict[str, Any]:
     model, data = inputs
     job["mode"] = mode
-    job["arguments"] = ["train", str(model), str(data), *_RECIPE, *options]
+    job["arguments"] = ["train", str(model), str(data), *RECIPE, *options]
     (work / "job.json").write_text(json.dumps(job))
     subprocess.run(
         [sys.executable, "-m", "tests.training.interruptions", str(work / "job.json"), str(work / "outcome.json")],
@@ -113,11 +78,11 @@ def _interrupt(work: Path, inputs: tuple[Path, Path], options: list[str], mode: 
 
 def _assert_all_same(work: Path, outcome: dict[str, Any]) -> None:
     for run in outcome["runs"]:
-        _assert_same(Path(run), work / "reference")
+        assert_same(Path(run), work / "reference")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "mode", "every"), [(_NF4, "dequantised", "0s"), (_FLOAT, "streamed", "0.1s")])
+@pytest.mark.parametrize(("options", "mode", "every"), [(NF4, "dequantised", "0s"), (FLOAT, "streamed", "0.1s")])
 def test_killed_at_twenty_random_moments_and_started_again_it_ends_with_the_same_bytes(
     tmp_path, inputs, options, mode, every
 ):
@@ -130,7 +95,7 @@ def test_killed_at_twenty_random_moments_and_started_again_it_ends_with_the_same
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "mode"), [(_NF4, "streamed"), (_FLOAT, "resident"), (_FULL, "offloaded"), (_JOINT, "streamed")]
+    ("options", "mode"), [(NF4, "streamed"), (FLOAT, "resident"), (FULL, "offloaded"), (JOINT, "streamed")]
 )
 def test_killed_before_or_after_any_operation_on_files_it_ends_with_the_same_bytes(tmp_path, inputs, options, mode):
     """Moments that a clock seldom hits: within a write, before and after a rename, a deletion, the journal's line."""
@@ -139,32 +104,28 @@ def test_killed_before_or_after_any_operation_on_files_it_ends_with_the_same_byt
     for one in outcome["tries"]:
         assert one["codes"][0] in (-signal.SIGKILL, 0), one
         assert one["codes"][1] == 0, one
-        _assert_same(Path(one["run"]), tmp_path / "reference")
+        assert_same(Path(one["run"]), tmp_path / "reference")
     assert sum(one["codes"][0] != 0 for one in outcome["tries"]) >= 25
 
 
-#: The exit code for each error, and a word of what is said.
-_FAULTS = {"ENOSPC": (4, "the disk is full"), "EIO": (5, "Input/output error"), "EROFS": (5, "Read-only file system")}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "mode"), [(_NF4, "resident"), (_FULL, "offloaded"), (_JOINT, "streamed")])
+@pytest.mark.parametrize(("options", "mode"), [(NF4, "resident"), (FULL, "offloaded"), (JOINT, "streamed")])
 def test_where_any_operation_on_files_fails_it_says_so_and_ends_with_the_same_bytes_afterwards(
     tmp_path, inputs, options, mode
 ):
     options = [*options, "--checkpoint-every", "0s"]
-    outcome = _interrupt(tmp_path, inputs, options, mode, how=list(_FAULTS), tries=30, seed=5)
+    outcome = _interrupt(tmp_path, inputs, options, mode, how=list(FAULTS), tries=30, seed=5)
     for one in outcome["tries"]:
-        code, words = _FAULTS[one["how"]]
+        code, words = FAULTS[one["how"]]
         assert one["codes"] == [code, 0], one
         assert words in one["said"] and "to fix: " in one["said"] and "Traceback" not in one["said"], one
-        _assert_same(Path(one["run"]), tmp_path / "reference")
+        assert_same(Path(one["run"]), tmp_path / "reference")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "mode", "seed"), [("SIGINT", "resident", 3), ("SIGTERM", "streamed", 4)])
 def test_stopped_by_a_signal_at_twenty_random_moments_it_ends_with_the_same_bytes(tmp_path, inputs, how, mode, seed):
-    outcome = _interrupt(tmp_path, inputs, [*_NF4, "--checkpoint-every", "5m"], mode, how=how, cuts=20, seed=seed)
+    outcome = _interrupt(tmp_path, inputs, [*NF4, "--checkpoint-every", "5m"], mode, how=how, cuts=20, seed=seed)
     # A SIGTERM that comes before the run has begun ends the process as it ends any.
     expected = {0, 75} if how == "SIGINT" else {0, 75, -signal.SIGTERM}
     assert set(outcome["codes"]) <= expected
@@ -246,8 +207,8 @@ def test_stopped_at_every_step_it_ends_with_the_same_bytes(inputs, tmp_path, ref
             stops += 1
         else:
             break
-    assert stops == len(steps) == len(_sequence(reference)), "no step may be done twice"
-    _assert_same(tmp_path / "run", reference)
+    assert stops == len(steps) == len(steps_of(reference)), "no step may be done twice"
+    assert_same(tmp_path / "run", reference)
     whole = lopt_lite.train(_settings(inputs, reference, **changes))
     assert (outcome.loss_before, outcome.loss_after) == (whole.loss_before, whole.loss_after)
 
@@ -276,7 +237,7 @@ def test_stopped_between_the_steps_it_ends_with_the_same_bytes(inputs, tmp_path,
         else:
             break
     assert stops >= 2
-    _assert_same(tmp_path / "run", reference)
+    assert_same(tmp_path / "run", reference)
 
 
 class _Crash(BaseException):
@@ -297,8 +258,8 @@ def test_stopped_while_the_held_out_loss_is_measured_it_stops_there_and_no_step_
     assert [e.epoch for e in events if isinstance(e, Validation)] == [0]
     assert isinstance(events[-1], Progress)
     lopt_lite.train(settings, on_event=events.append)
-    assert sum(isinstance(e, Step) for e in events) == len(_sequence(reference))
-    _assert_same(tmp_path / "run", reference)
+    assert sum(isinstance(e, Step) for e in events) == len(steps_of(reference))
+    assert_same(tmp_path / "run", reference)
 
 
 @pytest.mark.parametrize("cut_epoch", [1, 2])
@@ -320,7 +281,7 @@ def test_cut_off_while_the_held_out_loss_is_measured_it_is_measured_again(
             lopt_lite.train(settings)
     outcome = lopt_lite.train(settings)
     assert outcome.loss_after is not None
-    _assert_same(tmp_path / "run", reference)
+    assert_same(tmp_path / "run", reference)
 
 
 def test_max_hours_stops_with_what_is_done_and_more_hours_end_with_the_same_bytes(
@@ -340,18 +301,18 @@ def test_max_hours_stops_with_what_is_done_and_more_hours_end_with_the_same_byte
             lopt_lite.train(settings, on_event=one_hour_per_step)
         except StoppedError as error:
             assert "stopped after --max-hours 12" in error.found
-            done.append(len(_sequence(tmp_path / "run")))
+            done.append(len(steps_of(tmp_path / "run")))
         else:
             break
     assert done == [12, 24, 36]
-    _assert_same(tmp_path / "run", reference)
+    assert_same(tmp_path / "run", reference)
 
 
 def test_a_moment_is_too_little_to_begin_and_nothing_is_spoiled(inputs, tmp_path, reference):
     with pytest.raises(StoppedError, match="--max-hours"):
         lopt_lite.train(_settings(inputs, tmp_path / "run", max_hours=1e-9))
     lopt_lite.train(_settings(inputs, tmp_path / "run"))
-    _assert_same(tmp_path / "run", reference)
+    assert_same(tmp_path / "run", reference)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(inputs, reference):
@@ -359,7 +320,7 @@ def test_a_finished_run_says_so_and_changes_nothing(inputs, reference):
     events: list[Event] = []
     outcome = lopt_lite.train(_settings(inputs, reference), on_event=events.append)
     assert outcome.already_done
-    assert outcome.steps == len(_sequence(reference))
+    assert outcome.steps == len(steps_of(reference))
     assert not any(isinstance(event, (Step, BlockStarted, Progress)) for event in events)
     assert {p: p.stat().st_mtime_ns for p in reference.rglob("*.safetensors")} == before
 
@@ -374,7 +335,7 @@ def test_fresh_starts_anew_and_ends_with_the_same_bytes(inputs, tmp_path, refere
     with pytest.raises(RunDirectoryError, match="--seed 7, not 0"):
         lopt_lite.train(_settings(inputs, tmp_path / "run"))
     lopt_lite.train(_settings(inputs, tmp_path / "run", fresh=True))
-    _assert_same(tmp_path / "run", reference)
+    assert_same(tmp_path / "run", reference)
 
 
 # -- real processes ---------------------------------------------------------------------------------------------------
@@ -382,7 +343,7 @@ def test_fresh_starts_anew_and_ends_with_the_same_bytes(inputs, tmp_path, refere
 
 def _command(inputs: tuple[Path, Path], run: Path) -> list[str]:
     model, data = inputs
-    return ["train", str(model), str(data), *_RECIPE, *_NF4, "--epochs", "12", "--output", str(run), "--json"]
+    return ["train", str(model), str(data), *RECIPE, *NF4, "--epochs", "12", "--output", str(run), "--json"]
 
 
 def _start(arguments: list[str]) -> subprocess.Popen[str]:
@@ -435,7 +396,7 @@ def test_the_command_line_stops_with_code_75_and_the_same_command_goes_on(inputs
     first.send_signal(signal.SIGINT)
     _assert_stopped(first, "SIGINT")
     assert lopt_lite.status(run).state == "stopped"
-    done = len(_sequence(run))
+    done = len(steps_of(run))
     second = _start(arguments)
     _wait_for_steps(second, run, done + 20)
     second.send_signal(signal.SIGTERM)
@@ -447,7 +408,7 @@ def test_the_command_line_stops_with_code_75_and_the_same_command_goes_on(inputs
     assert json.loads(out)["already_done"] is False
     out, err = undisturbed.communicate(timeout=120)
     assert undisturbed.returncode == 0, err
-    _assert_same(run, tmp_path / "reference")
+    assert_same(run, tmp_path / "reference")
 
     capsys.readouterr()
     assert main(arguments) == 0
