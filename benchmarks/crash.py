@@ -49,6 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases:
         undisturbed = partial(bench.alone.call, _reference, directory=str(bench.directory), case=case)
         operations = bench.measure(f"{case}, undisturbed", undisturbed)["operations"]
+        for what, tries in _tries(operations, most, quick=bench.quick).items():
+            found: Counter[str] = Counter()
+            for begin in range(0, len(tries), _PORTION):
+                portion = tries[begin : begin + _PORTION]
+                key = f"{case}, {what}, {begin} to {begin + len(portion)} of {len(tries)}"
+                found += _judged(bench, key, _try, case=case, tries=portion)
+            rows.append(_row(case, what, len({operation.kind for operation, _ in tries}), found))
         found = _judged(bench, f"{case}, {kills} random kills", _kill, case=case, kills=kills)
         rows.append(_row(case, "killed at random times", "any", found))
     bench.table(("training", "disturbed", "kinds of places", "tries", "cut off", "came out otherwise"), rows)
@@ -85,11 +92,6 @@ def _tries(operations: list[list[Any]], most: int | None, *, quick: bool) -> dic
         "killed before and after": [(operation, how) for operation in chosen for how in ("before", "after")],
         "failing": [(operation, how) for operation in failing for how in FAULTS],
     }
-
-
-def _kind(one: tuple[Any, str]) -> tuple[str, Any, str]:
-    operation, how = one
-    return operation.kind, operation, how
 
 
 def _prepare(directory: str, case: str) -> tuple[list[str], Path]:
