@@ -7,6 +7,7 @@ to give; the mark says which exit code and which words must come of it. All of t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,18 +16,11 @@ import pytest
 from lopt_lite_cli.main import main
 
 from lopt_lite.locks import LOCK_NAME
-from tests.bad_inputs import data_and_options, model_contents, model_files, reading_runs, run_directories
-from tests.bad_inputs.place import CASES, DOES_NOT_FIT, INPUT, OPTIONS, RUN_DIRECTORY, SETTINGS, Place, Stock
+from tests.bad_inputs import table
+from tests.bad_inputs.place import CASES, INPUT, OPTIONS, SETTINGS, Place, Stock
 from tests.tiny_models import make_data, make_model
 
-#: Importing these registers their cases.
-KINDS = (model_files, model_contents, data_and_options, run_directories, reading_runs)
-CODE_NAMES = {
-    SETTINGS: "settings",
-    INPUT: "model or data",
-    DOES_NOT_FIT: "does not fit",
-    RUN_DIRECTORY: "run directory",
-}
+CODE_NAMES = table.CODE_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +43,18 @@ def place(tmp_path: Path, stock: Stock, monkeypatch: pytest.MonkeyPatch) -> Iter
         yield Place(tmp_path, stock, monkeypatch, cleanup)
 
 
-def files_below(root: Path) -> dict[Path, bytes]:
-    """Content of every file but locks, which a running process may hold."""
-    return {
-        path: path.read_bytes()
-        for path in root.rglob("*")
-        if path.is_file() and path.name not in (LOCK_NAME, f"{LOCK_NAME}.pid")
-    }
+def files_below(root: Path) -> dict[Path, str]:
+    """A hash of every file but locks, which a running process may hold."""
+
+    def hashed(path: Path) -> str:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+        return digest.hexdigest()
+
+    locks = (LOCK_NAME, f"{LOCK_NAME}.pid")
+    return {path: hashed(path) for path in root.rglob("*") if path.is_file() and path.name not in locks}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, id=f"{CODE_NAMES[CASES[name].code]}: {name}") for name in CASES])
@@ -72,6 +71,7 @@ def test_bad_input_is_explained_and_nothing_is_lost(
     assert code == case.code, err
     assert out == ""
     assert "Traceback" not in err
+    assert "\x1b" not in err
     missing = [word for word in case.words if word not in err]
     assert not missing, f"{missing} not in:\n{err}"
     (start,) = (index for index, line in enumerate(err.splitlines()) if line.startswith("error: "))
@@ -112,3 +112,9 @@ def test_with_json_the_error_is_the_one_document(name: str, place: Place, capsys
 def test_there_are_many_kinds() -> None:
     assert len(CASES) >= 60
     assert {case.code for case in CASES.values()} == set(CODE_NAMES)
+
+
+def test_the_documented_table_is_that_of_the_cases() -> None:
+    """Made by ``python -m tests.bad_inputs.table > docs/bad_inputs.md``."""
+    document = Path(__file__).parent.parent / "docs" / "bad_inputs.md"
+    assert document.read_text(encoding="utf-8") == table.document()

@@ -28,9 +28,13 @@ from lopt_lite.data.truncation import length_through_last_target, shorten
 from lopt_lite.errors import DataError
 from lopt_lite.events import Notice, OnEvent, Progress
 
-#: Texts are tokenised together: at most so many examples, and about so many characters.
+#: Texts are tokenised together: at most so many examples, and about so many characters. A tokenizer takes some 250
+#: bytes for each character while it is at work.
 _CHUNK_EXAMPLES = 512
-_CHUNK_CHARACTERS = 4 * 2**20
+_CHUNK_CHARACTERS = 2**18
+#: A conversation of more characters than this, or than so many for each token of ``max_length``, cannot be used.
+_MOST_CHARACTERS = 2**20
+_MOST_CHARACTERS_PER_TOKEN = 16
 
 _LINES_NAMED = 5
 
@@ -252,12 +256,19 @@ class _Loader:
         return example
 
     def _render(self, example: Example) -> RenderedConversation | PlainText:
+        most = max(_MOST_CHARACTERS, _MOST_CHARACTERS_PER_TOKEN * self.max_length)
         if isinstance(example, PlainText):
-            return example
+            # Its end would be cut anyway.
+            return PlainText(example.text[:most])
         try:
             rendered = render_conversation(self.template, example)
         except TemplateRefusedError as error:
             raise TemplateRefusedError(f"the chat template refuses the conversation: {error}") from error
+        if len(rendered.text) > most:
+            raise BadRecordError(
+                f"the conversation has {len(rendered.text):,} characters; at most {most:,} can be used "
+                f"(--max-length is {self.max_length:,} tokens)"
+            )
         self.report.system_merged += rendered.system_merged
         self.report.unlocated_turns += rendered.unlocated
         return rendered

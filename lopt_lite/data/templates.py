@@ -14,11 +14,12 @@ with one ``### Instruction:`` / ``### Response:`` pair for each turn, ``### Tool
 beginning-of-sequence token in front if the tokenizer puts one there by itself. With a chat template, such a token is
 there if and only if the template writes it, as in transformers.
 
-Templates come from strangers; transformers renders them in a sandbox.
+Templates come from strangers; transformers renders them in a sandbox, and here their time and text are limited.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lopt_lite.data.formats import Message
+from lopt_lite.data.template_limits import limit_text, limited_time
 from lopt_lite.data.tokenization import default_bos, encode_batch, token_range
 from lopt_lite.errors import ModelError
 
@@ -88,7 +90,8 @@ class ChatTemplate:
     Raises
     ------
     ModelError
-        The tokenizer's template is not valid Jinja, or it has several and none is the default.
+        The tokenizer's template is not valid Jinja, takes too long or puts out too much, or it has several and none is
+        the default.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -125,12 +128,13 @@ class ChatTemplate:
             The template cannot express them.
         """
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self.source,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
+            with limited_time():
+                return self.tokenizer.apply_chat_template(
+                    list(messages),
+                    chat_template=self.source,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
         except _TEMPLATE_ERRORS as error:
             raise TemplateRefusedError(str(error)) from error
 
@@ -143,12 +147,13 @@ class ChatTemplate:
             The template cannot express them.
         """
         try:
-            texts, spans = render_jinja_template(
-                conversations=[list(messages)],
-                chat_template=self.source,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
+            with limited_time():
+                texts, spans = render_jinja_template(
+                    conversations=[list(messages)],
+                    chat_template=self.source,
+                    return_assistant_tokens_mask=True,
+                    **self.tokenizer.special_tokens_map,
+                )
         except _TEMPLATE_ERRORS as error:
             raise TemplateRefusedError(str(error)) from error
         return texts[0], spans[0]
@@ -183,6 +188,9 @@ class ChatTemplate:
     def _find_end_of_turn(self) -> None:
         # Asked from the template, not looked up by name: the first control token after the content of a last answer.
         probe: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"}]
+        # What is wrong with the template is said by rendering with it.
+        with contextlib.suppress(jinja2.TemplateError):
+            limit_text(self.source)
         try:
             text = self.render(probe)
         except TemplateRefusedError as error:

@@ -94,6 +94,30 @@ def unknown_role(place):
     return place.train()
 
 
+@bad(INPUT, "line 2", "longer than 64 MiB", "--skip-bad-lines")
+def line_of_a_gibibyte(place):
+    place.own_data([GOOD_LINE])
+    with place.data.open("ab") as file:
+        file.write(b'{"question": "')
+        file.truncate(2**30)  # zeros that take no room on the disk
+    return place.train()
+
+
+@bad(INPUT, "line 2", "3,000,0", "at most 1,048,576 can be used", "--skip-bad-lines")
+def line_of_more_text_than_can_be_tokenised(place):
+    place.own_data([GOOD_LINE, {"question": "x" * 3_000_000, "answer": "y"}])
+    return place.train()
+
+
+@bad(INPUT, "line 2", r"\x1b[2J")
+def escape_sequences_in_a_role(place):
+    messages = [{"role": "\x1b[2J\x1b]0;owned\x07", "content": "a"}]
+    place.own_data([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    with place.data.open("a") as file:
+        file.write(json.dumps({"messages": messages}) + "\n")
+    return place.train()
+
+
 @bad(INPUT, "none of the 2 examples", "token to train on", "have assistant messages")
 def data_without_an_answer(place):
     place.own_data([{"messages": [{"role": "user", "content": "Hello?"}]}] * 2)

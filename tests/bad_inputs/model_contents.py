@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lopt_lite.data import template_limits
 from tests.bad_inputs.place import (
     INPUT,
     bad,
@@ -142,6 +143,29 @@ def broken_tokenizer(place):
 @bad(INPUT, "embedding has 100 rows", "tokenizer that belongs to this model")
 def tokenizer_of_a_larger_vocabulary(place):
     place.change_config(vocab_size=100)
+    return place.train()
+
+
+@bad(INPUT, "the chat template ran for 1 seconds", "chat_template.jinja")
+def chat_template_that_never_ends(place):
+    place.patch.setattr(template_limits, "MOST_SECONDS", 1)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (place.own_model() / "chat_template.jinja").write_text(loop)
+    return place.train()
+
+
+@bad(INPUT, "the chat template makes more than 1,000,000 characters")
+def chat_template_that_fills_memory(place):
+    place.patch.setattr(template_limits, "MOST_CHARACTERS", 1_000_000)
+    flood = "{% for i in range(99999) %}{% for j in range(99999) %}" + "x" * 1000 + "{% endfor %}{% endfor %}"
+    (place.own_model() / "chat_template.jinja").write_text(flood)
+    return place.train()
+
+
+@bad(INPUT, "__class__", "unsafe")
+def chat_template_that_reaches_for_attributes(place):
+    reach = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    (place.own_model() / "chat_template.jinja").write_text(reach)
     return place.train()
 
 

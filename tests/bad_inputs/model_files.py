@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from typing import Any
@@ -161,4 +162,18 @@ def index_that_is_not_json(place):
 def one_shard_without_its_index(place):
     (place.own_model(sharded=True) / INDEX).unlink()
     place.model = next(place.model.glob("model-00001-of-*.safetensors"))
+    return place.train()
+
+
+@bad(INPUT, "overlaps the one before it", "damaged")
+def header_whose_tensors_overlap(place):
+    path = place.own_model() / WEIGHTS
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    first, second = sorted((e for n, e in header.items() if n != "__metadata__"), key=lambda e: e["data_offsets"])[:2]
+    size = second["data_offsets"][1] - second["data_offsets"][0]
+    second["data_offsets"] = [first["data_offsets"][0] + 2, first["data_offsets"][0] + 2 + size]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
     return place.train()

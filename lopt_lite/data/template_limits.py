@@ -1,0 +1,74 @@
+"""What a chat template, which may be a stranger's, can take: seconds, and characters of text.
+
+The sandbox that transformers renders templates in keeps them from attributes and files; a loop may still run for ever,
+or put out text until memory is full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from transformers.utils import chat_template_utils
+
+from lopt_lite.errors import ModelError
+
+#: For one conversation; real templates take milliseconds.
+MOST_SECONDS = 10
+#: A line of data may be as long.
+MOST_CHARACTERS = 64 * 2**20
+
+_FIX = "bring a model with a sound chat template, or put your own into its chat_template.jinja"
+
+
+@contextlib.contextmanager
+def limited_time() -> Iterator[None]:
+    """Stop what runs in the context after :data:`MOST_SECONDS`.
+
+    Where the system has no such timer (Windows), or outside the main thread, there is no limit.
+
+    Raises
+    ------
+    ModelError
+        The time is over.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise ModelError(f"the chat template ran for {MOST_SECONDS} seconds on one conversation", fix=_FIX)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def limit_text(template: str) -> None:
+    """Make transformers stop joining what ``template`` puts out at :data:`MOST_CHARACTERS`, by a :class:`ModelError`.
+
+    It keeps compiled templates, and has no public way to them; a release without this one has no such limit.
+    """
+    compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
+    if compiled is not None:
+        compiled(template).environment.concat = _joined
+
+
+def _joined(pieces: Iterable[str]) -> str:
+    # Not a list: a hundred million pieces of one character each would take gigabytes.
+    text = io.StringIO()
+    for piece in pieces:
+        text.write(piece)
+        if text.tell() > MOST_CHARACTERS:
+            raise ModelError(
+                f"the chat template makes more than {MOST_CHARACTERS:,} characters of one conversation", fix=_FIX
+            )
+    return text.getvalue()
