@@ -512,7 +512,8 @@ def load_yaml(path: Path, settings: type[Any]) -> dict[str, Any]:
     import yaml  # only needed with --config
 
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _yaml_loader())  # noqa: S506  (a SafeLoader)
+        # Its own SafeLoader.
+        content = yaml.load(path.read_text(encoding="utf-8"), _yaml_loader())  # noqa: S506  # nosec B506
     except OSError as error:
         raise SettingsError(
             f"cannot read --config {path}: {error.strerror or error}",

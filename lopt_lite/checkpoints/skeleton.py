@@ -431,7 +431,7 @@ def load_config(files: ModelDescription) -> Any:
         transformers does not know the architecture, or the config's values make no sense to it.
     """
     try:
-        config = AutoConfig.from_pretrained(files.config_path.parent, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(files.config_path.parent, trust_remote_code=False, local_files_only=True)  # nosec B615
     except (ValueError, KeyError, TypeError, OSError, AttributeError, RuntimeError, StrictDataclassError) as error:
         raise ModelError(
             f"transformers cannot read {files.config_path}: {_first_line(error)}",

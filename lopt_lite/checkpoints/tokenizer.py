@@ -36,7 +36,7 @@ def load_tokenizer(files: ModelDescription) -> PreTrainedTokenizerBase:
         )
     try:
         with _quiet_transformers():
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)  # nosec B615
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise _broken(directory, error) from error
     except Exception as error:

@@ -112,6 +112,6 @@ def _end_tokens(run: OpenRun) -> list[int]:
     ends = set(stop_token_ids(run.tokenizer))
     path = run.store.directory / "generation_config.json"
     if path.is_file():
-        listed = GenerationConfig.from_pretrained(run.store.directory).eos_token_id
+        listed = GenerationConfig.from_pretrained(run.store.directory, local_files_only=True).eos_token_id  # nosec B615
         ends |= set(listed if isinstance(listed, list) else [listed]) - {None}
     return sorted(ends)

@@ -149,7 +149,7 @@ def _generation_config(run: OpenRun) -> GenerationConfig:
     """What the model's makers recommend, if they do."""
     directory = run.store.directory
     if (directory / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(directory)
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)  # nosec B615
     return GenerationConfig()
 
 
