@@ -12,6 +12,7 @@ from torch.nn import functional
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.seeds import derive_seed
 from lopt_lite.settings import TrainSettings
+from lopt_lite.training.low_rank import fuse
 from lopt_lite.training.targets import target_names
 
 _ADAPTER = "default"
@@ -62,6 +63,7 @@ def attach_adapter(layer: nn.Module, index: int, *, skeleton: Skeleton, settings
                 module.reset_lora_parameters(_ADAPTER, True)
     if skeleton.dtype != torch.float32:
         _compute_in_the_inputs_dtype(layer)
+        fuse(layer, _ADAPTER)
 
 
 class _CastLinear(nn.Linear):
