@@ -14,7 +14,9 @@ from lopt_lite.residency.shapes import ModelShapes
 MIB = 2**20
 
 #: What libraries allocate on their first use, and what the allocator cannot give back, fitted on the CPU build.
-_CPU_OVERHEAD_BYTES = 54 * MIB
+_CPU_OVERHEAD_BYTES = 42 * MIB
+#: More of it in full tuning.
+_FULL_OVERHEAD_BYTES = 12 * MIB
 #: More of it when many small tensors go to a file and come back.
 _OFFLOAD_OVERHEAD_BYTES = 22 * MIB
 #: A layer's modules, adapters and names as Python objects.
@@ -178,7 +180,7 @@ def training_parts(
         "activations": saved + max(at_top, inside + gradients),
         "hidden states": copies * job.step_tokens * row,
         "trained": values + job.around_bytes,
-        "overhead": _overhead(layout, layers, on_cpu=on_cpu),
+        "overhead": _overhead(shapes, layout, layers, on_cpu=on_cpu),
     }
 
 
@@ -220,7 +222,7 @@ def forward_peak(
         + 2 * job.present(max(group_tokens, tokens)) * row
         + trained
         + (min(_CACHE_BUFFERS_BYTES, 2 * job.cache_bytes) if on_cpu else 0)
-        + _overhead(layout, block[1] - block[0], on_cpu=on_cpu)
+        + _overhead(shapes, layout, block[1] - block[0], on_cpu=on_cpu)
     )
 
 
@@ -277,8 +279,10 @@ def _state(
     return values, gradients + _UPDATE_BYTES * shapes.largest_matrix
 
 
-def _overhead(layout: Layout, depth: int, *, on_cpu: bool) -> int:
+def _overhead(shapes: ModelShapes, layout: Layout, depth: int, *, on_cpu: bool) -> int:
     """What belongs to no part: libraries, allocators, Python's objects."""
     if not on_cpu:
         return _GPU_OVERHEAD_BYTES
-    return _CPU_OVERHEAD_BYTES + (_OFFLOAD_OVERHEAD_BYTES if layout.offload_state else 0) + _LAYER_OBJECTS_BYTES * depth
+    offloading = _OFFLOAD_OVERHEAD_BYTES if layout.offload_state else 0
+    full = _FULL_OVERHEAD_BYTES if shapes.full else 0
+    return _CPU_OVERHEAD_BYTES + offloading + full + _LAYER_OBJECTS_BYTES * depth
