@@ -26,11 +26,15 @@ from lopt_lite.training import run as training_run
 from lopt_lite.training.metrics import read_metrics
 from tests.rig import residence
 from tests.tiny_models import make_data, make_model
-from tests.training.interruptions import FAULTS, FLOAT, FULL, JOINT, NF4, RECIPE
+from tests.training.interruptions import FAULTS, FLOAT, FULL, JOINT, NF4, RECIPE, SHORT_RECIPE, is_harmless
+from tests.training.operations import Operation
 from tests.training.same_runs import assert_same
 from tests.training.same_runs import steps as steps_of
 
 ROOT = Path(__file__).parent.parent.parent
+
+#: Operations on files that a kind of run is disturbed at; benchmarks/crash.py tries all of them.
+_TRIES = 10
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +59,11 @@ def one_thread() -> Iterator[None]:
 
 def _interrupt(work: Path, inputs: tuple[Path, Path], options: list[str], mode: str, **job: Any) -> dict[str, Any]:
     model, data = inputs
+    recipe = RECIPE
+    if "tries" in job:
+        data, recipe = make_data(work / "few.jsonl", 10), SHORT_RECIPE
     job["mode"] = mode
-    job["arguments"] = ["train", str(model), str(data), *RECIPE, *options]
+    job["arguments"] = ["train", str(model), str(data), *recipe, *options]
     (work / "job.json").write_text(json.dumps(job))
     subprocess.run(
         [sys.executable, "-m", "tests.training.interruptions", str(work / "job.json"), str(work / "outcome.json")],
@@ -100,12 +107,12 @@ def test_killed_at_twenty_random_moments_and_started_again_it_ends_with_the_same
 def test_killed_before_or_after_any_operation_on_files_it_ends_with_the_same_bytes(tmp_path, inputs, options, mode):
     """Moments that a clock seldom hits: within a write, before and after a rename, a deletion, the journal's line."""
     options = [*options, "--checkpoint-every", "0s"]
-    outcome = _interrupt(tmp_path, inputs, options, mode, how=["before", "after"], tries=30, seed=2)
+    outcome = _interrupt(tmp_path, inputs, options, mode, how=["before", "after"], tries=_TRIES, seed=2)
     for one in outcome["tries"]:
         assert one["codes"][0] in (-signal.SIGKILL, 0), one
         assert one["codes"][1] == 0, one
         assert_same(Path(one["run"]), tmp_path / "reference")
-    assert sum(one["codes"][0] != 0 for one in outcome["tries"]) >= 25
+    assert sum(one["codes"][0] != 0 for one in outcome["tries"]) >= _TRIES - 2
 
 
 @pytest.mark.slow
@@ -114,9 +121,12 @@ def test_where_any_operation_on_files_fails_it_says_so_and_ends_with_the_same_by
     tmp_path, inputs, options, mode
 ):
     options = [*options, "--checkpoint-every", "0s"]
-    outcome = _interrupt(tmp_path, inputs, options, mode, how=list(FAULTS), tries=30, seed=5)
+    outcome = _interrupt(tmp_path, inputs, options, mode, how=list(FAULTS), tries=_TRIES, seed=5)
     for one in outcome["tries"]:
         code, words = FAULTS[one["how"]]
+        if one["codes"] == [0, 0] and is_harmless(Operation(**one["operation"]), one["how"]):
+            assert_same(Path(one["run"]), tmp_path / "reference")
+            continue
         assert one["codes"] == [code, 0], one
         assert words in one["said"] and "to fix: " in one["said"] and "Traceback" not in one["said"], one
         assert_same(Path(one["run"]), tmp_path / "reference")

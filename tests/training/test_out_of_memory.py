@@ -88,9 +88,18 @@ def _facts(run: Path) -> list[dict[str, Any]]:
     return [fact for fact in read_facts(run / "journal.jsonl")[0] if fact["fact"] == "out-of-memory"]
 
 
-@pytest.mark.parametrize("mode", ["resident", "recomputed", "streamed", "offloaded"], indirect=True)
-@pytest.mark.parametrize("changes", [{}, {"schedule": "joint"}, {"retain": 1.0, "retain_tokens": 4}])
-@pytest.mark.parametrize("error", ["cuda", "mps"])
+@pytest.mark.parametrize(
+    ("mode", "changes", "error"),
+    [
+        ("resident", {}, "cuda"),
+        ("streamed", {}, "mps"),
+        ("offloaded", {}, "cuda"),
+        ("recomputed", {"schedule": "joint"}, "cuda"),
+        ("resident", {"retain": 1.0, "retain_tokens": 4}, "mps"),
+        ("streamed", {"retain": 1.0, "retain_tokens": 4, "schedule": "joint"}, "cuda"),
+    ],
+    indirect=["mode"],
+)
 def test_the_step_is_done_in_halves_with_the_same_gradient(inputs, tmp_path, monkeypatch, mode, changes, error):
     lopt_lite.train(_settings(inputs, tmp_path / "roomy", **changes))
     events: list[Event] = []
@@ -111,7 +120,7 @@ def test_the_step_is_done_in_halves_with_the_same_gradient(inputs, tmp_path, mon
 
 
 @pytest.mark.parametrize("mode", ["resident"], indirect=True)
-@pytest.mark.parametrize("stop_after", [1, 4, 6, 9])
+@pytest.mark.parametrize("stop_after", [1, 6, 9])
 def test_a_resumed_run_does_each_step_in_the_same_pieces(inputs, tmp_path, monkeypatch, mode, stop_after):
     """The second start has memory enough, and still does what the first one had to do, from where it had to."""
     with monkeypatch.context() as patch:

@@ -43,7 +43,7 @@ def _end(process: subprocess.Popen[str]) -> str:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model with enough layers for the making of its store to take a while, and data."""
     directory = tmp_path_factory.mktemp("inputs")
-    model = make_model(directory / "model", "llama", dtype=torch.bfloat16, num_hidden_layers=24, hidden_size=64)
+    model = make_model(directory / "model", "llama", dtype=torch.bfloat16, num_hidden_layers=12, hidden_size=64)
     return model, make_data(directory / "data.jsonl", 8)
 
 
