@@ -19,6 +19,7 @@ from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.residency.pool import LayerPool, MicroBatch, ResidentLayers
+from lopt_lite.residency.short_attention import short_attention
 from lopt_lite.residency.streamed import StreamedLayers
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapters import attach_adapter, set_training
@@ -101,7 +102,8 @@ def step(pool: LayerPool, batches: list[MicroBatch]) -> float:
         loss.backward()
         return float(loss.detach())
 
-    loss = pool.accumulate(batches, loss_backward)
+    with short_attention(batches[0].hidden.device):
+        loss = pool.accumulate(batches, loss_backward)
     for layer in pool.layers:
         for parameter in layer.parameters():
             parameter.grad = None

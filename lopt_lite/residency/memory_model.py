@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lopt_lite.residency import head_cost
 from lopt_lite.residency.shapes import ModelShapes
+from lopt_lite.residency.short_attention import LONGEST
 
 MIB = 2**20
 
@@ -168,6 +169,9 @@ def training_parts(
     else:
         losses = _RECONSTRUCTION_VALUES * micro * shapes.hidden * 4
     inside = micro * shapes.transient_bytes_per_token
+    if on_cpu:
+        short = min(job.longest, LONGEST)
+        inside = max(inside, micro * shapes.short_attention_bytes_per_pair * short)
     # Inputs of the block, and of the layer at hand with their gradients; and what is read for the next step.
     copies = (3 if layout.recompute else 1) + (1 if job.cache_bytes or together else 0)
     values, gradients = _state(shapes, block, layout, all_gradients=together and not layout.offload_state)

@@ -11,6 +11,7 @@ import torch
 from lopt_lite.checkpoints.nf4_layout import packed_specs
 from lopt_lite.residency.head_cost import HeadShapes
 from lopt_lite.residency.layer_cost import activation_cost
+from lopt_lite.residency.short_attention import transient_bytes_per_pair
 
 if TYPE_CHECKING:
     from lopt_lite.checkpoints.skeleton import Skeleton
@@ -75,8 +76,8 @@ class ModelShapes:
     saved_bytes_per_token, saved_bytes_per_pair:
         Activations of one layer that autograd keeps for the backward pass, adapters included: of each token, and of
         each pair of tokens of a row.
-    transient_bytes_per_token:
-        What else exists for a moment within a layer.
+    transient_bytes_per_token, short_attention_bytes_per_pair:
+        What else exists for a moment within a layer: of each token; on the CPU of each pair of tokens of a short row.
     measured:
         False where a layer cannot run without values (routed experts), so that the two are a formula's estimate.
     state_bytes_per_parameter:
@@ -95,6 +96,7 @@ class ModelShapes:
     measured: bool
     state_bytes_per_parameter: float
     full: bool
+    short_attention_bytes_per_pair: int = 0
 
     @property
     def largest_shard(self) -> int:
@@ -160,6 +162,9 @@ def model_shapes(
         measured=cost.measured,
         state_bytes_per_parameter=_state_bytes(tuning, skeleton.dtype.itemsize),
         full=tuning is not None and tuning.rank is None,
+        short_attention_bytes_per_pair=transient_bytes_per_pair(
+            int(getattr(skeleton.config, "num_attention_heads", 0)), skeleton.dtype
+        ),
     )
 
 

@@ -24,6 +24,7 @@ from lopt_lite.residency.block_major import groups
 from lopt_lite.residency.head import AnswerHead, open_head
 from lopt_lite.residency.layers import open_layers
 from lopt_lite.residency.pool import LayerPool, MicroBatch
+from lopt_lite.residency.short_attention import short_attention
 from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_training
@@ -404,14 +405,15 @@ class BlockTrainer:
                 kept.append(output.detach())
                 return local(part, output)
 
-            self._pool.accumulate(
-                entering if block is not self._stage.blocks[0] else inputs_of_step(),
-                # Nothing comes after the last block: its outputs need not stay.
-                local if is_last else loss_and_keep,
-                dropout_seed if settings.lora_dropout else None,
-                first=block.first,
-                end=block.end,
-            )
+            with short_attention(self._bench.device):
+                self._pool.accumulate(
+                    entering if block is not self._stage.blocks[0] else inputs_of_step(),
+                    # Nothing comes after the last block: its outputs need not stay.
+                    local if is_last else loss_and_keep,
+                    dropout_seed if settings.lora_dropout else None,
+                    first=block.first,
+                    end=block.end,
+                )
             if not is_last:
                 entering = [MicroBatch(output, part.calls) for output, part in zip(outputs, entering, strict=True)]
         return losses

@@ -1,0 +1,100 @@
+"""Attention by plain products of matrices, against PyTorch's own in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lopt_lite.residency import short_attention
+from lopt_lite.residency.short_attention import transient_bytes_per_pair
+from tests.residency.live_bytes import LiveBytes
+
+CPU = torch.device("cpu")
+
+
+def _inputs(rows=2, heads=6, groups=2, tokens=40, width=16, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(0)
+
+    def made(count):
+        # As models make them: heads beside each other in a token's row.
+        values = torch.randn(rows, tokens, count, width, generator=generator).to(dtype)
+        return values.transpose(1, 2).detach().requires_grad_()
+
+    return made(heads), made(groups), made(groups)
+
+
+def _run(tensors, **kwargs):
+    for tensor in tensors:
+        tensor.grad = None
+    output = nn.functional.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True, **kwargs)
+    output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype))
+    return output.detach().float(), [tensor.grad.float() for tensor in tensors]
+
+
+def _error(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_it_is_exact_attention_but_for_rounding(groups, tokens, scale):
+    tensors = _inputs(groups=groups, tokens=tokens)
+    exact, exact_gradients = _run([t.detach().float().requires_grad_() for t in tensors], scale=scale)
+    with short_attention.short_attention(CPU):
+        output, gradients = _run(tensors, scale=scale)
+    assert _error(output, exact) < 5e-3
+    # A single token attends to itself whatever its query and key are.
+    for found, expected in zip(gradients[tokens == 1 and 2 :], exact_gradients[tokens == 1 and 2 :], strict=True):
+        assert _error(found, expected) < 2e-2
+
+
+def test_a_token_does_not_see_those_behind_it():
+    tensors = _inputs()
+    with short_attention.short_attention(CPU):
+        before, _ = _run(tensors)
+        with torch.no_grad():
+            for tensor in tensors[1:]:
+                tensor[:, :, 20:] = 7.0
+        after, _ = _run(tensors)
+    assert torch.equal(before[:, :, :20], after[:, :, :20])
+    assert not torch.equal(before[:, :, 20:], after[:, :, 20:])
+
+
+def test_scores_of_all_pairs_exist_as_often_as_the_plan_says():
+    rows, heads, tokens = 2, 6, 40
+    tensors = _inputs(rows=rows, heads=heads, tokens=tokens)
+    live = LiveBytes(rows * heads * tokens * tokens)
+    with short_attention.short_attention(CPU), live:
+        _run(tensors)
+    assert live.peak == transient_bytes_per_pair(heads, torch.bfloat16) * rows * tokens * tokens
+    assert transient_bytes_per_pair(heads, torch.float32) == 0
+
+
+def _mask_of(tensors):
+    return torch.ones(tensors[0].shape[2], tensors[0].shape[2], dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("why", ["float32", "long", "mask", "not causal", "outside"])
+def test_what_does_not_suit_is_left_to_pytorch(why, monkeypatch):
+    tensors = _inputs(dtype=torch.float32 if why == "float32" else torch.bfloat16, groups=6)
+    monkeypatch.setattr(short_attention, "LONGEST", 20 if why == "long" else 64)
+    kwargs = {"mask": {"attn_mask": _mask_of(tensors)}, "not causal": {}}.get(why, {"is_causal": True})
+    expected = nn.functional.scaled_dot_product_attention(*tensors, **kwargs)
+    monkeypatch.setattr(short_attention._ShortAttention, "apply", lambda *args: pytest.fail("used"))
+    if why == "outside":
+        with short_attention.short_attention(CPU):
+            pass
+        found = nn.functional.scaled_dot_product_attention(*tensors, **kwargs)
+    else:
+        with short_attention.short_attention(CPU):
+            found = nn.functional.scaled_dot_product_attention(*tensors, **kwargs)
+    assert torch.equal(found, expected)
+
+
+def test_an_error_leaves_pytorchs_attention_in_place():
+    before = nn.functional.scaled_dot_product_attention
+    with pytest.raises(KeyError), short_attention.short_attention(CPU):
+        raise KeyError
+    assert nn.functional.scaled_dot_product_attention is before
