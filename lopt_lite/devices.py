@@ -17,12 +17,12 @@ __all__ = [
     "DeviceBackend",
     "PeakMemory",
     "backend",
+    "bound_host_memory",
     "choose_device",
     "free_bytes",
     "host_rss_bytes",
     "memory_limited",
     "release_cached_memory",
-    "return_freed_memory",
     "set_memory_limit",
     "synchronize",
     "used_bytes",
@@ -118,10 +118,19 @@ def release_everything(device: torch.device) -> None:
     backend(device).empty_cache()
 
 
-def return_freed_memory(device: torch.device) -> None:
-    """On the CPU: make the C library give freed memory back at once. See :func:`host_memory.return_freed_memory`."""
+#: Compiled kernels that are kept on the CPU: see :func:`host_memory.keep_few_kernels`.
+_KERNELS, _KERNELS_WITH_BUDGET = 256, 16
+
+
+def bound_host_memory(device: torch.device, *, budget: bool) -> None:
+    """On the CPU: keep few compiled kernels; where there is a budget to keep, give freed memory back at once.
+
+    See :mod:`lopt_lite.host_memory`.
+    """
     if device.type == "cpu":
-        host_memory.return_freed_memory()
+        host_memory.keep_few_kernels(_KERNELS_WITH_BUDGET if budget else _KERNELS)
+        if budget:
+            host_memory.return_freed_memory()
 
 
 def synchronize(device: torch.device) -> None:

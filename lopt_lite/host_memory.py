@@ -38,25 +38,29 @@ def forget_peak() -> None:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BYTES = 1 << 18
-#: oneDNN keeps a compiled kernel for every shape of a product, up to 1,024 of them, and PyTorch's bridge to it keeps as
-#: many for itself, of up to 1 MiB each: batches of ever new lengths took SmolLM2-135M to 1.6 GiB, not 0.7. As many
-#: as a layer has kinds of products do: with 16 instead of 1,024 a step took no longer (with one, half as long
-#: again).
-_KERNELS_KEPT = "16"
 _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
+def keep_few_kernels(count: int) -> None:
+    """Let oneDNN, and PyTorch's bridge to it, keep at most ``count`` compiled kernels each.
+
+    They keep one for every shape of a product, 1,024 by default, of up to 1 MiB: batches of ever new lengths took
+    SmolLM2-135M's demo to 1.6 GiB, not 0.7. As many as a layer has kinds of products do: with 16 a step took no longer
+    than with all of them (with one, half as long again). Values that the user has set stay. It counts for products
+    after the first one only if called before that.
+    """
+    for variable in _KERNEL_CACHES:
+        os.environ.setdefault(variable, str(count))
+
+
 def return_freed_memory() -> None:
-    """Keep few compiled kernels; with glibc, make the allocator give freed memory back to the system at once.
+    """With glibc, make the allocator give freed memory back to the system at once.
 
     By default glibc keeps freed blocks of up to 32 MiB in its heap, where activations of ever new sizes leave holes: a
     process that needs 0.8 GiB at any time grew to 1.4 GiB in ``benchmarks/depth.py``. (With a limit of 1 MiB instead of
     256 KiB, small layers' matrices still left 70 to 100 MiB of holes.) Giving memory back costs page faults (up to 40 %
     of the time with small layers), so it is done only for runs that have a budget to keep.
     """
-    for variable in _KERNEL_CACHES:
-        # Read when the first product is made.
-        os.environ.setdefault(variable, _KERNELS_KEPT)
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)

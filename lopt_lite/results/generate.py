@@ -31,8 +31,7 @@ def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> Generate
         The run is not finished.
     """
     device = devices.choose_device(settings.device)
-    if settings.memory != "auto":
-        devices.return_freed_memory(device)
+    devices.bound_host_memory(device, budget=settings.memory != "auto")
     run = open_run(settings.run, device)
     try:
         with devices.memory_limited(device, parse_memory(settings.memory)):

@@ -56,8 +56,7 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
     """See :func:`lopt_lite.training.start.train`, the door."""
     started = time.monotonic()
     device = devices.choose_device(settings.device)
-    if settings.memory != "auto":
-        devices.return_freed_memory(device)
+    devices.bound_host_memory(device, budget=settings.memory != "auto")
     with (
         Stopper(max_hours=settings.max_hours, deadline=settings.deadline) as stop,
         devices.memory_limited(device, settings.memory_bytes()),
