@@ -198,8 +198,12 @@ def try_operation(arguments: list[str], run: Path, operation: Operation, how: st
 
 
 def is_harmless(operation: Operation, how: str) -> bool:
-    """Whether a failing ``operation`` need not end a run: making a directory that is there already."""
-    return how == "EIO" and operation.name == "mkdir" and operation.times > 0
+    """Whether a failing ``operation`` need not end a run.
+
+    Making a directory that is there already, and forgetting whose a lock was that nobody holds any more.
+    """
+    made_before = how == "EIO" and operation.name == "mkdir" and operation.times > 0
+    return made_before or (operation.name == "unlink" and Path(operation.path).name == "lock.pid")
 
 
 def run_tries(job: dict[str, Any], work: Path) -> dict[str, Any]:
