@@ -23,6 +23,7 @@ from lopt_lite.residency.short_attention import short_attention
 from lopt_lite.residency.streamed import StreamedLayers
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapters import attach_adapter, set_training
+from lopt_lite.training.low_rank import fused_adapters
 
 #: Where 'make demo-model' puts the demo's model.
 DEMO_MODEL = Path(".demo/SmolLM2-135M-Instruct")
@@ -102,7 +103,7 @@ def step(pool: LayerPool, batches: list[MicroBatch]) -> float:
         loss.backward()
         return float(loss.detach())
 
-    with short_attention(batches[0].hidden.device):
+    with short_attention(batches[0].hidden.device), fused_adapters():
         loss = pool.accumulate(batches, loss_backward)
     for layer in pool.layers:
         for parameter in layer.parameters():

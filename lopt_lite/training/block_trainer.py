@@ -35,6 +35,7 @@ from lopt_lite.training.block_plan import Block, Stage
 from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_cursor, restore_checkpoint, save_lazily
 from lopt_lite.training.full import has_eight_bit_moments, own_weights, write_layers
 from lopt_lite.training.job import other_rows
+from lopt_lite.training.low_rank import fused_adapters
 from lopt_lite.training.micro_batch_size import MicroBatchSize, describe
 from lopt_lite.training.objectives import ReconstructionHead, reconstruction_loss
 from lopt_lite.training.optimisation import learning_rate
@@ -405,7 +406,7 @@ class BlockTrainer:
                 kept.append(output.detach())
                 return local(part, output)
 
-            with short_attention(self._bench.device):
+            with short_attention(self._bench.device), fused_adapters():
                 self._pool.accumulate(
                     entering if block is not self._stage.blocks[0] else inputs_of_step(),
                     # Nothing comes after the last block: its outputs need not stay.

@@ -3,10 +3,15 @@
 PEFT's modules compute the same in seven passes over [tokens, width] tensors (a copy, the adapter's product, its
 scaling, a sum; scaling and sums of gradients on the way back); here the adapter's products add to what is there
 already. With the small matrices of SmolLM2-135M the other passes were a tenth of a training step on the CPU.
+
+Sums round in other places then, so it is used while training alone (:func:`fused_adapters`): evaluation and generation
+give the bits that PEFT gives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
@@ -18,9 +23,22 @@ from torch import nn
 
 from lopt_lite.residency.layer_loader import DequantizedLinear4bit
 
+_in_use = False
+
+
+@contextmanager
+def fused_adapters() -> Iterator[None]:
+    """Within the context, modules that :func:`fuse` has made ready compute with their adapter in one operation."""
+    global _in_use
+    before, _in_use = _in_use, True
+    try:
+        yield
+    finally:
+        _in_use = before
+
 
 def fuse(layer: nn.Module, adapter: str) -> None:
-    """Make the tuned linear modules of ``layer`` compute with their ``adapter`` in one operation, where they can.
+    """Make the tuned linear modules of ``layer`` ready to compute with their ``adapter`` in one operation.
 
     Modules stay as they are but for their class, which is a subclass of PEFT's.
     """
@@ -39,11 +57,11 @@ class _Fused:
     """What the fused classes have of their own; mixed into PEFT's."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out]. With dropout at work, or without adapter, as PEFT does it."""
+        """[..., in] -> [..., out]. With dropout at work, without adapter, and outside training, as PEFT does it."""
         (name,) = self.active_adapters
         dropout = self.lora_dropout[name]
         drops = dropout.training and getattr(dropout, "p", 0) > 0
-        if self.disable_adapters or self.merged or drops:
+        if not _in_use or self.disable_adapters or self.merged or drops:
             return super().forward(x)  # type: ignore[misc]
         a, b = (half[name].weight.to(x.dtype) for half in (self.lora_A, self.lora_B))
         output: torch.Tensor = _LowRankLinear.apply(x, a, b, self.base_layer, self.scaling[name])

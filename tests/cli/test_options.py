@@ -68,7 +68,7 @@ def test_a_value_in_the_environment_that_cannot_be_used_is_refused_by_name(lopt,
     monkeypatch.setenv(f"LOPT_LITE_{name}", value)
     result = lopt("train", "m", "d")
     assert (result.code, calls) == (2, [])
-    assert f"LOPT_LITE_{name}" in result.err or f"--memory '{value}'" in result.err
+    assert f"LOPT_LITE_{name}" in result.err or f"--memory is '{value}'" in result.err
 
 
 def test_other_options_are_not_read_from_the_environment(lopt, fake, trained, monkeypatch):
