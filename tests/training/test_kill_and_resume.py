@@ -34,7 +34,7 @@ from tests.training.same_runs import steps as steps_of
 ROOT = Path(__file__).parent.parent.parent
 
 #: Operations on files that a kind of run is disturbed at; benchmarks/crash.py tries all of them.
-_TRIES = 10
+_TRIES = 6
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +134,12 @@ def test_where_any_operation_on_files_fails_it_says_so_and_ends_with_the_same_by
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "mode", "seed"), [("SIGINT", "resident", 3), ("SIGTERM", "streamed", 4)])
-def test_stopped_by_a_signal_at_twenty_random_moments_it_ends_with_the_same_bytes(tmp_path, inputs, how, mode, seed):
-    outcome = _interrupt(tmp_path, inputs, [*NF4, "--checkpoint-every", "5m"], mode, how=how, cuts=20, seed=seed)
+def test_stopped_by_a_signal_at_ten_random_moments_it_ends_with_the_same_bytes(tmp_path, inputs, how, mode, seed):
+    outcome = _interrupt(tmp_path, inputs, [*NF4, "--checkpoint-every", "5m"], mode, how=how, cuts=10, seed=seed)
     # A SIGTERM that comes before the run has begun ends the process as it ends any.
     expected = {0, 75} if how == "SIGINT" else {0, 75, -signal.SIGTERM}
     assert set(outcome["codes"]) <= expected
-    assert outcome["codes"].count(75) >= 15
+    assert outcome["codes"].count(75) >= 7
     _assert_all_same(tmp_path, outcome)
 
 
