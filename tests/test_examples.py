@@ -46,9 +46,11 @@ def test_the_systemd_unit_continues_what_was_stopped_on_time():
 
 def test_the_launchd_file_starts_the_training_and_keeps_the_machine_awake():
     content = plistlib.loads((EXAMPLES / "lopt-lite.plist").read_bytes())
-    words = content["ProgramArguments"]
-    assert words[:2] == ["/usr/bin/caffeinate", "-i"]
-    _check_command(words[2:])
+    shell, option, script = content["ProgramArguments"]
+    assert (shell, option) == ("/bin/sh", "-c")
+    awake, command = script.split(" & exec ")
+    assert awake == "caffeinate -i -w $$"
+    _check_command(shlex.split(command))
     _check_environment(list(content["EnvironmentVariables"]))
     assert content["ExitTimeOut"] >= 600
 

@@ -10,6 +10,7 @@ import contextlib
 import io
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -43,13 +44,18 @@ def limited_time() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise ModelError(f"the chat template ran for {MOST_SECONDS} seconds on one conversation", fix=_FIX)
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    handler = signal.signal(signal.SIGALRM, stop)
+    started_s = time.monotonic()
+    left_s, every_s = signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
+        if left_s:
+            # There is one such timer in a process, and it was somebody's.
+            left_s = max(left_s - (time.monotonic() - started_s), 1e-3)
+            signal.setitimer(signal.ITIMER_REAL, left_s, every_s)
 
 
 def limit_text(template: str) -> None:

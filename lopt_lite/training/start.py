@@ -45,5 +45,7 @@ def train(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
 
 
 def _likely_name(model: Path) -> str:
-    """The model's name as far as the path says it. A wrong guess costs nothing: the run itself takes the lock."""
-    return model.parent.name if model.name.startswith("model.") else model.name.removesuffix(".safetensors")
+    """The model's name as far as the path says it; where it says another one, the run's own lock refuses later."""
+    if model.name in ("model.safetensors", "model.safetensors.index.json"):
+        return model.parent.name
+    return model.name.removesuffix(".index.json").removesuffix(".safetensors")

@@ -28,10 +28,9 @@ from tests.rig import residence
 from tests.tiny_models import make_data, make_model
 from tests.training.interruptions import FAULTS, FLOAT, FULL, JOINT, NF4, RECIPE, SHORT_RECIPE, is_harmless
 from tests.training.operations import Operation
+from tests.training.processes import ROOT, start
 from tests.training.same_runs import assert_same
 from tests.training.same_runs import steps as steps_of
-
-ROOT = Path(__file__).parent.parent.parent
 
 #: Operations on files that a kind of run is disturbed at; benchmarks/crash.py tries all of them.
 _TRIES = 6
@@ -356,17 +355,6 @@ def _command(inputs: tuple[Path, Path], run: Path) -> list[str]:
     return ["train", str(model), str(data), *RECIPE, *NF4, "--epochs", "12", "--output", str(run), "--json"]
 
 
-def _start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", "from lopt_lite_cli.main import run; run()", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
 def _wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int) -> None:
     end = time.monotonic() + 90
     while len(read_metrics(run / "metrics.jsonl")) < steps:
@@ -386,10 +374,10 @@ def _assert_stopped(process: subprocess.Popen[str], how: str) -> None:
 
 @pytest.mark.slow
 def test_the_command_line_stops_with_code_75_and_the_same_command_goes_on(inputs, tmp_path, capsys):
-    undisturbed = _start(_command(inputs, tmp_path / "reference"))
+    undisturbed = start(_command(inputs, tmp_path / "reference"))
     run = tmp_path / "run"
     arguments = _command(inputs, run)
-    first = _start(arguments)
+    first = start(arguments)
     _wait_for_steps(first, run, 8)
 
     # Held still in mid-training: a second process on the same run is turned away, and status sees the first one.
@@ -407,12 +395,12 @@ def test_the_command_line_stops_with_code_75_and_the_same_command_goes_on(inputs
     _assert_stopped(first, "SIGINT")
     assert lopt_lite.status(run).state == "stopped"
     done = len(steps_of(run))
-    second = _start(arguments)
+    second = start(arguments)
     _wait_for_steps(second, run, done + 20)
     second.send_signal(signal.SIGTERM)
     _assert_stopped(second, "SIGTERM")
 
-    third = _start(arguments)
+    third = start(arguments)
     out, err = third.communicate(timeout=120)
     assert third.returncode == 0, err
     assert json.loads(out)["already_done"] is False

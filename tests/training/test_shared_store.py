@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,23 +12,16 @@ import torch
 
 from lopt_lite.journal import read_facts
 from tests.tiny_models import make_data, make_model
+from tests.training.processes import start
 from tests.training.same_runs import differences
 
-ROOT = Path(__file__).parent.parent.parent
 _OPTIONS = ["--quantize", "nf4", "--dtype", "bfloat16", "--batch-size", "4", "--device", "cpu"]
 
 
 def _start(inputs: tuple[Path, Path], output: Path, *more: str) -> subprocess.Popen[str]:
     model, data = inputs
     arguments = ["train", str(model), str(data), "--output", str(output), *_OPTIONS, *more]
-    return subprocess.Popen(
-        [sys.executable, "-c", "from lopt_lite_cli.main import run; run()", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return start(arguments)
 
 
 def _end(process: subprocess.Popen[str]) -> str:
