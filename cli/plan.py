@@ -136,6 +136,7 @@ def _block_line(block: PlanBlock) -> str:
         f"{name} {duration_text(seconds)}"
         for name, seconds in (
             ("loading", block.load_s),
+            ("targets from unquantised layers", block.targets_s),
             ("fitting the head", block.head_fit_s),
             ("training", block.train_s),
             ("held-out loss", block.held_out_s),

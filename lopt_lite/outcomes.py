@@ -94,6 +94,7 @@ class PlanBlock(Outcome):
     first_layer: int
     end_layer: int
     load_s: float
+    targets_s: float
     head_fit_s: float
     train_s: float
     held_out_s: float

@@ -27,7 +27,7 @@ Cache = Literal["exact", "int8"]
 ExportFormat = Literal["adapter", "merged"]
 Onto = Literal["original", "quantized"]
 
-OBJECTIVES = ("reconstruct", "task", "none")
+OBJECTIVES = ("reconstruct", "task", "match", "none")
 
 
 def option(default: Any, help: str, *, repeat: bool = False, environment: bool = False) -> Any:
@@ -85,8 +85,9 @@ class TrainSettings:
     objective: str = option(
         "reconstruct",
         "What the blocks before the last one learn: reconstruct (predict the block's input from its output), "
-        "task (the training task itself, read out early through the model's own head) or none (left as they are; "
-        "fastest). One word, or one per block separated by commas. The last block always learns the task.",
+        "task (the training task itself, read out early through the model's own head), match (what the unquantised "
+        "layers make of the same inputs: takes back what 4 bits have cost) or none (left as they are; fastest). One "
+        "word, or one per block separated by commas. The last block always learns the task.",
     )
     reconstruction_weight: float = option(
         10.0,
@@ -201,7 +202,7 @@ class TrainSettings:
         if self.deadline is not None:
             parse_time_of_day(self.deadline, "--deadline")
         self.memory_bytes()
-        self.objectives()
+        _check_matching(self)
         self.validation_fraction()
 
     def memory_bytes(self) -> int | None:
@@ -305,6 +306,22 @@ def _check_schedule(settings: TrainSettings) -> None:
         raise SettingsError(
             "--reconstruction-weight changes nothing for a block that is trained alone",
             fix="leave it out, or use --schedule joint; --lr-early is how fast early blocks learn",
+        )
+
+
+def _check_matching(settings: TrainSettings) -> None:
+    """Refuse to match the unquantised layers where that means nothing, or where their outputs are not to be had."""
+    if "match" not in settings.objectives():
+        return
+    if settings.quantize == "none":
+        raise SettingsError(
+            "--objective match corrects what quantising has changed, and --quantize none changes nothing",
+            fix="choose another objective (none leaves blocks as they are), or --quantize nf4",
+        )
+    if settings.schedule == "joint":
+        raise SettingsError(
+            "--objective match compares outputs for inputs that stay the same, and those of --schedule joint change",
+            fix="use --schedule sequential, or another objective",
         )
 
 

@@ -45,7 +45,7 @@ _BAD = [
     *[(TrainSettings, "validation", value) for value in ("", "  ", "0", "1", "1.5", "-0.1", "nan", "inf", "20")],
     *[(TrainSettings, "checkpoint_every", value) for value in ("", "soon", "5 minutes", "-1s", "1h30m", "1e3", "nan")],
     *[(TrainSettings, "deadline", value) for value in ("", "24:00", "7", "7:60", "07:30:00", "7pm", "noon")],
-    *[(TrainSettings, "objective", value) for value in ("", "retain", "task,", "none,none", "match")],
+    *[(TrainSettings, "objective", value) for value in ("", "retain", "task,", "none,none", "distil")],
     *[(TrainSettings, "quantize", value) for value in ("int8", "", "NF4")],
     *[(TrainSettings, "dtype", value) for value in ("float16", "bf16")],
     (TrainSettings, "schedule", "sideways"),

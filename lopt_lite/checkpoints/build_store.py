@@ -80,6 +80,8 @@ class StoreBuilder:
         Applied to each tensor (by the model's name) before it is quantised or stored, to merge an adapter, say.
     transform_fingerprint:
         Tells transforms apart, so that a build is never continued with another one.
+    layers:
+        Store only these layers, and nothing around them; None for the whole model.
     untie:
         Store the LM head of a model that ties it to its embedding as a tensor of its own: ``transform`` gets it by its
         own name, as a copy of the embedding.
@@ -104,6 +106,7 @@ class StoreBuilder:
         device: torch.device,
         transform: Transform | None = None,
         transform_fingerprint: str = "",
+        layers: range | None = None,
         untie: bool = False,
         check: Callable[[], None] = lambda: None,
         on_event: OnEvent = ignore,
@@ -120,6 +123,7 @@ class StoreBuilder:
         self._check = check
         self._on_event = on_event
         self._skeleton = Skeleton(files_, dtype=self._dtype)
+        self._layers = layers
         self._unties = untie and self._skeleton.tied
         weights = files_.weights
         self._recipes = plan_names(weights.names(), self._skeleton.model, self._skeleton.state_shapes)
@@ -263,19 +267,30 @@ class StoreBuilder:
 
     def _plan_shards(self) -> list[_ShardPlan]:
         skeleton = self._skeleton
-        embedding = _ShardPlan(EMBEDDING_SHARD)
-        self._plan_tensor(embedding, skeleton.embedding_name, quantize=False)
-        plans = [embedding]
-        for index in range(skeleton.layer_count):
-            plan = _ShardPlan(layer_shard(index))
-            prefix = skeleton.layer_prefix(index)
-            linear = {f"{prefix}{n}.weight" for n in skeleton.linear_names(index)}
-            buffers = [prefix + n for n in skeleton.layer_buffer_names(index) if prefix + n in self._recipes]
-            for name in self._full_names(index) + sorted(buffers):
-                self._plan_tensor(plan, name, quantize=name in linear)
-                if index == 0 and self._quantize == "nf4" and name not in linear:
-                    self._note_unquantized(name.removeprefix(prefix), skeleton.state_shapes[name])
-            plans.append(plan)
+        layers = range(skeleton.layer_count) if self._layers is None else self._layers
+        plans = [self._plan_layer(index) for index in layers]
+        if self._layers is None:
+            embedding = _ShardPlan(EMBEDDING_SHARD)
+            self._plan_tensor(embedding, skeleton.embedding_name, quantize=False)
+            plans = [embedding, *plans, self._plan_head()]
+        for plan in plans:
+            plan.specs = aligned_order(plan.specs)
+        return plans
+
+    def _plan_layer(self, index: int) -> _ShardPlan:
+        skeleton = self._skeleton
+        plan = _ShardPlan(layer_shard(index))
+        prefix = skeleton.layer_prefix(index)
+        linear = {f"{prefix}{n}.weight" for n in skeleton.linear_names(index)}
+        buffers = [prefix + n for n in skeleton.layer_buffer_names(index) if prefix + n in self._recipes]
+        for name in self._full_names(index) + sorted(buffers):
+            self._plan_tensor(plan, name, quantize=name in linear)
+            if index == 0 and self._quantize == "nf4" and name not in linear:
+                self._note_unquantized(name.removeprefix(prefix), skeleton.state_shapes[name])
+        return plan
+
+    def _plan_head(self) -> _ShardPlan:
+        skeleton = self._skeleton
         head = _ShardPlan(HEAD_SHARD)
         for name in skeleton.root_names:
             if name != skeleton.embedding_name and name in self._recipes:
@@ -283,10 +298,7 @@ class StoreBuilder:
         if self._unties:
             shape = skeleton.state_shapes[skeleton.head_name]
             head.specs.append(TensorSpec(skeleton.head_name, self._stored_dtype, shape))
-        plans.append(head)
-        for plan in plans:
-            plan.specs = aligned_order(plan.specs)
-        return plans
+        return head
 
     def _note_unquantized(self, name: str, shape: tuple[int, ...]) -> None:
         if len(shape) >= 2 and name.endswith(("weight", "_proj")):

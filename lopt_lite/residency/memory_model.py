@@ -51,6 +51,8 @@ class Job:
         Whether there is a block that trains a reconstruction head.
     cache_bytes:
         Size of one activation cache, 0 when there is only one block.
+    matches:
+        Whether there is a block that matches targets read from a cache.
     anchored_tokens:
         Most anchored tokens of one optimiser step, 0 without an anchor.
     graph_layers:
@@ -65,6 +67,7 @@ class Job:
     answer_tokens: int | None = None
     all_tokens: int | None = None
     early_blocks: bool = False
+    matches: bool = False
     cache_bytes: int = 0
     anchored_tokens: int = 0
     graph_layers: int | None = None
@@ -174,8 +177,10 @@ def training_parts(
         inside = max(inside, micro * shapes.short_attention_bytes_per_pair * short)
     # Inputs of the block, and of the layer at hand with their gradients; and what is read for the next step.
     copies = (3 if layout.recompute else 1) + (1 if job.cache_bytes or together else 0)
+    copies += 1 if job.matches and not last else 0
     values, gradients = _state(shapes, block, layout, all_gradients=together and not layout.offload_state)
     reconstruction = shapes.hidden**2 // 2 * 16 * (-(-layers // job.depth(block)) - 1 if together else 1)
+    reconstruction *= job.early_blocks
     # A block that is worked on layer by layer has all its gradients only at its bottom, where no boundary is left.
     at_top = losses + boundary_bytes if layout.recompute else losses + gradients
     return {
@@ -199,7 +204,7 @@ def training_peak(
     shapes: ModelShapes, block: tuple[int, int], job: Job, layout: Layout, boundary_bytes: int, *, on_cpu: bool
 ) -> int:
     """The sum of :func:`training_parts` for the kind of block that needs more."""
-    kinds = (True, False) if job.early_blocks else (True,)
+    kinds = (True, False) if job.early_blocks or job.matches else (True,)
     return max(
         sum(training_parts(shapes, block, job, layout, boundary_bytes, last=last, on_cpu=on_cpu).values())
         for last in kinds

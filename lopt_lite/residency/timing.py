@@ -68,6 +68,7 @@ class BlockTimes:
     """Seconds of one block. ``waiting_share`` is the part of its steps spent waiting for layers to be loaded."""
 
     load_s: float
+    targets_s: float
     head_fit_s: float
     train_s: float
     held_out_s: float
@@ -77,7 +78,7 @@ class BlockTimes:
     @property
     def total_s(self) -> float:
         """Everything that is done for the block."""
-        return self.load_s + self.head_fit_s + self.train_s + self.held_out_s + self.cache_s
+        return self.load_s + self.targets_s + self.head_fit_s + self.train_s + self.held_out_s + self.cache_s
 
 
 @dataclass(frozen=True)
@@ -231,8 +232,13 @@ class TimeModel:
         """A reconstruction head (hidden x hidden / 4, twice) in float32, forward and backward."""
         hidden = self._shapes.hidden
         products = 3 * 2 * (hidden * hidden / 2) * tokens / self._speeds.float32_flops
-        fresh = 8 * 4 * hidden * tokens / self._speeds.fresh_bytes_per_s if self._on_cpu else 0.0
-        return products + 24 * 4 * hidden * tokens / self._speeds.elementwise_bytes_per_s + fresh
+        return products + self.squares_s(tokens)
+
+    def squares_s(self, tokens: float) -> float:
+        """A mean of squared differences of hidden states in float32, and its gradient."""
+        values = 4 * self._shapes.hidden * tokens
+        fresh = 8 * values / self._speeds.fresh_bytes_per_s if self._on_cpu else 0.0
+        return 24 * values / self._speeds.elementwise_bytes_per_s + fresh
 
     def put_in_place_s(self, block: tuple[int, int]) -> float:
         """Making a block's modules and loading what stays."""
@@ -290,20 +296,33 @@ class TimeModel:
             )
         return RunTimes(store_s=store_s, held_out_before_s=before, anchor_s=anchor, blocks=blocks)
 
+    def _targets_s(self, block: tuple[int, int], tokens: float, mean_length: float) -> float:
+        """Reading a block's unquantised layers, writing and using them, and writing what comes out."""
+        speeds, dense = self._speeds, self._shapes.dense_bytes(*block)
+        moved = (
+            dense / speeds.read_bytes_per_s + dense / speeds.write_bytes_per_s + dense / speeds.cached_read_bytes_per_s
+        )
+        written = tokens * self._shapes.hidden * self._shapes.itemsize / speeds.write_bytes_per_s
+        products = sum(self.forward_s(layer, tokens, mean_length) for layer in range(*block))
+        return moved + products + written + _SET_UP_S_PER_LAYER * (block[1] - block[0])
+
     def _block_times(
         self, block: tuple[int, int], objective: str, amounts: Amounts, *, last: bool, together: bool
     ) -> BlockTimes:
         padded = (amounts.tokens + (amounts.other_tokens if last or together else 0)) * amounts.padding
         step_tokens, mean = padded / amounts.steps_per_epoch, amounts.mean_length
         passes = amounts.steps_per_epoch
-        head_fit = train = held_out = cache = waited = 0.0
+        targets = head_fit = train = held_out = cache = waited = 0.0
+        if objective == "match":
+            targets = self._targets_s(block, amounts.tokens, mean)
         if objective != "none":
             seconds, waited = self.step_s(block, step_tokens, mean, train=True)
-            local = (
-                self.task_loss_s(amounts.answer_tokens, train=True)
-                if objective == "task"
-                else self.reconstruction_s(padded)
-            )
+            if objective == "task":
+                local = self.task_loss_s(amounts.answer_tokens, train=True)
+            elif objective == "match":
+                local = self.squares_s(padded)
+            else:
+                local = self.reconstruction_s(padded)
             if last:
                 # Both models' logits, and the gradient of one.
                 local += 1.5 * self.task_loss_s(amounts.anchored_tokens, train=True)
@@ -323,6 +342,7 @@ class TimeModel:
             cache = self.forward_all_s(block, everything, mean) + written + self.put_in_place_s(block)
         return BlockTimes(
             load_s=self.put_in_place_s(block) if objective != "none" else 0.0,
+            targets_s=targets,
             head_fit_s=head_fit,
             train_s=train,
             held_out_s=held_out,

@@ -7,26 +7,21 @@ fixed, so the cache is small, and is written once (in shards, each a durable fac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from lopt_lite import files
-from lopt_lite.data.dataset import Batch, TokenizedDataset, collate
+from lopt_lite.data.dataset import Batch, TokenizedDataset
 from lopt_lite.data.seeding import permutation
 from lopt_lite.errors import DataError
-from lopt_lite.events import Progress
 from lopt_lite.residency.anchors import Anchors
-from lopt_lite.residency.block_major import WAITING, pass_blocks
-from lopt_lite.training.activation_cache import ActivationCache, CacheLayout, drop_damaged, shard_name, write_cache
+from lopt_lite.training.activation_cache import ActivationCache, CacheLayout
 from lopt_lite.training.block_inputs import BlockInputs
 from lopt_lite.training.block_plan import Block
-from lopt_lite.training.cache_format import StoredError
+from lopt_lite.training.untouched import UntouchedPass
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
-
-#: About so many padded tokens pass through all blocks before the next ones do: enough to make loading blocks cheap.
-_PORTION_TOKENS = 65536
 
 
 class AnchorSample:
@@ -166,71 +161,24 @@ def write_anchors(bench: Workbench, sample: AnchorSample, blocks: Sequence[Block
     Raises
     ------
     StoppedError, DoesNotFitError
-        See :func:`write_cache`.
+        See :meth:`UntouchedPass.write`.
     """
-    layout = anchor_layout(bench, sample)
-    directory = bench.paths.anchors
-    finished_before = bench.journal.last("anchors") is not None
-    if finished_before:
-        facts = bench.journal.all("anchor-shard")
-        what = "what the untouched model says"
-        if not drop_damaged(directory, layout, facts, what=what, check=bench.stop.check, on_event=bench.on_event):
-            return
-    journalled = {int(fact["shard"]) for fact in bench.journal.all("anchor-shard")}
-    done = {number for number in journalled if (directory / shard_name(number)).is_file()}
-    files.require_free_space(
-        bench.paths.root,
-        layout.shard_bytes(n for n in range(len(layout.shards)) if n not in done) + (16 << 20),
-        what="the anchor's cache",
+    untouched = UntouchedPass(
+        bench,
+        bench.paths.anchors,
+        anchor_layout(bench, sample),
+        fact="anchors",
+        shard_fact="anchor-shard",
+        what="what the untouched model says",
     )
-    total = len(blocks) * sum(len(batches) for batches in layout.shards)
-    passed = len(blocks) * sum(len(layout.shards[number]) for number in done)
-
-    def on_pass() -> None:
-        nonlocal passed
-        bench.stop.check()
-        passed += 1
-        bench.on_event(Progress(task="what the untouched model says", done=passed, total=total, unit="batches"))
-
-    def run_batches(batches: list[list[int]], on_output: Callable[[int, torch.Tensor], None]) -> None:
-        for begin, end in _portions(batches, layout.lengths):
-            collated = [collate(bench.dataset, batch, bench.pad_token_id) for batch in batches[begin:end]]
-
-            def take(number: int, output: torch.Tensor, begin: int = begin, collated: list[Batch] = collated) -> None:
-                on_output(begin + number, _anchored_rows(sample, collated[number], output))
-
-            pass_blocks(
-                bench.store,
-                bench.skeleton,
-                collated,
-                [(block.first, block.end) for block in blocks],
-                inputs.micro_batch,
-                take,
-                device=bench.device,
-                residence=bench.residence,
-                spill_limits=WAITING,
-                spill_directory=bench.paths.root,
-                on_pass=on_pass,
-            )
-
-    def on_shard(number: int, error: StoredError, sha256: str) -> None:
-        bench.journal.add("anchor-shard", shard=number, name=shard_name(number), sha256=sha256)
-
-    write_cache(directory, layout, run_batches, done=done, on_shard=on_shard)
-    if not finished_before:
-        bench.journal.add("anchors")
-
-
-def _portions(batches: Sequence[Sequence[int]], lengths: torch.Tensor) -> list[tuple[int, int]]:
-    """Stretches of ``batches`` with about :data:`_PORTION_TOKENS` padded tokens each."""
-    portions: list[tuple[int, int]] = []
-    begin = tokens = 0
-    for number, batch in enumerate(batches):
-        tokens += len(batch) * max(int(lengths[example]) for example in batch)
-        if tokens >= _PORTION_TOKENS or number == len(batches) - 1:
-            portions.append((begin, number + 1))
-            begin, tokens = number + 1, 0
-    return portions
+    if not untouched.stands():
+        untouched.write(
+            bench.store,
+            [(block.first, block.end) for block in blocks],
+            inputs,
+            residence=bench.residence,
+            rows_of=functools.partial(_anchored_rows, sample),
+        )
 
 
 def _anchored_rows(sample: AnchorSample, batch: Batch, output: torch.Tensor) -> torch.Tensor:

@@ -62,14 +62,12 @@ class EmbeddedInputs:
         """Nothing to let go of."""
 
 
-class CachedInputs:
-    """A later block's inputs: what the block before it made of every example.
+class CacheReader:
+    """Reads batches from an activation cache, in the background those that are announced.
 
     Parameters
     ----------
-    directory, layout:
-        The cache of the block before.
-    keep_bytes, shards:
+    directory, layout, keep_bytes, shards:
         See :class:`ActivationCache`.
 
     Attributes
@@ -80,30 +78,32 @@ class CachedInputs:
 
     def __init__(
         self,
-        skeleton: Skeleton,
-        device: torch.device,
         directory: Path,
         layout: CacheLayout,
         *,
         keep_bytes: int = 0,
         shards: Collection[int] | None = None,
     ) -> None:
-        self._skeleton, self._device = skeleton, device
         self._cache = ActivationCache(directory, layout, keep_bytes=keep_bytes, shards=shards)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache-reader")
         self._ahead: dict[_Wanted, Future[torch.Tensor]] = {}
         self.ahead_count = 0
 
-    def micro_batch(self, batch: Batch) -> MicroBatch:
-        """See :class:`BlockInputs`.
+    def read(self, batch: Batch) -> torch.Tensor:
+        """Hidden states [rows, longest, hidden] of a batch, on the CPU.
 
         Raises
         ------
         ModelError
             The cache cannot be read.
         """
-        recording = self._skeleton.record(batch.input_ids.to(self._device), embed=False)
-        return MicroBatch(self._hidden(batch).to(self._device), recording.calls)
+        key = _wanted(batch)
+        ahead = self._ahead.pop(key, None)
+        # A read that has not begun would wait behind those announced before it.
+        if ahead is None or ahead.cancel():
+            return self._cache.read(*key)
+        self.ahead_count += 1
+        return ahead.result()
 
     def read_ahead(self, batches: Sequence[Batch]) -> None:
         """See :class:`BlockInputs`."""
@@ -120,14 +120,52 @@ class CachedInputs:
         self._reader.shutdown(wait=True)
         self._cache.close()
 
-    def _hidden(self, batch: Batch) -> torch.Tensor:
-        key = _wanted(batch)
-        ahead = self._ahead.pop(key, None)
-        # A read that has not begun would wait behind those announced before it.
-        if ahead is None or ahead.cancel():
-            return self._cache.read(*key)
-        self.ahead_count += 1
-        return ahead.result()
+
+class CachedInputs:
+    """A later block's inputs: what the block before it made of every example.
+
+    Parameters
+    ----------
+    directory, layout, keep_bytes, shards:
+        The cache of the block before; see :class:`ActivationCache`.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        device: torch.device,
+        directory: Path,
+        layout: CacheLayout,
+        *,
+        keep_bytes: int = 0,
+        shards: Collection[int] | None = None,
+    ) -> None:
+        self._skeleton, self._device = skeleton, device
+        self._reader = CacheReader(directory, layout, keep_bytes=keep_bytes, shards=shards)
+
+    @property
+    def ahead_count(self) -> int:
+        """Batches that were there before they were asked for."""
+        return self._reader.ahead_count
+
+    def micro_batch(self, batch: Batch) -> MicroBatch:
+        """See :class:`BlockInputs`.
+
+        Raises
+        ------
+        ModelError
+            The cache cannot be read.
+        """
+        recording = self._skeleton.record(batch.input_ids.to(self._device), embed=False)
+        return MicroBatch(self._reader.read(batch).to(self._device), recording.calls)
+
+    def read_ahead(self, batches: Sequence[Batch]) -> None:
+        """See :class:`BlockInputs`."""
+        self._reader.read_ahead(batches)
+
+    def close(self) -> None:
+        """Stop reading and close the cache's files."""
+        self._reader.close()
 
 
 def _wanted(batch: Batch) -> _Wanted:

@@ -36,8 +36,9 @@ from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_curs
 from lopt_lite.training.full import has_eight_bit_moments, own_weights, write_layers
 from lopt_lite.training.job import other_rows
 from lopt_lite.training.low_rank import fused_adapters
+from lopt_lite.training.matching import Targets
 from lopt_lite.training.micro_batch_size import MicroBatchSize, describe
-from lopt_lite.training.objectives import ReconstructionHead, reconstruction_loss
+from lopt_lite.training.objectives import ReconstructionHead, matching_loss, reconstruction_loss
 from lopt_lite.training.optimisation import learning_rate
 from lopt_lite.training.stopping import stopped
 from lopt_lite.training.trained import TrainedParameters
@@ -61,10 +62,10 @@ class _Phase:
 
 @dataclass
 class _Losses:
-    """Of one step: of the task, of each reconstruction head, and the divergence at anchored tokens."""
+    """Of one step: of the task, the squared errors of early blocks, and the divergence at anchored tokens."""
 
     task: float
-    reconstruction: dict[int, float]
+    squared: dict[int, float]
     kl: float = 0.0
 
 
@@ -81,12 +82,21 @@ class BlockTrainer:
         Makes the first block's input for a batch.
     anchors:
         What holds the last block to the untouched model, if anything does.
+    targets:
+        What a block that is alone in its stage is to match, if it is.
     """
 
     def __init__(
-        self, bench: Workbench, stage: Stage, inputs: BlockInputs, anchors: AnchorReader | None = None
+        self,
+        bench: Workbench,
+        stage: Stage,
+        inputs: BlockInputs,
+        *,
+        anchors: AnchorReader | None = None,
+        targets: Targets | None = None,
     ) -> None:
-        self._bench, self._stage, self._inputs, self._anchors = bench, stage, inputs, anchors
+        self._bench, self._stage, self._inputs = bench, stage, inputs
+        self._anchors, self._targets = anchors, targets
         self._is_last = stage.blocks[-1].index == len(bench.blocks) - 1
         self._checkpoints = CheckpointDirectory(bench.paths.checkpoint(stage.index))
         self._peak = devices.PeakMemory(bench.device)
@@ -330,10 +340,10 @@ class BlockTrainer:
                 self._halve_micro_batches(phase, number, indices, error)
             # Here nothing refers any more to the tensors of what failed.
             devices.release_everything(bench.device)
-        reconstruction = sum(losses.reconstruction.values()) / max(1, len(losses.reconstruction))
+        squared = sum(losses.squared.values()) / max(1, len(losses.squared))
         is_task = phase.name == "train" and self._stage.blocks[-1].objective == "task"
-        loss = losses.task if is_task else reconstruction
-        finite = all(map(math.isfinite, (loss, reconstruction, losses.kl)))
+        loss = losses.task if is_task else squared
+        finite = all(map(math.isfinite, (loss, squared, losses.kl)))
         norm = self._trained.end_step(finite=finite)
         devices.synchronize(bench.device)
         took_s = time.monotonic() - started
@@ -352,7 +362,7 @@ class BlockTrainer:
             device_peak_bytes=self._peak.read(),
             host_rss_bytes=devices.host_rss_bytes(),
             time=time.time(),
-            reconstruction_loss=reconstruction if is_task and self._heads else None,
+            reconstruction_loss=squared if is_task and self._heads else None,
             retain_kl=losses.kl if is_task and self._anchors is not None else None,
         )
         bench.metrics.add(step)
@@ -388,7 +398,10 @@ class BlockTrainer:
                 entering.append(self._inputs.micro_batch(batch))
                 if batch is batches[-1]:
                     coming = [self._micro_batches(phase, number + 1, part) for part in following]
-                    self._inputs.read_ahead([batch for part in coming for batch in part])
+                    ahead = [batch for part in coming for batch in part]
+                    self._inputs.read_ahead(ahead)
+                    if self._targets is not None:
+                        self._targets.read_ahead(ahead)
                 yield entering[-1]
 
         def dropout_seed(layer: int, part: int) -> int:
@@ -430,23 +443,26 @@ class BlockTrainer:
     ) -> _Local:
         """The loss of a block at its outputs: makes its share of a micro-batch, and sends its gradient back."""
         device, settings = self._bench.device, self._bench.settings
-        if block.index in self._heads:
-            head = self._heads[block.index]
+        if block.index in self._heads or self._targets is not None:
             learnt = [self._learnt(batch) for batch in batches]
             tokens = sum(int(mask.sum()) for mask in learnt)
             # A block that is trained alone by Adam does not feel a weight.
             together = settings.schedule == "joint" and phase.name == "train"
             weight = settings.reconstruction_weight / len(self._heads) if together else 1.0
-            losses.reconstruction[block.index] = 0.0
+            losses.squared[block.index] = 0.0
 
-            def reconstruct(part: int, output: torch.Tensor) -> float:
+            def reconstruct_or_match(part: int, output: torch.Tensor) -> float:
                 real = learnt[part].to(device)
-                loss = reconstruction_loss(head, output, entering[part].hidden, real, tokens=tokens)
+                if self._targets is not None:
+                    loss = matching_loss(output, self._targets.of(batches[part]), real, tokens=tokens)
+                else:
+                    head = self._heads[block.index]
+                    loss = reconstruction_loss(head, output, entering[part].hidden, real, tokens=tokens)
                 (weight * loss).backward()
-                losses.reconstruction[block.index] += float(loss.detach())
+                losses.squared[block.index] += float(loss.detach())
                 return weight * float(loss.detach())
 
-            return reconstruct
+            return reconstruct_or_match
         if block.objective != "task" or phase.name != "train":
             return lambda part, output: 0.0
         answers = self._answers

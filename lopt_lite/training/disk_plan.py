@@ -15,6 +15,7 @@ from lopt_lite.residency.shapes import ModelShapes
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Block
 from lopt_lite.training.cache_format import CacheFormat
+from lopt_lite.training.memory_choice import matching_ranges
 from lopt_lite.training.model_facts import ModelFacts, compute_dtype
 
 #: A trained parameter in float32: its two moments, and those with its value.
@@ -56,9 +57,16 @@ def disk_plan(
     token_bytes = CacheFormat(settings.cache, shapes.hidden, compute_dtype(settings)).token_bytes
     value_bytes = shapes.itemsize if shapes.full else 4
     left = value_bytes * sum(trained) + around
+    matching = 0
+    if ranges := matching_ranges(blocks):
+        # A block's targets, and its unquantised layers while they are made.
+        matching = cached_tokens * shapes.hidden * shapes.itemsize
+        matching += max(shapes.dense_bytes(*block) for block in ranges)
     parts = {
         "store_bytes": shapes.stored_bytes(0, len(shapes.layers)) + facts.around_bytes,
-        "caches_bytes": caches * cached_tokens * token_bytes + anchored_tokens * shapes.hidden * shapes.itemsize,
+        "caches_bytes": caches * cached_tokens * token_bytes
+        + anchored_tokens * shapes.hidden * shapes.itemsize
+        + matching,
         "checkpoints_bytes": 2 * _checkpoint_bytes(shapes, settings, job, at_once),
         "scratch_bytes": _scratch_bytes(shapes, residence, blocks, job, at_once),
         "blocks_bytes": left,

@@ -14,7 +14,7 @@ from lopt_lite.data.batches import epoch_batches
 from lopt_lite.data.estimate import DataEstimate
 from lopt_lite.errors import DoesNotFitError
 from lopt_lite.outcomes import PlanDisk
-from lopt_lite.residency.choices import Memory, Residence, choose_residence, smallest_budget
+from lopt_lite.residency.choices import Memory, Residence
 from lopt_lite.residency.machine import MachineSpeeds
 from lopt_lite.residency.memory_model import Job
 from lopt_lite.residency.timing import Amounts, RunTimes, TimeModel
@@ -22,6 +22,7 @@ from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Block, plan_blocks, plan_stages
 from lopt_lite.training.disk_plan import disk_plan
 from lopt_lite.training.job import make_job, other_rows
+from lopt_lite.training.memory_choice import residences, smallest_for_both
 from lopt_lite.training.model_facts import ModelFacts, compute_dtype
 
 #: Waiting for layers is worth a word from this share of a block's steps on.
@@ -118,12 +119,24 @@ class Draft:
         return replace(self, memory=replace(self.memory, budget_bytes=budget_bytes))
 
     def residence(self) -> Residence:
-        """See :func:`choose_residence`."""
-        return choose_residence(self.facts.shapes, self.ranges, self.job, device=self.device, memory=self.memory)
+        """See :func:`residences`."""
+        return residences(**self._all_of_memory)[0]
 
     def smallest_budget(self) -> int:
-        """See :func:`smallest_budget`."""
-        return smallest_budget(self.facts.shapes, self.ranges, self.job, device=self.device, memory=self.memory)
+        """See :func:`smallest_for_both`."""
+        return smallest_for_both(**self._all_of_memory)
+
+    @property
+    def _all_of_memory(self) -> dict[str, Any]:
+        return {
+            "shapes": self.facts.shapes,
+            "blocks": self.blocks,
+            "stages": self.ranges,
+            "job": self.job,
+            "train_examples": self.training.examples,
+            "device": self.device,
+            "memory": self.memory,
+        }
 
     def disk(self, residence: Residence) -> PlanDisk:
         """Disk space needed."""

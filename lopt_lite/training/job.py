@@ -55,6 +55,7 @@ def make_job(
         answer_tokens=None if most_answers is None else rows * most_answers,
         all_tokens=all_examples * longest,
         early_blocks="reconstruct" in settings.objectives(),
+        matches="match" in settings.objectives(),
         # The anchor's cache is written through the same buffers.
         cache_bytes=max(cached_tokens, most_anchors * all_examples) * row_bytes,
         anchored_tokens=anchored_rows * most_anchors,

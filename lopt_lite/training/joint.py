@@ -34,7 +34,7 @@ def train_jointly(bench: Workbench, sample: AnchorSample | None) -> None:
                 bench.release_memory()
                 anchors = AnchorReader(bench, sample)
                 stack.callback(anchors.close)
-            BlockTrainer(bench, stage, inputs, anchors).run()
+            BlockTrainer(bench, stage, inputs, anchors=anchors).run()
         bench.release_memory()
     # Also for a run that was done before: a crash may have come between the fact and the tidying.
     files.remove_tree(bench.paths.checkpoint(stage.index))

@@ -60,3 +60,17 @@ def reconstruction_loss(
     target = block_input.detach()[real].float()
     error = head(output[real]) - target
     return error.square().sum() / (tokens * output.shape[-1])
+
+
+def matching_loss(output: torch.Tensor, target: torch.Tensor, real: torch.Tensor, *, tokens: int) -> torch.Tensor:
+    """Mean squared difference between a block's output and its target, over real tokens, in float32.
+
+    Parameters
+    ----------
+    output, target:
+        [rows, tokens, hidden].
+    real, tokens:
+        As for :func:`reconstruction_loss`.
+    """
+    error = output[real].float() - target[real].float()
+    return error.square().sum() / (tokens * output.shape[-1])

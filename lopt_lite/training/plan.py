@@ -27,6 +27,7 @@ from lopt_lite.settings import TrainSettings
 from lopt_lite.training.data_facts import known_estimate
 from lopt_lite.training.disk_plan import require_disk
 from lopt_lite.training.draft import Draft, Places, counted
+from lopt_lite.training.memory_choice import check_unquantised
 from lopt_lite.training.model_facts import ModelFacts, model_facts, stored_dtype
 from lopt_lite.training.run_directory import RunPaths, run_directory
 
@@ -67,6 +68,7 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
         paths=_paths(settings, model),
         source_bytes=_source_bytes(model, facts),
     )
+    check_unquantised(model, draft.blocks)
     residence = draft.residence()
     disk = draft.disk(residence)
     require_disk(disk, draft.paths.run)

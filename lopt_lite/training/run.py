@@ -30,19 +30,19 @@ from lopt_lite.journal import Journal
 from lopt_lite.locks import locked
 from lopt_lite.outcomes import TrainOutcome
 from lopt_lite.residency.block_major import WAITING, held_out_losses
-from lopt_lite.residency.choices import Memory, Residence, choose_residence
-from lopt_lite.residency.process_size import steady_size
 from lopt_lite.seeds import derive_seed
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import write_adapter
 from lopt_lite.training.anchors import AnchorSample, check_anchored
-from lopt_lite.training.block_plan import Block, plan_blocks, plan_stages
+from lopt_lite.training.block_plan import Block, plan_blocks
 from lopt_lite.training.block_results import check_block
+from lopt_lite.training.decision import Decision, decide
 from lopt_lite.training.full import remarks
-from lopt_lite.training.job import make_job, other_rows
+from lopt_lite.training.job import other_rows
 from lopt_lite.training.joint import train_jointly
+from lopt_lite.training.memory_choice import check_unquantised
 from lopt_lite.training.metrics import Metrics, read_metrics
-from lopt_lite.training.model_facts import ModelFacts, facts_of
+from lopt_lite.training.model_facts import facts_of
 from lopt_lite.training.model_result import write_model
 from lopt_lite.training.plan import planned
 from lopt_lite.training.run_directory import RESULT_FACTS, RunIdentity, RunPaths, claim, run_directory, start_fresh
@@ -117,6 +117,7 @@ def _read_inputs(settings: TrainSettings, on_event: OnEvent) -> _Given:
     model = locate_model(settings.model, config_dirs=settings.config, on_event=on_event)
     skeleton = Skeleton(model, dtype=DTYPES[settings.dtype])
     blocks = plan_blocks(skeleton.layer_count, settings.objectives())
+    check_unquantised(model, blocks)
     if settings.tune == "lora" and not any(
         target_names(skeleton, index, settings) for index in range(skeleton.layer_count)
     ):
@@ -221,8 +222,7 @@ def _open_bench(
         skeleton = given.skeleton
         dataset = given.dataset
         # Before the store is made: what cannot work is refused before anything large is written.
-        decided = _decide_residence(journal, given, dataset.lengths, settings, device)
-        residence = decided[0]
+        decided = _decide(journal, given, dataset.lengths, settings, device)
         if not any(journal.last(fact) for fact in RESULT_FACTS):
             _show_plan(
                 settings,
@@ -249,6 +249,7 @@ def _open_bench(
             paths=paths,
             journal=journal,
             metrics=metrics,
+            model=given.model,
             store=store,
             skeleton=skeleton,
             tokenizer=given.tokenizer,
@@ -258,47 +259,36 @@ def _open_bench(
             held_out_count=0 if given.held_out is None else len(given.held_out),
             blocks=given.blocks,
             device=device,
-            residence=residence,
+            residence=decided.residence,
+            matching_residence=decided.matching_residence,
             stop=stop,
             on_event=on_event,
         )
 
 
-def _decide_residence(
+def _decide(
     journal: Journal, given: _Given, lengths: torch.Tensor, settings: TrainSettings, device: torch.device
-) -> tuple[Residence, Memory, ModelFacts]:
-    """Decide once per run, so that a resumed run computes as the first part did."""
-    memory = Memory.now(device, settings.memory_bytes())
-    if device.type == "cpu":
-        memory = dataclasses.replace(memory, used_bytes=steady_size(memory.used_bytes))
-    facts = facts_of(given.skeleton, settings)
-    fact = journal.last("residence", device=device.type)
-    if fact is not None:
-        return Residence.from_json(fact), memory, facts
-    ranges = [(stage.first, stage.end) for stage in plan_stages(given.blocks, settings.schedule)]
+) -> Decision:
     sample = given.sample
-    job = make_job(
+    return decide(
+        journal,
         settings,
-        facts.shapes,
+        facts_of(given.skeleton, settings),
         given.blocks,
+        lengths=lengths,
         train_examples=len(given.train),
-        all_examples=len(lengths),
         other_examples=0 if given.other is None else len(given.other),
-        longest=int(lengths.max()),
-        all_tokens=int(lengths.sum()),
         most_answers=int(given.train.target_counts.max()) if given.held_out is None else None,
         most_anchors=0 if sample is None else int(sample.counts.max()),
+        device=device,
     )
-    residence = choose_residence(facts.shapes, ranges, job, device=device, memory=memory)
-    journal.add("residence", device=device.type, **residence.to_json())
-    return residence, memory, facts
 
 
 def _show_plan(
     settings: TrainSettings,
     dataset: TokenizedDataset,
     counts: tuple[int, int],
-    decided: tuple[Residence, Memory, ModelFacts],
+    decided: Decision,
     *,
     run: Path,
     store: Path,
@@ -306,7 +296,7 @@ def _show_plan(
     on_event: OnEvent,
 ) -> None:
     """The first lines of a run: what was decided, and what it will need."""
-    residence, memory, facts = decided
+    facts = decided.facts
     if not facts.shapes.measured:
         text = "a layer of this model cannot be tried out without its weights: its activations' size is an estimate"
         on_event(Notice(text=text))
@@ -314,8 +304,8 @@ def _show_plan(
         planned(
             settings,
             facts,
-            residence,
-            memory,
+            decided.residence,
+            decided.memory,
             lengths=dataset.lengths,
             target_counts=dataset.target_counts,
             counts=counts,

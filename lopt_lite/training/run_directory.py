@@ -72,6 +72,14 @@ class RunPaths:
         """What the untouched model made of anchored tokens."""
         return self.root / "cache" / "anchors"
 
+    def targets(self, block: int) -> Path:
+        """What the unquantised layers of block ``block`` make of its inputs."""
+        return self.root / "cache" / f"targets-{block:02d}"
+
+    def unquantised(self, block: int) -> Path:
+        """The unquantised layers of block ``block``, while its targets are written."""
+        return self.root / "cache" / f"unquantised-{block:02d}"
+
     def block(self, block: int) -> Path:
         """What belongs to block ``block``: its adapter or layers, and checkpoints while it trains."""
         return self.root / "blocks" / f"block-{block:02d}"

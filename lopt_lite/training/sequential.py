@@ -23,6 +23,7 @@ from lopt_lite.training.block_results import check_block
 from lopt_lite.training.block_trainer import BlockTrainer
 from lopt_lite.training.cache_format import StoredError
 from lopt_lite.training.checkpoint import load_tensors
+from lopt_lite.training.matching import Targets, write_targets
 from lopt_lite.training.trained import TrainedParameters
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
@@ -62,6 +63,7 @@ def train_sequentially(bench: Workbench, sample: AnchorSample | None) -> None:
                 bench.release_memory()
         # Also for a block that was done before: a crash may have come between the fact and the tidying.
         files.remove_tree(bench.paths.cache(block.index))
+        files.remove_tree(bench.paths.targets(block.index))
         files.remove_tree(bench.paths.checkpoint(block.index))
     files.remove_tree(bench.paths.anchors)
 
@@ -81,7 +83,13 @@ def _train(bench: Workbench, stage: Stage, layout: CacheLayout, sample: AnchorSa
             bench.release_memory()
             anchors = AnchorReader(bench, sample)
             stack.callback(anchors.close)
-        BlockTrainer(bench, stage, inputs, anchors).run()
+        targets = None
+        if block.objective == "match":
+            write_targets(bench, block, inputs)
+            bench.release_memory()
+            targets = Targets(bench, block)
+            stack.callback(targets.close)
+        BlockTrainer(bench, stage, inputs, anchors=anchors, targets=targets).run()
 
 
 def _inputs(bench: Workbench, block: Block, layout: CacheLayout, shards: Collection[int] | None = None) -> BlockInputs:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lopt_lite import devices
+from lopt_lite.checkpoints.locate import ModelFiles
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.data.dataset import TokenizedDataset
@@ -29,13 +30,15 @@ class Workbench:
     """The parts of one run that do not change while it works.
 
     ``dataset`` holds the training examples first (``train_count`` of them), then the held-out ones, then those that are
-    only there to anchor on (``--retain-data``), of which no token is to be predicted.
+    only there to anchor on (``--retain-data``), of which no token is to be predicted. ``matching_residence`` says where
+    unquantised layers are while a block's targets are made of them; None where no block needs any.
     """
 
     settings: TrainSettings
     paths: RunPaths
     journal: Journal
     metrics: Metrics
+    model: ModelFiles
     store: Store
     skeleton: Skeleton
     tokenizer: Any
@@ -46,6 +49,7 @@ class Workbench:
     blocks: list[Block]
     device: torch.device
     residence: Residence
+    matching_residence: Residence | None
     stop: Stopper
     on_event: OnEvent
 

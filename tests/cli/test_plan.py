@@ -77,6 +77,7 @@ PLAN = outcomes.PlanOutcome(
             first_layer=0,
             end_layer=40,
             load_s=1.0,
+            targets_s=0.0,
             head_fit_s=100.0,
             train_s=400.0,
             held_out_s=0.0,

@@ -19,7 +19,7 @@ from lopt_lite.journal import read_facts
 from lopt_lite.residency.head import place_head
 from lopt_lite.residency.pool import MicroBatch, ResidentLayers
 from lopt_lite.results.open_run import open_run
-from lopt_lite.training import run as training_run
+from lopt_lite.training import memory_choice
 from tests.rig import CPU, residence
 from tests.tiny_models import make_data, make_model
 
@@ -98,7 +98,7 @@ def test_where_layers_are_does_not_change_the_result(dtype, mode, blocks, tmp_pa
     for name in ("resident", mode):
         # The head in slices rounds differently; this is about layers.
         chosen = residence(name, layers=-(-4 // blocks), micro_batch_tokens=80, head_slice_rows=None)
-        monkeypatch.setattr(training_run, "choose_residence", lambda *a, chosen=chosen, **k: chosen)
+        monkeypatch.setattr(memory_choice, "choose_residence", lambda *a, chosen=chosen, **k: chosen)
         (tmp_path / name).mkdir()
         runs.append(_train(tmp_path / name, model, **changes))
     torch.set_num_threads(threads)

@@ -298,7 +298,7 @@ def test_where_layers_are_does_not_change_the_result(
     mode: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Resident dequantised, resident 4-bit and streamed runs end with the same adapter bytes and held-out losses."""
-    from lopt_lite.training import run as training_run
+    from lopt_lite.training import memory_choice
 
     model = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
     changes = {
@@ -314,7 +314,7 @@ def test_where_layers_are_does_not_change_the_result(
     losses = [f["loss"] for f in read_facts(expected / "journal.jsonl")[0] if f["fact"] == "validation"]
     assert _mode(expected) == "dequantised"
 
-    monkeypatch.setattr(training_run, "choose_residence", lambda *a, **k: residence(mode))
+    monkeypatch.setattr(memory_choice, "choose_residence", lambda *a, **k: residence(mode))
     run = _train(tmp_path, model, fresh=True, **changes)
 
     assert _mode(run) == {"offloaded": "streamed"}.get(mode, mode)

@@ -31,8 +31,7 @@ from typing import Any
 import torch
 from lopt_lite_cli.main import main
 
-from lopt_lite.training import activation_cache
-from lopt_lite.training import run as training_run
+from lopt_lite.training import activation_cache, memory_choice
 from tests.rig import residence
 from tests.training.operations import Operation, fail_at, kill_at, record, recorded, watch
 
@@ -57,7 +56,7 @@ def make_everything_small(mode: str) -> None:
     """Several micro-batches a step and several shards a cache for a tiny model too; layers where ``mode`` says."""
     activation_cache._SHARD_BYTES = 12 << 10
     chosen = residence(mode, micro_batch_tokens=80)
-    training_run.choose_residence = lambda *args, **kwargs: chosen
+    memory_choice.choose_residence = lambda *args, **kwargs: chosen
 
 
 def attempt(arguments: list[str], log: Path, *, prepare: Callable[[], None], cut: Callable[[int], None]) -> int:

@@ -19,8 +19,7 @@ from lopt_lite.data.load import load_dataset
 from lopt_lite.errors import DataError, SettingsError, StoppedError
 from lopt_lite.events import Event, Progress, Step, ignore
 from lopt_lite.seeds import derive_seed
-from lopt_lite.training import run as training_run
-from lopt_lite.training import stopping
+from lopt_lite.training import memory_choice, stopping
 from lopt_lite.training.anchors import AnchorSample
 from lopt_lite.training.job import other_rows
 from tests.rig import residence
@@ -166,7 +165,7 @@ def test_every_way_of_working_holds_alike(tmp_path, inputs, objective, mode, mon
     found = []
     for chosen in ("resident", mode):
         monkeypatch.setattr(
-            training_run,
+            memory_choice,
             "choose_residence",
             lambda *args, chosen=chosen, **kwargs: residence(chosen, micro_batch_tokens=96, dequantised=False),
         )

@@ -21,7 +21,7 @@ from lopt_lite.checkpoints.store import EMBEDDING_SHARD, HEAD_SHARD, layer_shard
 from lopt_lite.errors import StoppedError
 from lopt_lite.events import BlockStarted, Event, Notice, Step
 from lopt_lite.journal import read_facts
-from lopt_lite.training import activation_cache, sequential
+from lopt_lite.training import activation_cache, memory_choice, sequential
 from lopt_lite.training import run as training_run
 from tests.damage import flip_a_byte
 from tests.rig import residence
@@ -98,7 +98,7 @@ def reference(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
 def test_a_damaged_shard_of_the_store_is_made_again(inputs, tmp_path, reference, monkeypatch, shard, mode):
     settings = _settings(inputs, tmp_path / "run")
     chosen = residence(mode, layers=4)
-    monkeypatch.setattr(training_run, "choose_residence", lambda *args, **kwargs: chosen)
+    monkeypatch.setattr(memory_choice, "choose_residence", lambda *args, **kwargs: chosen)
     _train_until(settings, block=0, step=0)
     path = tmp_path / "run" / "store" / shard
     flip_a_byte(path)

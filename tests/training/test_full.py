@@ -21,7 +21,7 @@ from lopt_lite.data.load import load_dataset
 from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.events import Event, Step
 from lopt_lite.residency.streamed import StreamedLayers
-from lopt_lite.training import run as training_run
+from lopt_lite.training import memory_choice
 from lopt_lite.training.checkpoint import save_tensors
 from lopt_lite.training.full import has_eight_bit_moments, own_weights, remarks, write_layers
 from lopt_lite.training.optimisation import learning_rate
@@ -95,7 +95,7 @@ def _plain_loop(
 @pytest.mark.parametrize("mode", ["resident", "streamed"])
 def test_it_equals_a_plain_loop_over_the_whole_model(changes, trained, block, mode, tmp_path, monkeypatch):
     chosen = residence(mode, layers=len(trained))
-    monkeypatch.setattr(training_run, "choose_residence", lambda *args, **kwargs: chosen)
+    monkeypatch.setattr(memory_choice, "choose_residence", lambda *args, **kwargs: chosen)
     model = make_model(tmp_path / "model", "llama")
     run, steps = _train(tmp_path, model, **changes)
     assert len(steps) == 10

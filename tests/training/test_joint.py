@@ -154,11 +154,11 @@ def test_the_papers_recipe_equals_a_whole_model_loop(architecture, blocks, memor
 
 
 def _stream_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lopt_lite.training import run as training_run
+    from lopt_lite.training import memory_choice
     from tests.rig import residence
 
     chosen = residence("offloaded", layers=4, micro_batch_tokens=64)
-    monkeypatch.setattr(training_run, "choose_residence", lambda *args, **kwargs: chosen)
+    monkeypatch.setattr(memory_choice, "choose_residence", lambda *args, **kwargs: chosen)
 
 
 def test_an_untied_result_is_an_ordinary_checkpoint(tmp_path):
@@ -182,7 +182,7 @@ def _adapter(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("mode", ["recomputed", "partly streamed", "streamed", "offloaded"])
 def test_every_way_of_working_gives_the_same_adapter(mode, tmp_path, monkeypatch):
-    from lopt_lite.training import run as training_run
+    from lopt_lite.training import memory_choice
     from tests.rig import residence
 
     model = make_model(tmp_path / "model", "llama")
@@ -191,7 +191,7 @@ def test_every_way_of_working_gives_the_same_adapter(mode, tmp_path, monkeypatch
     bytes_of = {}
     for name in ("resident", mode):
         monkeypatch.setattr(
-            training_run,
+            memory_choice,
             "choose_residence",
             lambda *args, name=name, **kwargs: residence(name, layers=4, micro_batch_tokens=128, dequantised=False),
         )

@@ -20,8 +20,7 @@ from lopt_lite.data.load import load_dataset
 from lopt_lite.errors import StoppedError
 from lopt_lite.events import Event, Step, Validation, ignore
 from lopt_lite.residency.choices import Memory, choose_residence, smallest_budget
-from lopt_lite.training import block_trainer, stopping
-from lopt_lite.training import run as training_run
+from lopt_lite.training import block_trainer, memory_choice, stopping
 from lopt_lite.training.block_plan import plan_blocks
 from lopt_lite.training.job import make_job
 from lopt_lite.training.model_facts import facts_of
@@ -44,7 +43,7 @@ def _settings(inputs: tuple[Path, Path], run: Path, **changes: Any) -> TrainSett
 
 def _use(monkeypatch: pytest.MonkeyPatch, mode: str, **changes: Any) -> None:
     chosen = residence(mode, layers=4, **changes)
-    monkeypatch.setattr(training_run, "choose_residence", lambda *args, **kwargs: chosen)
+    monkeypatch.setattr(memory_choice, "choose_residence", lambda *args, **kwargs: chosen)
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:

@@ -21,8 +21,7 @@ import lopt_lite
 from lopt_lite import TrainSettings
 from lopt_lite.errors import RunDirectoryError, StoppedError
 from lopt_lite.events import BlockDone, BlockStarted, Event, Progress, Step, Validation
-from lopt_lite.training import block_trainer, stopping
-from lopt_lite.training import run as training_run
+from lopt_lite.training import block_trainer, memory_choice, stopping
 from lopt_lite.training.metrics import read_metrics
 from tests.rig import residence
 from tests.tiny_models import make_data, make_model
@@ -164,7 +163,7 @@ def _settings(inputs: tuple[Path, Path], output: Path, **changes: Any) -> TrainS
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the layers are, and several micro-batches a step."""
     chosen = residence(getattr(request, "param", "resident"), micro_batch_tokens=80)
-    monkeypatch.setattr(training_run, "choose_residence", lambda *args, **kwargs: chosen)
+    monkeypatch.setattr(memory_choice, "choose_residence", lambda *args, **kwargs: chosen)
 
 
 @pytest.fixture

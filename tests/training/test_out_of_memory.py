@@ -19,7 +19,7 @@ from lopt_lite.checkpoints.skeleton import LayerCall
 from lopt_lite.errors import DoesNotFitError, StoppedError
 from lopt_lite.events import Event, Notice, Step
 from lopt_lite.journal import read_facts
-from lopt_lite.training import run as training_run
+from lopt_lite.training import memory_choice
 from lopt_lite.training.metrics import read_metrics
 from lopt_lite.training.trained import TrainedParameters
 from tests.rig import residence
@@ -48,7 +48,7 @@ def one_thread() -> Iterator[None]:
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the layers are."""
     chosen = residence(request.param, micro_batch_tokens=PLANNED_TOKENS)
-    monkeypatch.setattr(training_run, "choose_residence", lambda *args, **kwargs: chosen)
+    monkeypatch.setattr(memory_choice, "choose_residence", lambda *args, **kwargs: chosen)
 
 
 class Device:
