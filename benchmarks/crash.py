@@ -1,12 +1,13 @@
 """Tiny trainings that are killed, or whose disk fails, at every operation on files and at random moments.
 
 Each training is first run undisturbed, and what it does to files below its directory is recorded: each file opened to
-be written, write, fsync, rename, directory made, file or directory deleted. Then one training is killed (SIGKILL) just
-before and one just after each of these operations (of writes, a few of each kind); of the trainings after the first,
-one operation of each kind. For one of each kind, the operation also fails with each error (disk full: what still fits
-is written first). Others are killed at random times. Each is started again with the same command, and what it leaves is compared with the undisturbed one: bytes of
-adapter or model and of the store, losses, facts of the journal, files. A failing operation must also lead to the right
-exit code and message.
+be written, write, fsync, rename, directory made, file or directory deleted. Then one training is killed (SIGKILL)
+just before and one just after each of these operations (of writes, a few of each kind); of the trainings after the
+first, one operation of each kind. One operation of each kind also fails with each error (of the trainings after the
+first, with one of them; disk full: what still fits is written first). Others are killed at random times. Each is
+started again with the same command, and what it leaves is compared with the undisturbed one: bytes of adapter or model
+and of the store, losses, facts of the journal, files. A failing operation must also lead to the right exit code and
+message.
 
     python -m benchmarks.crash                 # an hour
     python -m benchmarks.crash --most 1000     # all operations of all trainings: two hours
@@ -49,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases:
         undisturbed = partial(bench.alone.call, _reference, directory=str(bench.directory), case=case)
         operations = bench.measure(f"{case}, undisturbed", undisturbed)["operations"]
-        most_of_case = most if most is not None or case == CASES[0] else _MOST_OF_OTHERS
-        for what, tries in _tries(operations, most_of_case, quick=bench.quick).items():
+        thorough = case == CASES[0] or most is not None
+        most_of_case = most if thorough else _MOST_OF_OTHERS
+        for what, tries in _tries(operations, most_of_case, every_fault=thorough, quick=bench.quick).items():
             found: Counter[str] = Counter()
             for begin in range(0, len(tries), _PORTION):
                 portion = tries[begin : begin + _PORTION]
@@ -74,8 +76,11 @@ def _judged(bench: Bench, key: str, function: Callable[..., dict[str, Any]], **a
     return Counter(tries=result["tries"], cut=result["cut"], wrong=len(result["problems"]))
 
 
-def _tries(operations: list[list[Any]], most: int | None, *, quick: bool) -> dict[str, list[Any]]:
-    """(operation, how to disturb it) for each group of tries."""
+def _tries(operations: list[list[Any]], most: int | None, *, every_fault: bool, quick: bool) -> dict[str, list[Any]]:
+    """(operation, how to disturb it) for each group of tries.
+
+    ``every_fault``: each operation that fails does so with every error, else with one of them in turn.
+    """
     from tests.training.interruptions import FAULTS, some_of_each_kind
     from tests.training.operations import Operation
 
@@ -89,9 +94,14 @@ def _tries(operations: list[list[Any]], most: int | None, *, quick: bool) -> dic
     most_writes = _MOST_WRITES if most is None else min(most, _MOST_WRITES)
     chosen += some_of_each_kind(writes, len(writes), rng, most_of_a_kind=most_writes)
     failing = some_of_each_kind(known, len(known), rng, most_of_a_kind=_MOST_FAULTS)
+    errors = list(FAULTS)
     return {
         "killed before and after": [(operation, how) for operation in chosen for how in ("before", "after")],
-        "failing": [(operation, how) for operation in failing for how in FAULTS],
+        "failing": [
+            (operation, how)
+            for number, operation in enumerate(failing)
+            for how in (errors if every_fault else [errors[number % len(errors)]])
+        ],
     }
 
 

@@ -42,6 +42,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def even_widths(architecture: str) -> dict[str, Any]:
+    """Changes of the config with which every matrix has a multiple of 64 columns: bitsandbytes reads those rightly."""
+    own = ARCHITECTURES[architecture][1]
+    wide = {"hidden_size": 64, "intermediate_size": 128, "n_embd": 64, "word_embed_proj_dim": 64, "ffn_dim": 128}
+    return {
+        **{name: value for name, value in wide.items() if name in own or name in _COMMON},
+        **({"head_dim": 16} if "head_dim" in own else {}),
+    }
+
+
 def make_config(architecture: str, vocabulary: int, **changes: Any) -> Any:
     """The config of a tiny model."""
     class_name, own = ARCHITECTURES[architecture]

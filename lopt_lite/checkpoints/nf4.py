@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import bitsandbytes.functional as bnb
@@ -66,8 +67,22 @@ def state_of(name: str, tensors: dict[str, torch.Tensor], device: torch.device) 
 
 def dequantize_matrix(name: str, tensors: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
     """The matrix [out, in] that NF4 tensors stand for, in the dtype they were made for, on ``device``."""
-    state = state_of(name, tensors, device)
-    return bnb.dequantize_4bit(tensors[name].to(device), state)
+    return dequantize(tensors[name].to(device), state_of(name, tensors, device))
+
+
+def dequantize(packed: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
+    """The matrix [out, in] that ``packed`` (uint8, two values a byte) stands for, in ``state``'s dtype.
+
+    bitsandbytes 0.50's kernel for CPUs takes it that rows begin where blocks of 64 values do, and scales matrices of
+    other widths wrongly. It gets those in rows of 64 values, or as one long row.
+    """
+    if packed.device.type != "cpu" or state.shape[-1] % BLOCK_SIZE == 0:
+        return bnb.dequantize_4bit(packed, state)
+    elements = state.shape.numel()
+    rows = elements // BLOCK_SIZE if elements % BLOCK_SIZE == 0 else 1
+    aligned = copy.copy(state)
+    aligned.shape = torch.Size((rows, elements // rows))
+    return bnb.dequantize_4bit(packed, aligned).reshape(state.shape)
 
 
 def state_shape(state_tensor: torch.Tensor) -> tuple[int, ...]:

@@ -7,16 +7,49 @@ rest of it (an adapter attached to it, say) stays.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from torch import nn
 
 from lopt_lite.checkpoints.names import split_nf4_suffix
-from lopt_lite.checkpoints.nf4 import dequantize_matrix
+from lopt_lite.checkpoints.nf4 import dequantize, dequantize_matrix
 from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.errors import ModelError
+
+
+class PackedLinear4bit(bnb.nn.Linear4bit):
+    """A 4-bit linear layer whose matrix is dequantised in every product.
+
+    On the CPU by :func:`dequantize`, which is right for every width; elsewhere by bitsandbytes' own kernels.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out], in the dtype of ``x``."""
+        if x.device.type != "cpu":
+            output: torch.Tensor = super().forward(x)
+            return output
+        product: torch.Tensor = _PackedProduct.apply(x, self)
+        return product
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix [out, in]."""
+        return dequantize(self.weight.data, self.weight.quant_state).to(dtype)
+
+
+class _PackedProduct(torch.autograd.Function):
+    """x [..., in] and a frozen :class:`PackedLinear4bit`: its output; no dense matrix is kept for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: PackedLinear4bit) -> torch.Tensor:
+        ctx.module = module
+        return nn.functional.linear(x, module.dense(x.dtype), module.bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ ctx.module.dense(gradient.dtype), None
 
 
 class DequantizedLinear4bit(bnb.nn.Linear4bit):
@@ -42,7 +75,7 @@ class LayerShell:
         Names (within the layer) of the linear modules whose weights are NF4 in the store.
     dequantize:
         Turn NF4 matrices into the compute dtype when they are put in, instead of in every product. Four times the
-        memory, the same numbers: bitsandbytes multiplies with exactly this dequantised matrix.
+        memory, the same numbers: each product is one with exactly this dequantised matrix.
 
     Attributes
     ----------
@@ -139,8 +172,8 @@ class LayerShell:
             _put(module, leaf, torch.empty(expected[name], device="meta"))
 
     def _linear4bit(self, linear: nn.Linear) -> bnb.nn.Linear4bit:
-        kind = DequantizedLinear4bit if self._dequantize else bnb.nn.Linear4bit
-        module = kind(
+        kind = DequantizedLinear4bit if self._dequantize else PackedLinear4bit
+        return kind(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
@@ -148,10 +181,6 @@ class LayerShell:
             quant_type="nf4",
             device="meta",
         )
-        # On some CPUs bitsandbytes would repack the weights in place for a second kernel, with other rounding,
-        # whenever a forward pass runs without gradients. Training and evaluation must see the same numbers.
-        module.support_avx512bf16_for_cpu = False
-        return module
 
 
 def _put(module: nn.Module, leaf: str, value: torch.Tensor) -> None:

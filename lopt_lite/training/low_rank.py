@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lopt_lite.residency.layer_loader import DequantizedLinear4bit
+from lopt_lite.residency.layer_loader import DequantizedLinear4bit, PackedLinear4bit
 
 _in_use = False
 
@@ -50,7 +49,7 @@ def fuse(layer: nn.Module, adapter: str) -> None:
 def _can_fuse(module: BaseTunerLayer, adapter: str) -> bool:
     base = module.get_base_layer()
     plain = not module.lora_variant and list(module.active_adapters) == [adapter]
-    return plain and type(module) in _FUSED and type(base) in (nn.Linear, bnb.nn.Linear4bit, DequantizedLinear4bit)
+    return plain and type(module) in _FUSED and type(base) in (nn.Linear, PackedLinear4bit, DequantizedLinear4bit)
 
 
 class _Fused:
@@ -115,8 +114,8 @@ class _LowRankLinear(torch.autograd.Function):
 
 def _dense(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """The base's matrix [out, in], as its own products have it."""
+    if isinstance(base, PackedLinear4bit):
+        return base.dense(dtype)
     weight = base.weight
-    if type(base) is bnb.nn.Linear4bit:
-        weight = bnb.functional.dequantize_4bit(weight, weight.quant_state)
     assert isinstance(weight, torch.Tensor)
     return weight.to(dtype)

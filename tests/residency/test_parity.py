@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lopt_lite.residency.pool import MicroBatch
 from tests.rig import open_rig, plain_kernels
-from tests.tiny_models import ARCHITECTURES, make_model
+from tests.tiny_models import ARCHITECTURES, even_widths, make_model
 
 
 def _batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +38,7 @@ def test_unquantised_logits_equal_transformers(architecture: str, tmp_path: Path
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_store_loads_in_transformers_with_the_same_logits(architecture: str, tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", architecture)
+    model = make_model(tmp_path / "model", architecture, **even_widths(architecture))
     rig = open_rig(model, tmp_path / "store", quantize="nf4", dtype="bfloat16")
     ids, mask = _batch()
     reference = plain_kernels(AutoModelForCausalLM.from_pretrained(tmp_path / "store", dtype=torch.bfloat16).eval())

@@ -26,7 +26,7 @@ from lopt_lite.residency.pool import MicroBatch
 from lopt_lite.results.open_run import open_run
 from lopt_lite.training.optimisation import learning_rate
 from tests.rig import CPU, plain_kernels, residence
-from tests.tiny_models import make_data, make_model
+from tests.tiny_models import even_widths, make_data, make_model
 
 
 def _train(tmp_path: Path, model: Path, events: list[Event] | None = None, **changes: object) -> Path:
@@ -75,7 +75,7 @@ def test_adapter_in_plain_peft_gives_our_logits(architecture: str, tmp_path: Pat
 
 
 def test_adapter_on_the_plain_bitsandbytes_base_gives_our_logits(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    model = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16, **even_widths("llama"))
     run = _train(tmp_path, model, epochs=1, quantize="nf4", dtype="bfloat16")
     config = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -1,8 +1,9 @@
-"""Runs that are cut off again and again: ``python -m tests.training.interruptions JOB.json OUTCOME.json``.
+"""Runs that are cut off again and again: ``python -m tests.training.interruptions``, given jobs on standard input.
 
 Starting Python with torch takes seconds, a tiny run hardly more than one. So that a cut falls into the run and not into
 the imports, this process imports everything once, and each attempt is a fork of it that gives the command line to
-``main``. The job says how to cut:
+``main``. A line of input names a job's file; when the job is done, ``outcome.json`` lies beside it and a line is
+written. The job says how to cut:
 
 ``kill``        SIGKILL from outside after a random time.
 ``SIGINT``, ``SIGTERM``
@@ -22,8 +23,9 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from tests.training.operations import Operation, fail_at, kill_at, record, recor
 RECIPE = ["--blocks", "3", "--epochs", "2", "--batch-size", "4", "--validation", "0.2"]
 #: Options of those that are disturbed at single operations on files, many times over.
 SHORT_RECIPE = ["--blocks", "3", "--batch-size", "4", "--validation", "0.2"]
-NF4 = ["--quantize", "nf4", "--dtype", "bfloat16", "--objective", "reconstruct", "--lora-dropout", "0.1"]
+NF4 = ["--quantize", "nf4", "--dtype", "bfloat16", "--objective", "match,reconstruct", "--lora-dropout", "0.1"]
 FLOAT = ["--quantize", "none", "--dtype", "float32", "--objective", "none,reconstruct", "--lora-dropout", "0.1"]
 JOINT = ["--quantize", "nf4", "--schedule", "joint", "--retain", "1", "--retain-tokens", "4"]
 FULL = ["--tune", "full", "--dtype", "bfloat16", "--objective", "none,reconstruct", "--lr", "1e-3"]
@@ -216,14 +218,17 @@ def run_tries(job: dict[str, Any], work: Path) -> dict[str, Any]:
     return {"operations": len(operations), "tries": [{**asdict(one), "run": str(one.run)} for one in tries]}
 
 
-def main_of_jobs(job_path: Path, outcome_path: Path) -> None:
-    """Read the job, do it, write what came of it."""
+def do_jobs(job_paths: Iterable[str], tell: Callable[[str], object]) -> None:
+    """Read each job, do it, write what came of it beside it, and tell."""
     torch.set_num_threads(1)
-    job = json.loads(job_path.read_text())
-    make_everything_small(job["mode"])
-    work = outcome_path.parent
-    outcome_path.write_text(json.dumps(run_tries(job, work) if "tries" in job else run_job(job, work)))
+    for line in job_paths:
+        path = Path(line.strip())
+        job = json.loads(path.read_text())
+        make_everything_small(job["mode"])
+        outcome = run_tries(job, path.parent) if "tries" in job else run_job(job, path.parent)
+        (path.parent / "outcome.json").write_text(json.dumps(outcome))
+        tell("done")
 
 
 if __name__ == "__main__":
-    main_of_jobs(Path(sys.argv[1]), Path(sys.argv[2]))
+    do_jobs(sys.stdin, partial(print, flush=True))

@@ -32,7 +32,7 @@ from tests.training.same_runs import assert_same
 from tests.training.same_runs import steps as steps_of
 
 #: Operations on files that a kind of run is disturbed at; benchmarks/crash.py tries all of them.
-_TRIES = 6
+_TRIES = 4
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,28 @@ def one_thread() -> Iterator[None]:
 # -- cut off at random moments ----------------------------------------------------------------------------------------
 
 
-def _interrupt(work: Path, inputs: tuple[Path, Path], options: list[str], mode: str, **job: Any) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def interrupter() -> Iterator[subprocess.Popen[str]]:
+    """The process whose forks are the runs that are cut off."""
+    command = [sys.executable, "-m", "tests.training.interruptions"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _interrupt(
+    interrupter: subprocess.Popen[str],
+    work: Path,
+    inputs: tuple[Path, Path],
+    options: list[str],
+    mode: str,
+    **job: Any,
+) -> dict[str, Any]:
     model, data = inputs
     recipe = RECIPE
     if "tries" in job:
@@ -63,13 +84,9 @@ def _interrupt(work: Path, inputs: tuple[Path, Path], options: list[str], mode: 
     job["mode"] = mode
     job["arguments"] = ["train", str(model), str(data), *recipe, *options]
     (work / "job.json").write_text(json.dumps(job))
-    subprocess.run(
-        [sys.executable, "-m", "tests.training.interruptions", str(work / "job.json"), str(work / "outcome.json")],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=280,
-    )
+    assert interrupter.stdin is not None and interrupter.stdout is not None
+    print(work / "job.json", file=interrupter.stdin, flush=True)
+    assert interrupter.stdout.readline() == "done\n", "the process that cuts runs off has died"
     outcome: dict[str, Any] = json.loads((work / "outcome.json").read_text())
     if "tries" in job:
         return outcome
@@ -88,13 +105,15 @@ def _assert_all_same(work: Path, outcome: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "mode", "every"), [(NF4, "dequantised", "0s"), (FLOAT, "streamed", "0.1s")])
-def test_killed_at_twenty_random_moments_and_started_again_it_ends_with_the_same_bytes(
-    tmp_path, inputs, options, mode, every
+def test_killed_at_a_dozen_random_moments_and_started_again_it_ends_with_the_same_bytes(
+    interrupter, tmp_path, inputs, options, mode, every
 ):
-    outcome = _interrupt(tmp_path, inputs, [*options, "--checkpoint-every", every], mode, how="kill", cuts=20, seed=1)
+    outcome = _interrupt(
+        interrupter, tmp_path, inputs, [*options, "--checkpoint-every", every], mode, how="kill", cuts=12, seed=1
+    )
     assert set(outcome["codes"]) == {0, -signal.SIGKILL}
-    assert outcome["codes"].count(-signal.SIGKILL) >= 20
-    assert len(set(map(tuple, outcome["places"]))) >= 8, "the kills must have come at different stages"
+    assert outcome["codes"].count(-signal.SIGKILL) >= 12
+    assert len(set(map(tuple, outcome["places"]))) >= 6, "the kills must have come at different stages"
     _assert_all_same(tmp_path, outcome)
 
 
@@ -102,10 +121,12 @@ def test_killed_at_twenty_random_moments_and_started_again_it_ends_with_the_same
 @pytest.mark.parametrize(
     ("options", "mode"), [(NF4, "streamed"), (FLOAT, "resident"), (FULL, "offloaded"), (JOINT, "streamed")]
 )
-def test_killed_before_or_after_any_operation_on_files_it_ends_with_the_same_bytes(tmp_path, inputs, options, mode):
+def test_killed_before_or_after_any_operation_on_files_it_ends_with_the_same_bytes(
+    interrupter, tmp_path, inputs, options, mode
+):
     """Moments that a clock seldom hits: within a write, before and after a rename, a deletion, the journal's line."""
     options = [*options, "--checkpoint-every", "0s"]
-    outcome = _interrupt(tmp_path, inputs, options, mode, how=["before", "after"], tries=_TRIES, seed=2)
+    outcome = _interrupt(interrupter, tmp_path, inputs, options, mode, how=["before", "after"], tries=_TRIES, seed=2)
     for one in outcome["tries"]:
         assert one["codes"][0] in (-signal.SIGKILL, 0), one
         assert one["codes"][1] == 0, one
@@ -116,10 +137,10 @@ def test_killed_before_or_after_any_operation_on_files_it_ends_with_the_same_byt
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "mode"), [(NF4, "resident"), (FULL, "offloaded"), (JOINT, "streamed")])
 def test_where_any_operation_on_files_fails_it_says_so_and_ends_with_the_same_bytes_afterwards(
-    tmp_path, inputs, options, mode
+    interrupter, tmp_path, inputs, options, mode
 ):
     options = [*options, "--checkpoint-every", "0s"]
-    outcome = _interrupt(tmp_path, inputs, options, mode, how=list(FAULTS), tries=_TRIES, seed=5)
+    outcome = _interrupt(interrupter, tmp_path, inputs, options, mode, how=list(FAULTS), tries=_TRIES, seed=5)
     for one in outcome["tries"]:
         code, words = FAULTS[one["how"]]
         if one["codes"] == [0, 0] and is_harmless(Operation(**one["operation"]), one["how"]):
@@ -132,12 +153,16 @@ def test_where_any_operation_on_files_fails_it_says_so_and_ends_with_the_same_by
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "mode", "seed"), [("SIGINT", "resident", 3), ("SIGTERM", "streamed", 4)])
-def test_stopped_by_a_signal_at_ten_random_moments_it_ends_with_the_same_bytes(tmp_path, inputs, how, mode, seed):
-    outcome = _interrupt(tmp_path, inputs, [*NF4, "--checkpoint-every", "5m"], mode, how=how, cuts=10, seed=seed)
+def test_stopped_by_a_signal_at_random_moments_it_ends_with_the_same_bytes(
+    interrupter, tmp_path, inputs, how, mode, seed
+):
+    outcome = _interrupt(
+        interrupter, tmp_path, inputs, [*NF4, "--checkpoint-every", "5m"], mode, how=how, cuts=6, seed=seed
+    )
     # A SIGTERM that comes before the run has begun ends the process as it ends any.
     expected = {0, 75} if how == "SIGINT" else {0, 75, -signal.SIGTERM}
     assert set(outcome["codes"]) <= expected
-    assert outcome["codes"].count(75) >= 7
+    assert outcome["codes"].count(75) >= 4
     _assert_all_same(tmp_path, outcome)
 
 
