@@ -79,6 +79,15 @@ def _from_disk_full(error: OSError) -> Report:
     return Report("DiskFull", 4, f"the disk is full{where}", fix="free some space, then give the same command again")
 
 
+def _is_name_too_long(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+
+
+def _from_name_too_long(error: OSError) -> Report:
+    name = os.fsdecode(error.filename or "")
+    return Report("NameTooLong", 2, f"a name is too long for the file system: {one_line(name)[:80]}...")
+
+
 def _from_interrupt(error: BaseException) -> Report:
     return Report("Interrupted", STOPPED, "stopped", fix="give the same command again to go on")
 
@@ -104,6 +113,7 @@ TABLE = (
     _Row(lambda error: isinstance(error, KeyboardInterrupt), _from_interrupt),
     _Row(is_out_of_memory, _from_out_of_memory),
     _Row(_is_disk_full, _from_disk_full),
+    _Row(_is_name_too_long, _from_name_too_long),
     _Row(lambda error: True, _from_anything),
 )
 

@@ -41,7 +41,9 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     else:
         metavar = "PATH" if field.metadata.get("repeat") else None
         variable = _ENVIRONMENT + field.name.upper() if field.metadata.get("environment") else None
-        how = typer.Option(None, flag(field.name), metavar=metavar, help=text, show_default=False, envvar=variable)
+        # The other way round, for what a file of options or the environment has set.
+        names = f"{flag(field.name)}/{flag('no_' + field.name)}" if hint is bool else flag(field.name)
+        how = typer.Option(None, names, metavar=metavar, help=text, show_default=False, envvar=variable)
     kind = list[str] if field.metadata.get("repeat") else hint
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=how, annotation=Optional[kind])  # noqa: UP045
 

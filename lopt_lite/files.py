@@ -136,7 +136,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` by ``value`` as indented JSON, atomically and durably."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    # ASCII only: names of files may hold what is no text.
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: Path, *, what: str, error: type[LoptError], fix: str | None = None) -> Any:
@@ -157,7 +158,7 @@ def append_line(file: BinaryIO, value: Any, *, durable: bool = True) -> None:
     """Append ``value`` as one line of JSON to an open file; with ``durable`` it is fsynced before the return."""
     path = Path(str(file.name))
     try:
-        file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
+        file.write((json.dumps(value) + "\n").encode())
         file.flush()
         if durable:
             os.fsync(file.fileno())

@@ -7,6 +7,7 @@ journal can be relied on. A crash can cut the last line short; such a tail is dr
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ def read_facts(path: Path) -> tuple[list[Fact], int]:
     return facts, length
 
 
+def last_fact(facts: Sequence[Fact], name: str, **match: Any) -> Fact | None:
+    """The newest of ``facts``, oldest first, with this name whose values equal ``match``, or None."""
+    for entry in reversed(facts):
+        if entry["fact"] == name and all(entry.get(k) == v for k, v in match.items()):
+            return entry
+    return None
+
+
 class Journal:
     """An open journal.
 
@@ -75,10 +84,7 @@ class Journal:
 
     def last(self, fact: str, **match: Any) -> Fact | None:
         """The newest fact of this name whose values equal ``match``, or None."""
-        for entry in reversed(self.facts):
-            if entry["fact"] == fact and all(entry.get(k) == v for k, v in match.items()):
-                return entry
-        return None
+        return last_fact(self.facts, fact, **match)
 
     def all(self, fact: str, **match: Any) -> list[Fact]:
         """All facts of this name whose values equal ``match``, oldest first."""

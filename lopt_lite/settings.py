@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import os
 import re
 import typing
 from dataclasses import dataclass, field
@@ -30,18 +31,19 @@ Onto = Literal["original", "quantized"]
 OBJECTIVES = ("reconstruct", "task", "match", "none")
 
 
-def option(default: Any, help: str, *, repeat: bool = False, environment: bool = False) -> Any:
+def option(default: Any, help: str, *, repeat: bool = False, environment: bool = False, path: bool = False) -> Any:
     """A dataclass field that is also a command-line option with this help text.
 
-    ``environment``: on the command line, LOPT_LITE_ITS_NAME stands for the option where it is not given.
+    ``environment``: on the command line, LOPT_LITE_ITS_NAME stands for the option where it is not given. ``path``: a
+    ``~`` it begins with stands for the user's directory, also in YAML and from Python, where no shell has seen it.
     """
-    metadata = {"help": help, "repeat": repeat, "environment": environment}
+    metadata = {"help": help, "repeat": repeat, "environment": environment, "path": path}
     return field(default=default, metadata=metadata)
 
 
-def argument(help: str, *, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that is a positional argument of the command."""
-    metadata = {"help": help, "positional": True}
+def argument(help: str, *, default: Any = dataclasses.MISSING, path: bool = True) -> Any:
+    """A dataclass field that is a positional argument of the command; ``path`` as for :func:`option`."""
+    metadata = {"help": help, "positional": True, "path": path}
     if default is dataclasses.MISSING:
         return field(metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -56,18 +58,20 @@ class TrainSettings:
         "a store made by 'lopt-lite quantize', or a hub id."
     )
     data: str = argument("Training examples: a JSON Lines file.")
-    output: str | None = option(None, "Run directory. Default: runs/MODEL-DATA.")
+    output: str | None = option(None, "Run directory. Default: runs/MODEL-DATA.", path=True)
     fresh: bool = option(False, "Delete what an earlier run left in the run directory and start anew.")
     config: tuple[str, ...] = option(
         (),
         "A YAML file with any of these options (the command line wins), or the directory with config.json and "
         "tokenizer when they are not beside MODEL. May be given twice, for one of each.",
         repeat=True,
+        path=True,
     )
     validation: str | None = option(
         None,
         "Held-out examples: a JSON Lines file, or the fraction of DATA to hold out (e.g. 0.05). Their loss is shown "
         "before training, after each epoch of the last block, and at the end. Default: none.",
+        path=True,
     )
     preset: Preset | None = option(
         None,
@@ -114,7 +118,9 @@ class TrainSettings:
         "half the disk space and reading, with a small error that is measured and shown).",
     )
     store: str | None = option(
-        None, "Directory of the prepared weights; runs may share one. Default: RUN/store, or MODEL if it is a store."
+        None,
+        "Directory of the prepared weights; runs may share one. Default: RUN/store, or MODEL if it is a store.",
+        path=True,
     )
     epochs: int = option(1, "Passes over the data for each block.")
     lr: float = option(
@@ -143,6 +149,7 @@ class TrainSettings:
         None,
         "Other text to anchor on as well: a JSON Lines file in any form that DATA may have; answers in it are not "
         "learnt. Each step takes one of its examples for every four of DATA.",
+        path=True,
     )
     max_length: int = option(1024, "Longest example, in tokens; longer ones are cut at the front of the prompt.")
     lora_r: int = option(16, "Rank of the adapter.")
@@ -180,6 +187,7 @@ class TrainSettings:
         _fill(self, _DEFAULTS)
         _fill(self, _DEFAULTS_OF_TUNE["full" if self.tune == "full" else "lora"])
         _check_types(self)
+        _expand_home(self)
         if self.preset == "paper" and self.lr_early is None:
             object.__setattr__(self, "lr_early", self.lr)
         if self.tune == "full":
@@ -187,13 +195,12 @@ class TrainSettings:
         _check_schedule(self)
         _check_anchor(self)
         _at_least(self, 1, "blocks", "epochs", "batch_size", "lora_r", "retain_tokens")
-        _at_least(self, 0, "head_fit_epochs", "seed")
+        _at_least(self, 0, "head_fit_epochs")
         _at_least(self, 2, "max_length")
         _positive(self, "lr", "lr_early", "lora_alpha", "max_hours")
         if not 0 <= self.lora_dropout < 1:
             raise SettingsError(f"--lora-dropout is {self.lora_dropout}", expected="at least 0 and below 1")
-        if self.seed >= 2**63:
-            raise SettingsError(f"--seed is {self.seed}", expected="a number below 2**63")
+        _check_seed(self.seed)
         if not self.target_names and self.lora_targets != "all-linear":
             raise SettingsError(f"--lora-targets is {self.lora_targets!r}", expected="all-linear, or module names")
         if self.validation is not None and not self.validation.strip():
@@ -293,6 +300,11 @@ def _fill(settings: TrainSettings, defaults: dict[str, Any]) -> None:
             object.__setattr__(settings, name, value)
 
 
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise SettingsError(f"--seed is {seed}", expected="a number from 0 to below 2**63")
+
+
 def _check_schedule(settings: TrainSettings) -> None:
     """Refuse what one of the schedules has no use for."""
     if settings.schedule == "joint" and settings.cache != "exact":
@@ -385,7 +397,7 @@ class QuantizeSettings:
     model: str = argument("The model: a .safetensors file, an index file, a directory, or a hub id.")
     store: str = argument("Directory to write. It is an ordinary Hugging Face checkpoint that transformers can load.")
     config: tuple[str, ...] = option(
-        (), "The directory with config.json and tokenizer when they are not beside MODEL.", repeat=True
+        (), "The directory with config.json and tokenizer when they are not beside MODEL.", repeat=True, path=True
     )
     quantize: Quantize = option("nf4", "nf4 (4 bits, double quantisation, block size 64) or none.")
     dtype: Dtype = option("bfloat16", "Type of what stays unquantised.")
@@ -393,6 +405,7 @@ class QuantizeSettings:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _expand_home(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,6 +435,7 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _expand_home(self)
         _at_least(self, 1, "batch_size", "limit")
         _at_least(self, 0, "num_fewshot")
         _at_least(self, 2, "max_length")
@@ -448,6 +462,7 @@ class ReportSettings:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _expand_home(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -466,7 +481,9 @@ class GenerateSettings:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _expand_home(self)
         _at_least(self, 1, "max_new_tokens")
+        _check_seed(self.seed)
         parse_memory(self.memory)
         if not self.prompt:
             raise SettingsError("--prompt is empty", expected="the text to answer")
@@ -493,11 +510,12 @@ class ExportSettings:
         "was evaluated, which had 4-bit weights). quantized: add it to the dequantised 4-bit weights it was trained "
         "against (the evaluated model, up to bfloat16 rounding).",
     )
-    model: str | None = option(None, "Where the original model is now, if it has moved since training.")
+    model: str | None = option(None, "Where the original model is now, if it has moved since training.", path=True)
     device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.", environment=True)
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _expand_home(self)
         if self.format == "adapter" and self.onto != "original":
             raise SettingsError(
                 f"--onto {self.onto} says what to merge into, and --format adapter merges nothing",
@@ -536,7 +554,7 @@ def load_yaml(path: Path, settings: type[Any]) -> dict[str, Any]:
             f"cannot read --config {path}: {error.strerror or error}",
             expected="a YAML file of options, or the directory with config.json",
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise SettingsError(
             f"--config {path} is not YAML: {' '.join(str(error).split())}", expected="option: value lines"
         ) from error
@@ -558,7 +576,7 @@ def load_yaml(path: Path, settings: type[Any]) -> dict[str, Any]:
 
 
 def _yaml_loader() -> Any:
-    """PyYAML's SafeLoader without numbers to the base of 60: ``22:30`` is a time of day and not 1350."""
+    """PyYAML's SafeLoader without numbers to the base of 60 (``22:30`` is a time of day and not 1350), and dates."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -566,6 +584,11 @@ def _yaml_loader() -> Any:
             return node.value if ":" in node.value else super().construct_yaml_int(node)
 
     Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+    # A directory may be called 2026-11-25.
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     return Loader
 
 
@@ -592,6 +615,21 @@ def _check_types(settings: Any) -> None:
         if not _matches(value, hint):
             flag = "--" + f.name.replace("_", "-") if not f.metadata.get("positional") else f.name.upper()
             raise SettingsError(f"{flag} is {value!r}", expected=_describe(hint))
+
+
+def _expand_home(settings: Any) -> None:
+    """Put the user's directory in the place of a ``~`` that paths begin with."""
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if not f.metadata.get("path") or value is None:
+            continue
+        expanded = tuple(map(_at_home, value)) if isinstance(value, tuple) else _at_home(value)
+        object.__setattr__(settings, f.name, expanded)
+
+
+def _at_home(path: str) -> str:
+    # Of an unknown user, it stays as it is.
+    return os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -253,7 +253,6 @@ def test_yaml_values_get_the_type_of_their_option(tmp_path, line, name, value):
         ("quiet: 1", "--quiet"),
         ("quiet: 'yes'", "--quiet"),
         ("lora_targets: [q_proj, v_proj]", "--lora-targets"),
-        ("output: 2026-03-04", "--output"),
         ("output: false", "--output"),
         ("deadline: 1350", "--deadline"),
         ("checkpoint_every: 1:30", "--checkpoint-every"),
@@ -298,3 +297,23 @@ def test_a_yaml_file_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "latin1.yaml").write_bytes("output: größe".encode("latin-1"))
     with pytest.raises(SettingsError, match="is not YAML"):
         load_yaml(tmp_path / "latin1.yaml", TrainSettings)
+
+
+def test_a_tilde_stands_for_the_users_directory_wherever_a_path_is_given(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = _train(output="~/runs/x", store="~/s", config=("~/c",), retain=1.0, retain_data="~/r.jsonl")
+    assert (settings.output, settings.store) == (f"{tmp_path}/runs/x", f"{tmp_path}/s")
+    assert (settings.config, settings.retain_data) == ((f"{tmp_path}/c",), f"{tmp_path}/r.jsonl")
+    assert TrainSettings(model="~/m", data="~/d").data == f"{tmp_path}/d"
+    assert _train(output="a~b").output == "a~b"
+
+
+def test_a_date_in_yaml_is_a_name(tmp_path):
+    (tmp_path / "c.yaml").write_text("output: 2026-11-25\nstore: 2026-13-45\n")
+    assert load_yaml(tmp_path / "c.yaml", TrainSettings) == {"output": "2026-11-25", "store": "2026-13-45"}
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_generate_takes_the_seeds_that_train_takes(seed):
+    with pytest.raises(SettingsError, match="--seed"):
+        GenerateSettings(run="r", prompt="p", seed=seed)

@@ -34,6 +34,22 @@ def load_tokenizer(files: ModelDescription) -> PreTrainedTokenizerBase:
             expected=f"one of {', '.join(TOKENIZER_NAMES)}",
             fix=_FIX,
         )
+    return load_tokenizer_from(directory)
+
+
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether there are a tokenizer's files."""
+    return any((directory / name).is_file() for name in TOKENIZER_NAMES)
+
+
+def load_tokenizer_from(directory: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer whose files lie in a directory, running none of its code.
+
+    Raises
+    ------
+    ModelError
+        Its files are broken or need code of their own.
+    """
     try:
         with _quiet_transformers():
             return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)  # nosec B615

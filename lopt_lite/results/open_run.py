@@ -16,7 +16,7 @@ from lopt_lite.checkpoints.integrity import check_file
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store, store_info
-from lopt_lite.checkpoints.tokenizer import load_tokenizer
+from lopt_lite.checkpoints.tokenizer import holds_tokenizer, load_tokenizer, load_tokenizer_from
 from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.journal import read_facts
 from lopt_lite.residency.choices import Residence
@@ -26,7 +26,7 @@ from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import StoredAdapter
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, enable_adapter, load_adapter, set_training
 from lopt_lite.training.block_plan import Block, plan_blocks
-from lopt_lite.training.run_directory import RESULT_FACTS, RunPaths, read_settings
+from lopt_lite.training.run_directory import RESULT_FACTS, RunPaths, current_store, read_settings
 from lopt_lite.training.targets import tuning
 from lopt_lite.training.trained import TrainedParameters
 
@@ -143,8 +143,7 @@ def open_run(run: str, device: torch.device) -> OpenRun:
         if noted is not None:
             fix = "restore the file from a backup, or train again with --fresh"
             check_file(paths.adapter / "adapter_model.safetensors", noted, fix=fix)
-    store_directory = paths.store if paths.store.is_dir() else Path(content["store"])
-    store = Store(store_directory)
+    store = Store(current_store(paths, content))
     skeleton = _skeleton_of(store, settings, device)
     tuned_store = Store(paths.model) if full else store
     return OpenRun(
@@ -154,11 +153,19 @@ def open_run(run: str, device: torch.device) -> OpenRun:
         tuned_store=tuned_store,
         skeleton=skeleton,
         tuned_skeleton=_skeleton_of(tuned_store, settings, device) if full else skeleton,
-        tokenizer=load_tokenizer(locate_model(str(store_directory))),
+        tokenizer=_tokenizer(paths, store, settings),
         blocks=plan_blocks(skeleton.layer_count, settings.objectives()),
         adapters={} if full else StoredAdapter(paths.adapter, skeleton),
         device=device,
     )
+
+
+def _tokenizer(paths: RunPaths, store: Store, settings: TrainSettings) -> Any:
+    """The tokenizer that the run trained with, which lies beside its result; a shared store may have another one."""
+    beside = paths.model if settings.tune == "full" else paths.adapter
+    if holds_tokenizer(beside):
+        return load_tokenizer_from(beside)
+    return load_tokenizer(locate_model(str(store.directory)))
 
 
 def _skeleton_of(store: Store, settings: TrainSettings, device: torch.device) -> Skeleton:

@@ -15,7 +15,7 @@ from lopt_lite.results.stage_steps import Line, StageSteps, number, stage_steps
 from lopt_lite.results.status import status
 from lopt_lite.settings import parse_memory
 from lopt_lite.training.metrics import read_metrics
-from lopt_lite.training.run_directory import RunPaths, read_settings
+from lopt_lite.training.run_directory import RunPaths, current_store, read_settings
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class RunRecord:
 
     @property
     def store(self) -> Path:
-        """Where the weights are; a run that was moved takes its own along."""
-        return self.paths.store if self.paths.store.is_dir() else Path(str(self.content["store"]))
+        """Where the weights are."""
+        return current_store(self.paths, self.content)
 
     @property
     def result(self) -> Path:

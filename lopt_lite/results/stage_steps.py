@@ -40,7 +40,9 @@ def tokens_of(lines: Iterable[Line]) -> int:
 
 def is_finite(line: Line) -> bool:
     """Whether the step had a finite loss and gradient; one that had not was skipped."""
-    return all(line.get(key) is None or math.isfinite(number(line, key)) for key in _WATCHED)
+    # Not every step has each of the others.
+    others = all(line.get(key) is None or math.isfinite(number(line, key)) for key in _WATCHED)
+    return others and all(math.isfinite(number(line, key)) for key in ("loss", "grad_norm"))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lopt_lite.journal import Fact, read_facts
+from lopt_lite.journal import Fact, last_fact, read_facts
 from lopt_lite.locks import holder_pid
 from lopt_lite.outcomes import BlockStatus, StatusOutcome
 from lopt_lite.training.metrics import read_metrics
@@ -52,15 +52,15 @@ def status(run: str | Path) -> StatusOutcome:
     facts, _ = read_facts(paths.journal)
     metrics = read_metrics(paths.metrics)
     pid = holder_pid(paths.root)
-    finished = any(_last(facts, name) is not None for name in RESULT_FACTS)
+    finished = any(last_fact(facts, name) is not None for name in RESULT_FACTS)
     settings = content["settings"]
     stages = _stages(settings, facts, metrics)
     blocks = _blocks(settings, stages)
     per_epoch = _steps_per_epoch(settings, facts)
     left = _seconds_left(stages, _Paces(settings, stages, facts, metrics), facts, steps_per_epoch=per_epoch)
     result = "model" if settings.get("tune") == "full" else "adapter"
-    before = _last(facts, "validation", epoch=0)
-    after = _last(facts, "validation", epoch=settings["epochs"])
+    before = last_fact(facts, "validation", epoch=0)
+    after = last_fact(facts, "validation", epoch=settings["epochs"])
     losses = [m["loss"] for m in metrics if m.get("phase") == "train"]
     return StatusOutcome(
         run=str(run),
@@ -68,19 +68,13 @@ def status(run: str | Path) -> StatusOutcome:
         pid=pid,
         model=str(content["model"]["given"]),
         data=str(content["data"]["given"]),
-        store_done=_last(facts, "store-ready") is not None,
+        store_done=last_fact(facts, "store-ready") is not None,
         blocks=tuple(blocks),
         next="nothing, the run is done" if finished else _next(stages, len(blocks), facts, result),
         last_loss=losses[-1] if losses else None,
         loss_before=before["loss"] if before else None,
         loss_after=after["loss"] if after else None,
         seconds_left=0.0 if finished else left,
-    )
-
-
-def _last(facts: list[Fact], name: str, **match: Any) -> Fact | None:
-    return next(
-        (f for f in reversed(facts) if f["fact"] == name and all(f.get(k) == v for k, v in match.items())), None
     )
 
 
@@ -107,7 +101,7 @@ def _stages(settings: dict[str, Any], facts: list[Fact], metrics: list[dict[str,
                 first=first,
                 end=end,
                 objective="joint" if joint and len(mine) > 1 else mine[0],
-                done=_last(facts, "block", block=end - 1) is not None,
+                done=last_fact(facts, "block", block=end - 1) is not None,
                 fit_steps=fit_steps,
                 train_steps=0 if set(mine) == {"none"} else per_epoch * settings["epochs"],
                 fit_done=fit_steps if "train" in done_steps else done_steps.get("head-fit", 0),
@@ -118,7 +112,7 @@ def _stages(settings: dict[str, Any], facts: list[Fact], metrics: list[dict[str,
 
 
 def _steps_per_epoch(settings: dict[str, Any], facts: list[Fact]) -> int:
-    started = _last(facts, "started")
+    started = last_fact(facts, "started")
     return math.ceil(started["examples"] / settings["batch_size"]) if started else 0
 
 
@@ -135,14 +129,14 @@ def _blocks(settings: dict[str, Any], stages: list[_Stage]) -> list[BlockStatus]
 
 
 def _next(stages: list[_Stage], blocks: int, facts: list[Fact], result: str) -> str:
-    if _last(facts, "store-ready") is None:
+    if last_fact(facts, "store-ready") is None:
         return "prepare the weights"
     for stage in stages:
         name = f"block {stage.end} of {blocks}" if stage.end - stage.first == 1 else f"all {blocks} blocks together"
         if not stage.done:
             step = f"step {stage.fit_done + stage.train_done} of {stage.fit_steps + stage.train_steps}"
             return f"train {name} ({stage.objective}), {step}"
-        if stage.end < blocks and _last(facts, "cache", block=stage.end) is None:
+        if stage.end < blocks and last_fact(facts, "cache", block=stage.end) is None:
             return f"cache the outputs of {name}"
     return f"write the {result}"
 
@@ -157,7 +151,7 @@ class _Paces:
         self._metrics = [m for m in metrics if m.get("block") in self._objectives and m.get("tokens_per_s")]
         # Through the layers: forward; back for the inputs' gradients, and for those of weights that are trained
         # themselves; forward again where activations were not kept.
-        residence = _last(facts, "residence")
+        residence = last_fact(facts, "residence")
         again = 1 if residence is not None and residence.get("recompute") else 0
         self._passes = {"head-fit": 1, "train": (3 if settings.get("tune") == "full" else 2) + again}
 
@@ -192,7 +186,7 @@ class _Paces:
 def _seconds_left(stages: list[_Stage], paces: _Paces, facts: list[Fact], *, steps_per_epoch: int) -> float | None:
     """Of the steps still to do and the caches still to write, each at its own pace; None before the first step."""
     parts = [(count, paces.seconds(stage, phase)) for stage in stages for phase, count in stage.left.items() if count]
-    caches = sum(_last(facts, "cache", block=stage.index) is None for stage in stages[1:])
+    caches = sum(last_fact(facts, "cache", block=stage.index) is None for stage in stages[1:])
     parts.append((caches * steps_per_epoch, paces.forward_seconds()))
     if any(seconds is None for _, seconds in parts):
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lopt_lite.journal import Journal
+from lopt_lite.journal import Fact, Journal, last_fact
 from lopt_lite.residency.choices import Memory, Residence
 from lopt_lite.residency.process_size import steady_size
 from lopt_lite.settings import TrainSettings
@@ -33,9 +33,18 @@ class Decision:
     memory: Memory
     facts: ModelFacts
 
+    def note(self, journal: Journal, device: torch.device) -> None:
+        """Write it down, unless it is there already."""
+        if journal.last(_TRAINING, device=device.type) is not None:
+            return
+        # The one that every run has goes last: with it, the decision stands.
+        for name, residence in ((_MATCHING, self.matching_residence), (_TRAINING, self.residence)):
+            if residence is not None:
+                journal.add(name, device=device.type, **residence.to_json())
+
 
 def decide(
-    journal: Journal,
+    known: Sequence[Fact],
     settings: TrainSettings,
     facts: ModelFacts,
     blocks: Sequence[Block],
@@ -51,6 +60,8 @@ def decide(
 
     Parameters
     ----------
+    known:
+        The journal's facts so far.
     lengths:
         int64 [examples], tokens of each example of any kind.
     train_examples, other_examples, most_answers, most_anchors:
@@ -64,7 +75,7 @@ def decide(
     memory = Memory.now(device, settings.memory_bytes())
     if device.type == "cpu":
         memory = dataclasses.replace(memory, used_bytes=steady_size(memory.used_bytes))
-    training, matching = (journal.last(name, device=device.type) for name in (_TRAINING, _MATCHING))
+    training, matching = (last_fact(known, name, device=device.type) for name in (_TRAINING, _MATCHING))
     if training is not None:
         of_matching = None if matching is None else Residence.from_json(matching)
         return Decision(Residence.from_json(training), of_matching, memory, facts)
@@ -82,8 +93,4 @@ def decide(
     )
     stages = [(stage.first, stage.end) for stage in plan_stages(blocks, settings.schedule)]
     chosen = residences(facts.shapes, blocks, stages, job, train_examples=train_examples, device=device, memory=memory)
-    # The one that every run has goes last: with it, the decision stands.
-    for name, residence in ((_MATCHING, chosen[1]), (_TRAINING, chosen[0])):
-        if residence is not None:
-            journal.add(name, device=device.type, **residence.to_json())
     return Decision(*chosen, memory, facts)

@@ -7,6 +7,7 @@ when the run goes on, so that the lines of an interrupted run, put together, are
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +16,7 @@ from lopt_lite.events import Step
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a torn or damaged line is left out."""
+    """The whole lines of a metrics file; a torn or damaged line is left out. A value that was not finite is None."""
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError:
@@ -29,6 +30,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def _or_null(value: Any) -> Any:
+    """JSON has no word for what is not a finite number."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _open(path: Path) -> BinaryIO:
@@ -47,8 +53,7 @@ class Metrics:
 
     def add(self, step: Step) -> None:
         """Append one step."""
-        record = step.to_json()
-        del record["event"]
+        record = {name: _or_null(value) for name, value in step.to_json().items() if name != "event"}
         files.append_line(self._file, record, durable=False)
 
     def forget_undone(self, block: int, phase_order: tuple[str, ...], phase: str, step: int) -> None:

@@ -1,7 +1,7 @@
 """What a training run would do, from shapes alone: ``lopt_lite.plan``. Nothing is loaded, and nothing is written.
 
 Read :func:`plan` from top to bottom: the model in numbers, the data in numbers, where everything will be, and how much
-disk and time that takes. :func:`planned` says the same of a run that has begun.
+disk and time that takes. :func:`draft_of_run` is the same of a run whose data is loaded.
 """
 
 from __future__ import annotations
@@ -75,10 +75,9 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
     return _outcome(draft, model, residence, disk)
 
 
-def planned(
+def draft_of_run(
     settings: TrainSettings,
     facts: ModelFacts,
-    residence: Residence,
     memory: Memory,
     *,
     lengths: torch.Tensor,
@@ -87,9 +86,8 @@ def planned(
     device: torch.device,
     run: Path,
     store: Path,
-    store_exists: bool,
-) -> Planned:
-    """The plan of a run whose data is loaded and whose residence is decided, for its first lines.
+) -> Draft:
+    """The same of a run whose data is loaded.
 
     Parameters
     ----------
@@ -98,15 +96,13 @@ def planned(
         that are only there to anchor on.
     counts:
         How many of the first two there are.
-    store_exists:
-        Whether the store is complete already.
     """
     parts = [
         counted(some, targets) if len(some) else None
         for some, targets in zip(_split(lengths, counts), _split(target_counts, counts), strict=True)
     ]
     assert parts[0] is not None
-    draft = Draft(
+    return Draft(
         facts=facts,
         settings=settings,
         training=parts[0],
@@ -115,9 +111,13 @@ def planned(
         device=device,
         memory=memory,
         speeds=machine_speeds(device, nf4=settings.quantize == "nf4"),
-        paths=Places(run, store, store_exists),
+        paths=Places(run, store, store_info(store) is not None),
         source_bytes=facts.parameters * 2,
     )
+
+
+def planned(draft: Draft, residence: Residence) -> Planned:
+    """The plan of a run whose residence is decided, for its first lines."""
     return Planned(
         mode=residence.mode,
         layers=residence.layers,
@@ -125,12 +125,12 @@ def planned(
         recompute=residence.recompute,
         micro_batch_tokens=residence.micro_batch_tokens,
         step_tokens=draft.step_tokens,
-        budget_bytes=memory.limit_bytes,
+        budget_bytes=draft.memory.limit_bytes,
         predicted_bytes=residence.predicted_bytes,
         predicted_host_bytes=residence.predicted_host_bytes,
         disk_bytes=draft.disk(residence).total_bytes,
         seconds=draft.times(residence).total_s,
-        device=device.type,
+        device=draft.device.type,
         advice=draft.advice(residence),
     )
 

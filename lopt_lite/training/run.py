@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from lopt_lite.data.load import load_dataset
 from lopt_lite.data.seeding import permutation
 from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.events import Notice, OnEvent, RunStarted, Validation, ignore
-from lopt_lite.journal import Journal
+from lopt_lite.journal import Fact, Journal, last_fact, read_facts
 from lopt_lite.locks import locked
 from lopt_lite.outcomes import TrainOutcome
 from lopt_lite.residency.block_major import WAITING, held_out_losses
@@ -37,6 +37,8 @@ from lopt_lite.training.anchors import AnchorSample, check_anchored
 from lopt_lite.training.block_plan import Block, plan_blocks
 from lopt_lite.training.block_results import check_block
 from lopt_lite.training.decision import Decision, decide
+from lopt_lite.training.disk_plan import require_disk
+from lopt_lite.training.draft import Draft
 from lopt_lite.training.full import remarks
 from lopt_lite.training.job import other_rows
 from lopt_lite.training.joint import train_jointly
@@ -44,8 +46,16 @@ from lopt_lite.training.memory_choice import check_unquantised
 from lopt_lite.training.metrics import Metrics, read_metrics
 from lopt_lite.training.model_facts import facts_of
 from lopt_lite.training.model_result import write_model
-from lopt_lite.training.plan import planned
-from lopt_lite.training.run_directory import RESULT_FACTS, RunIdentity, RunPaths, claim, run_directory, start_fresh
+from lopt_lite.training.plan import draft_of_run, planned
+from lopt_lite.training.run_directory import (
+    RESULT_FACTS,
+    RunIdentity,
+    RunPaths,
+    claim,
+    note_store,
+    run_directory,
+    start_fresh,
+)
 from lopt_lite.training.sequential import train_sequentially
 from lopt_lite.training.stopping import Stopper
 from lopt_lite.training.targets import target_names
@@ -67,12 +77,24 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
         builder = _store_builder(settings, given.model, store_directory, device, stop, on_event)
         files.make_directory(paths.root)
         with locked(paths.root, what="the run directory"):
+            # What cannot work is refused before anything of an earlier run is deleted, and before this one is known.
+            known = [] if settings.fresh or not paths.settings.is_file() else read_facts(paths.journal)[0]
+            decided = _decide(known, given, settings, device)
+            draft = None
+            if not any(last_fact(known, fact) for fact in RESULT_FACTS):
+                draft = _draft(given, settings, decided, paths, store_directory, device)
+                if last_fact(known, "store-ready") is None:
+                    require_disk(draft.disk(decided.residence), paths.root)
             if settings.fresh:
                 start_fresh(paths)
             for remark in claim(paths, given.identity(settings, store_directory, device)):
                 on_event(Notice(text=remark))
             files.remove_stray_temporaries(paths.root)
-            with _open_bench(settings, given, paths, builder, store_directory, device, stop, on_event) as bench:
+            if draft is not None:
+                _show_plan(draft, decided, on_event)
+            with _open_bench(
+                settings, given, paths, decided, builder, store_directory, device, stop, on_event
+            ) as bench:
                 already_done = _result_stands(bench)
                 _announce(bench, given)
                 if not already_done:
@@ -207,6 +229,7 @@ def _open_bench(
     settings: TrainSettings,
     given: _Given,
     paths: RunPaths,
+    decided: Decision,
     builder: StoreBuilder | None,
     store_directory: Path,
     device: torch.device,
@@ -221,23 +244,12 @@ def _open_bench(
         stack.callback(metrics.close)
         skeleton = given.skeleton
         dataset = given.dataset
-        # Before the store is made: what cannot work is refused before anything large is written.
-        decided = _decide(journal, given, dataset.lengths, settings, device)
-        if not any(journal.last(fact) for fact in RESULT_FACTS):
-            _show_plan(
-                settings,
-                dataset,
-                (len(given.train), 0 if given.held_out is None else len(given.held_out)),
-                decided,
-                run=paths.root,
-                store=store_directory,
-                device=device,
-                on_event=on_event,
-            )
+        decided.note(journal, device)
         if builder is not None:
             builder.build()
         store = Store(store_directory, repair=None if builder is None else builder.rebuild, on_event=on_event)
         stack.callback(store.close)
+        note_store(paths, store_directory)
         if journal.last("store-ready") is None:
             journal.add("store-ready")
         if journal.last("started") is None:
@@ -266,16 +278,14 @@ def _open_bench(
         )
 
 
-def _decide(
-    journal: Journal, given: _Given, lengths: torch.Tensor, settings: TrainSettings, device: torch.device
-) -> Decision:
+def _decide(known: Sequence[Fact], given: _Given, settings: TrainSettings, device: torch.device) -> Decision:
     sample = given.sample
     return decide(
-        journal,
+        known,
         settings,
         facts_of(given.skeleton, settings),
         given.blocks,
-        lengths=lengths,
+        lengths=given.dataset.lengths,
         train_examples=len(given.train),
         other_examples=0 if given.other is None else len(given.other),
         most_answers=int(given.train.target_counts.max()) if given.held_out is None else None,
@@ -284,37 +294,29 @@ def _decide(
     )
 
 
-def _show_plan(
-    settings: TrainSettings,
-    dataset: TokenizedDataset,
-    counts: tuple[int, int],
-    decided: Decision,
-    *,
-    run: Path,
-    store: Path,
-    device: torch.device,
-    on_event: OnEvent,
-) -> None:
+def _draft(
+    given: _Given, settings: TrainSettings, decided: Decision, paths: RunPaths, store: Path, device: torch.device
+) -> Draft:
+    dataset = given.dataset
+    return draft_of_run(
+        settings,
+        decided.facts,
+        decided.memory,
+        lengths=dataset.lengths,
+        target_counts=dataset.target_counts,
+        counts=(len(given.train), 0 if given.held_out is None else len(given.held_out)),
+        device=device,
+        run=paths.root,
+        store=store,
+    )
+
+
+def _show_plan(draft: Draft, decided: Decision, on_event: OnEvent) -> None:
     """The first lines of a run: what was decided, and what it will need."""
-    facts = decided.facts
-    if not facts.shapes.measured:
+    if not decided.facts.shapes.measured:
         text = "a layer of this model cannot be tried out without its weights: its activations' size is an estimate"
         on_event(Notice(text=text))
-    on_event(
-        planned(
-            settings,
-            facts,
-            decided.residence,
-            decided.memory,
-            lengths=dataset.lengths,
-            target_counts=dataset.target_counts,
-            counts=counts,
-            device=device,
-            run=run,
-            store=store,
-            store_exists=store_info(store) is not None,
-        )
-    )
+    on_event(planned(draft, decided.residence))
 
 
 def _announce(bench: Workbench, given: _Given) -> None:
@@ -411,7 +413,7 @@ def _outcome(bench: Workbench, *, already_done: bool, seconds: float) -> TrainOu
     finite = [
         r["loss"]
         for r in steps
-        if r["block"] == len(bench.stages) - 1 and r["phase"] == "train" and math.isfinite(r["loss"])
+        if r["block"] == len(bench.stages) - 1 and r["phase"] == "train" and r["loss"] is not None
     ]
     recent = finite[-10:]
     return TrainOutcome(

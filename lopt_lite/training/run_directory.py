@@ -11,6 +11,7 @@ from typing import Any
 
 from lopt_lite import files
 from lopt_lite.errors import RunDirectoryError
+from lopt_lite.journal import last_fact, read_facts
 from lopt_lite.settings import TrainSettings
 
 RUNS_DIRECTORY = "runs"
@@ -20,6 +21,10 @@ _OWNED = (*_RECORDS, "store", "cache", "blocks", "adapter", "model")
 #: Journal facts that say that the result is there: of LoRA and of full tuning.
 RESULT_FACTS = ("adapter", "model")
 
+#: A store is complete when this is there. (The module that makes stores takes a second to import.)
+_STORE_INDEX = "model.safetensors.index.json"
+#: Options that decide which tokens and examples are taken from a file.
+_SHAPE_DATA = ("max_length", "skip_bad_lines", "seed", "epochs", "batch_size")
 #: What a run reads, and how the user names it.
 _READ = (("model", "MODEL"), ("data", "DATA"), ("validation", "--validation"), ("retain", "--retain-data"))
 
@@ -205,7 +210,8 @@ def claim(paths: RunPaths, identity: RunIdentity) -> list[str]:
         files.write_json(paths.settings, wanted)
         return []
     found = read_settings(paths)
-    differences = _differences(found, wanted)
+    done = any(last_fact(read_facts(paths.journal)[0], fact) for fact in RESULT_FACTS)
+    differences = _differences(found, wanted, done=done)
     if differences:
         raise RunDirectoryError(
             f"the run in {paths.root} was started with " + "; ".join(differences),
@@ -240,20 +246,38 @@ def _refuse_strangers(paths: RunPaths) -> None:
         )
 
 
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def note_store(paths: RunPaths, store: Path) -> None:
+    """Write down where the run's weights are now, if that has changed: later commands look there."""
+    content = read_settings(paths)
+    if content["store"] != str(store.absolute()):
+        files.write_json(paths.settings, {**content, "store": str(store.absolute())})
+
+
+def current_store(paths: RunPaths, content: dict[str, Any]) -> Path:
+    """Where a run's weights are, given the content of its settings.json; a run that was moved takes its own along."""
+    return paths.store if (paths.store / _STORE_INDEX).is_file() else Path(str(content["store"]))
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any], *, done: bool) -> list[str]:
+    """What tells a run from the one that is wanted, for the user; the budget of one that is done does not."""
     differences = []
+    reshaped = False
     # An option that came with a later release was at its default when the run was started.
     defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
     for name, value in wanted["settings"].items():
         old = found["settings"].get(name, defaults[name])
         if isinstance(value, (tuple, list)):
             value = list(value)
-        if old != value:
+        if old != value and not (done and name == "memory"):
             differences.append(f"--{name.replace('_', '-')} {old}, not {value}")
+            reshaped = reshaped or name in _SHAPE_DATA
+    reshaped = reshaped or found.get("validation", {}).get("given") != wanted["validation"]["given"]
     for part, name in _READ:
         old, new = found.get(part, {}), wanted[part]
         if old.get("fingerprint") != new["fingerprint"]:
             same_name = old.get("given") == new["given"]
+            if same_name and reshaped:
+                continue  # the same file, of which other tokens or examples are taken: that was said
             which = "with other content than it has now" if same_name else f"not {new['given']} (the contents differ)"
             differences.append(f"{name} {old.get('given')}, {which}")
     return differences

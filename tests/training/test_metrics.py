@@ -57,10 +57,11 @@ def test_a_line_holds_every_value_of_the_step(tmp_path):
     assert record == expected
 
 
-def test_a_loss_that_is_not_a_number_comes_back(tmp_path):
+def test_a_loss_that_is_not_a_number_is_none_in_plain_json(tmp_path):
     metrics = Metrics(tmp_path / "m.jsonl")
     metrics.add(_step(0, "train", 1, loss=math.nan))
-    assert math.isnan(read_metrics(tmp_path / "m.jsonl")[0]["loss"])
+    assert read_metrics(tmp_path / "m.jsonl")[0]["loss"] is None
+    assert "NaN" not in (tmp_path / "m.jsonl").read_text()
 
 
 def test_lines_after_the_cursor_are_forgotten_and_new_ones_follow(path):

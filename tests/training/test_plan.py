@@ -311,22 +311,9 @@ def test_the_first_lines_of_a_run_say_the_same(model, data):
     facts = facts_of(Skeleton(locate_model(str(model)), dtype=torch.bfloat16), settings)
     lengths = torch.full((24,), outcome.tokens // 24)
     memory = Memory(None, 480 * MIB, 8 << 30, 8 << 30)
-    draft = plan.Draft(
-        facts=facts,
-        settings=settings,
-        training=plan.counted(lengths, lengths // 2),
-        held_out=None,
-        other=None,
-        device=torch.device("cpu"),
-        memory=memory,
-        speeds=SPEEDS,
-        paths=plan.Places(Path("run"), Path("store"), False),
-        source_bytes=facts.parameters * 2,
-    )
-    event = plan.planned(
+    draft = plan.draft_of_run(
         settings,
         facts,
-        draft.residence(),
         memory,
         lengths=lengths,
         target_counts=lengths // 2,
@@ -334,8 +321,8 @@ def test_the_first_lines_of_a_run_say_the_same(model, data):
         device=torch.device("cpu"),
         run=Path("run"),
         store=Path("store"),
-        store_exists=False,
     )
+    event = plan.planned(draft, draft.residence())
     assert event.mode == outcome.memory.mode
     assert event.layers == outcome.memory.layers
     assert event.seconds == pytest.approx(outcome.total_s, rel=0.2)
