@@ -34,7 +34,7 @@ from lopt_lite.training.run_directory import RunPaths, run_directory
 MIB = 2**20
 
 #: On the CPU the budget counts the process. When training begins, it has all libraries loaded; planning has not.
-_TRAINING_PROCESS_BYTES = 480 * MIB
+_TRAINING_PROCESS_BYTES = 496 * MIB
 _OTHER_BLOCKS = (1, 2, 4, 8, 16)
 #: A budget for which another's prediction is enough: this much more than it, and a run not longer than by this factor.
 _SPARE_BYTES, _AS_FAST = 16 * MIB, 1.02
