@@ -16,6 +16,7 @@ from lopt_lite.checkpoints.store import store_info
 from lopt_lite.errors import ModelError, RunDirectoryError, SettingsError
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import ExportOutcome
+from lopt_lite.results.given_paths import GivenPaths
 from lopt_lite.results.open_run import OpenRun, open_run
 from lopt_lite.settings import ExportSettings
 from lopt_lite.training.run_directory import read_settings
@@ -109,15 +110,17 @@ def _source(run: OpenRun, settings: ExportSettings, on_event: OnEvent) -> ModelF
     if settings.onto == "quantized":
         run.store.check()
         return locate_model(str(run.store.directory), on_event=on_event)
-    given = read_settings(run.paths)["model"]
-    where = settings.model or run.settings.model
+    content = read_settings(run.paths)
+    given = GivenPaths(content)
+    where = settings.model or given.model()
     try:
-        source = locate_model(where, config_dirs=run.settings.config, on_event=on_event)
+        directories = [given.directory(directory) for directory in run.settings.config]
+        source = locate_model(where, config_dirs=directories, on_event=on_event)
     except ModelError as error:
         raise ModelError(
             f"the model this run was trained from cannot be used: {error.found}", fix=_NAME_ORIGINAL
         ) from error
-    if source.fingerprint() != given["fingerprint"]:
+    if source.fingerprint() != content["model"]["fingerprint"]:
         raise ModelError(f"the model at {where} is not the one this run was trained from", fix=_NAME_ORIGINAL)
     return source
 

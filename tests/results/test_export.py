@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,23 @@ def test_a_merge_that_was_cut_off_while_it_tidied_up_can_be_given_again(lora, ho
     assert (out / "journal.jsonl").exists()
     _export(lora, out, format="merged")
     assert _content(out) == _content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("typed", ["multi", "multi/model.safetensors"])
+def test_a_model_named_by_a_relative_path_is_merged_into_from_another_directory(
+    lora, home, tmp_path, monkeypatch, typed
+):
+    monkeypatch.chdir(home)
+    _export(lora, tmp_path / "whole", format="merged")
+    run = shutil.copytree(lora, tmp_path / "run")
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["model"]["given"] == "multi"
+    settings["model"]["given"] = typed
+    (run / "settings.json").write_text(json.dumps(settings))
+    make_model(tmp_path / "multi", seed=5)  # of the same name, and not the one
+    monkeypatch.chdir(tmp_path)
+    _export(Path("run"), Path("out"), format="merged")
+    assert _content(tmp_path / "out") == _content(tmp_path / "whole")
 
 
 def test_the_store_of_another_model_is_not_taken_for_a_merge_that_was_cut_off(lora, home, tmp_path, monkeypatch):
