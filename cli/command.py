@@ -15,6 +15,7 @@ from .display import Display
 from .errors import ErrorBoundary, print_lines
 from .options import parameters, resolve
 from .quiet import silence_libraries
+from .signals import EndingSignals
 from .text import json_document, plain
 
 
@@ -31,6 +32,8 @@ class Command(NamedTuple):
     render: Callable[[Any], str]
     #: With --json, events are JSON too: one a line, on standard error.
     json_events: bool = False
+    #: ``operation`` takes SIGTERM and SIGHUP as requests to stop at a safe place; that of others is interrupted.
+    handles_signals: bool = False
 
 
 def add_command(app: typer.Typer, command: Command) -> None:
@@ -55,10 +58,12 @@ def add_command(app: typer.Typer, command: Command) -> None:
 def execute(command: Command, given: dict[str, Any], *, as_json: bool) -> int:
     """Run ``command`` with the options ``given`` and return its exit code."""
     silence_libraries()
-    with ErrorBoundary(as_json=as_json) as boundary:
-        settings = resolve(command.settings, given, command=command.name)
-        lines = as_json and command.json_events
-        with Display(quiet=getattr(settings, "quiet", False), json_lines=lines) as display:
-            outcome = command.operation(settings, display.on_event)
+    signals = EndingSignals(active=not command.handles_signals)
+    with signals, ErrorBoundary(as_json=as_json) as boundary:
+        with signals.work():
+            settings = resolve(command.settings, given, command=command.name)
+            lines = as_json and command.json_events
+            with Display(quiet=getattr(settings, "quiet", False), json_lines=lines) as display:
+                outcome = command.operation(settings, display.on_event)
         print_lines(json_document(outcome.to_json()) if as_json else plain(command.render(outcome)))
     return boundary.exit_code

@@ -48,4 +48,5 @@ COMMAND = Command(
     operation=_train,
     render=_render,
     json_events=True,
+    handles_signals=True,
 )

@@ -2,7 +2,8 @@
 
 A durable file appears whole or not at all: it is written under a temporary name in its own directory, flushed,
 fsynced, renamed, and the directory is fsynced. A crash leaves the old state or the new one, plus at most a stray
-temporary (``.*.tmp``) that :func:`remove_stray_temporaries` deletes at the next start.
+temporary (``.*.tmp``) that :func:`remove_stray_temporaries` deletes at the next start. A whole directory is copied in
+the same way (:func:`copy_tree`), and the next attempt deletes what one that was cut off has left.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lopt_lite.errors import DoesNotFitError, LoptError, RunDirectoryError
 
 TEMPORARY_SUFFIX = ".tmp"
+
+_ANOTHER_DISK = "free some space, or put it on another disk with --output (or --store)"
 
 #: Characters that some file systems refuse in names.
 _UNSAFE_IN_NAMES = '/\\:*?"<>|'
@@ -186,6 +189,81 @@ def copy_file(source: Path, target: Path) -> None:
         raise explain_os_error(error, source, "copy") from error
 
 
+def copy_tree(source: Path, target: Path, *, what: str) -> None:
+    """Copy a directory and all it holds durably; the content only, not the rights.
+
+    ``target`` appears whole: it is written beside its place under a temporary name, and renamed. An empty directory
+    that is there already stays and is filled, from a temporary directory in it: it may be what cannot be renamed over,
+    a mounted disk or the current directory. What an attempt that was cut off has left is deleted first.
+
+    Parameters
+    ----------
+    what:
+        What is copied, for the message when the disk has no room for it.
+
+    Raises
+    ------
+    RunDirectoryError
+        ``target`` is something else than an empty directory, lies within ``source``, or cannot be written.
+    DoesNotFitError
+        The disk is full, or would be.
+    """
+    place = Path(os.path.realpath(target))
+    fills = place.is_dir()
+    temporary = temporary_name(place / place.name if fills else place)
+    try:
+        names = sorted(path.name for path in source.iterdir())
+        found = {path.name for path in place.iterdir()} if fills else set()
+    except OSError as error:
+        raise explain_os_error(error, source, "copy") from error
+    was_cut_off = temporary.name in found and found <= {temporary.name, *names}
+    if target.exists() and not (fills and (not found or was_cut_off)):
+        raise RunDirectoryError(f"{target} exists and is not an empty directory", fix="name a new directory")
+    if place.is_relative_to(source.resolve()):
+        raise RunDirectoryError(f"{target} lies in {source}, which is to be copied", fix="name a directory outside it")
+    moved = [place / name for name in names] if fills else []
+    make_directory(place if fills else place.parent)
+    _forget_copy(temporary, moved)
+    fix = "free some space, or name a directory on another disk"
+    require_free_space(place, directory_bytes(source), what=what, fix=fix)
+    try:
+        _copy_entries(source, temporary)
+        if fills:
+            for path in moved:
+                os.replace(temporary / path.name, path)
+            fsync_directory(place)
+            temporary.rmdir()
+        else:
+            os.replace(temporary, place)
+        fsync_directory(place if fills else place.parent)
+    except OSError as error:
+        with contextlib.suppress(LoptError):
+            _forget_copy(temporary, moved)
+        raise explain_os_error(error, target, "write") from error
+    except BaseException:
+        with contextlib.suppress(LoptError):
+            _forget_copy(temporary, moved)
+        raise
+
+
+def _copy_entries(source: Path, target: Path) -> None:
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            _copy_entries(path, target / path.name)
+        else:
+            copy_file(path, target / path.name)
+    fsync_directory(target)
+
+
+def _forget_copy(temporary: Path, moved: Iterable[Path]) -> None:
+    """Delete a copy that is not whole. Its directory goes last: with it, what was moved out of it is known as ours."""
+    if temporary.is_dir():
+        for path in moved:
+            remove_tree(path)
+        remove_tree(temporary)
+
+
 def remove_file(path: Path) -> None:
     """Delete ``path`` if it is there, durably."""
     try:
@@ -228,8 +306,8 @@ def directory_bytes(path: Path) -> int:
     return total
 
 
-def require_free_space(path: Path, needed_bytes: int, *, what: str) -> None:
-    """Refuse work that the disk below ``path`` cannot hold.
+def require_free_space(path: Path, needed_bytes: int, *, what: str, fix: str = _ANOTHER_DISK) -> None:
+    """Refuse ``what``, work that the disk below ``path`` cannot hold, with the advice ``fix``.
 
     Raises
     ------
@@ -240,5 +318,5 @@ def require_free_space(path: Path, needed_bytes: int, *, what: str) -> None:
     if free < needed_bytes:
         raise DoesNotFitError(
             f"{what} needs {needed_bytes:,} bytes on the disk of {path}, and {free:,} are free",
-            fix="free some space, or put it on another disk with --output (or --store)",
+            fix=fix,
         )

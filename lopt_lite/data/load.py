@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,13 @@ class LoadReport:
 
 
 def load_dataset(
-    path: str | Path, tokenizer: Any, *, max_length: int, skip_bad_lines: bool, on_event: OnEvent
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    skip_bad_lines: bool,
+    check: Callable[[], None] = lambda: None,
+    on_event: OnEvent,
 ) -> tuple[TokenizedDataset, LoadReport]:
     """Read, render, tokenise and label a JSON Lines file.
 
@@ -92,6 +98,8 @@ def load_dataset(
         answer but the beginning-of-sequence token and the last), and if that is not enough, the end.
     skip_bad_lines:
         Drop and count lines that cannot be used instead of raising.
+    check:
+        Called between the pieces that are tokenised together; may raise to stop.
     on_event:
         Told how far a long file is, and in sentences what was cut, dropped, merged or skipped.
 
@@ -110,6 +118,7 @@ def load_dataset(
     done_bytes = 0
     for done_bytes in loader.run(read_json_lines(path)):
         on_event(Progress(task=f"Reading {path.name}", done=done_bytes, total=total_bytes, unit="bytes"))
+        check()
     if 0 < done_bytes < total_bytes:
         on_event(Progress(task=f"Reading {path.name}", done=total_bytes, total=total_bytes, unit="bytes"))
     dataset = loader.dataset()

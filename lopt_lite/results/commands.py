@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lopt_lite.outcomes import StatusOutcome
+from lopt_lite.results.given_paths import GivenPaths
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.run_directory import RunPaths
 
@@ -40,6 +41,10 @@ class Commands:
     content: dict[str, Any]
     status: StatusOutcome
 
+    @property
+    def _given(self) -> GivenPaths:
+        return GivenPaths(self.content)
+
     def rows(self) -> list[tuple[str, ...]]:
         """(what for, command)."""
         run = str(self.paths.root.absolute())
@@ -49,8 +54,8 @@ class Commands:
             return [look, again]
         if self.status.state == "stopped":
             return [("Go on (with the options that it was started with)", self.train()), look, again]
-        validation = (self.content.get("validation") or {}).get("given")
-        data = validation if validation is not None and Path(validation).is_file() else "heldout.jsonl"
+        validation = self._given.file(str((self.content.get("validation") or {}).get("given")))
+        data = validation if Path(validation).is_file() else "heldout.jsonl"
         return [
             (
                 "Ask the tuned model (with --base: the untouched one)",
@@ -61,24 +66,27 @@ class Commands:
         ]
 
     def train(self) -> str:
-        """The command that continues the run. Options that only say when to stop are not in it; nobody noted them."""
-        content = self.content
-        parts = [str(content["model"]["given"]), str(content["data"]["given"])]
+        """The command that continues the run, from any directory.
+
+        Options that only say when to stop are not in it; nobody noted them.
+        """
+        content, given = self.content, self._given
+        parts = [given.model(), given.file(str(content["data"]["given"]))]
         for key, flag in (("validation", "--validation"), ("retain", "--retain-data")):
             value = (content.get(key) or {}).get("given")
-            parts += [] if value is None else [flag, str(value)]
+            parts += [] if value is None else [flag, given.file(str(value))]
         for name, value, _ in changed_settings(content["settings"]):
             parts += [name] if value == "True" else [name, value]
         for directory in content.get("config", ()):
-            parts += ["--config", str(directory)]
+            parts += ["--config", given.directory(str(directory))]
         parts += self._store_option()
         return _line("train", *parts, "--output", str(self.paths.root.absolute()))
 
     def _store_option(self) -> list[str]:
         """``--store``, where the weights are neither in the run directory nor the model itself."""
         store = Path(str(self.content["store"]))
-        given = Path(str(self.content["model"]["given"])).absolute()
-        return [] if store in (self.paths.store.absolute(), given, given.parent) else ["--store", str(store)]
+        model = Path(self._given.model()).absolute()
+        return [] if store in (self.paths.store.absolute(), model, model.parent) else ["--store", str(store)]
 
     def python(self) -> str | None:
         """The result in plain transformers (and PEFT), once it is there."""

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from lopt_lite import devices, files
-from lopt_lite.checkpoints.build_store import BUILD_FILES, StoreBuilder
-from lopt_lite.checkpoints.locate import locate_model
+from lopt_lite.checkpoints.build_store import BUILD_FILES, JOURNAL_NAME, StoreBuilder
+from lopt_lite.checkpoints.locate import ModelFiles, locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import store_info
 from lopt_lite.errors import ModelError, RunDirectoryError, SettingsError
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import ExportOutcome
+from lopt_lite.results.given_paths import GivenPaths
 from lopt_lite.results.open_run import OpenRun, open_run
 from lopt_lite.settings import ExportSettings
 from lopt_lite.training.run_directory import read_settings
@@ -29,7 +30,7 @@ def export(settings: ExportSettings, on_event: OnEvent = ignore) -> ExportOutcom
     Raises
     ------
     RunDirectoryError
-        The run is not finished, or OUT is not empty.
+        The run is not finished, or OUT is not empty. What an export that was cut off has left in it does not count.
     SettingsError
         Asks for an adapter, or for merging, of a run that tuned the whole model.
     ModelError
@@ -42,9 +43,9 @@ def export(settings: ExportSettings, on_event: OnEvent = ignore) -> ExportOutcom
         if run.settings.tune == "full":
             _check_nothing_to_merge(settings)
             run.tuned_store.check()
-            _copy_directory(run.paths.model, out)
+            files.copy_tree(run.paths.model, out, what="the copy of the model")
         elif settings.format == "adapter":
-            _copy_directory(run.paths.adapter, out)
+            files.copy_tree(run.paths.adapter, out, what="the copy of the adapter")
         else:
             _write_merged(run, out, settings, on_event)
     finally:
@@ -70,52 +71,58 @@ def _check_nothing_to_merge(settings: ExportSettings) -> None:
         )
 
 
-def _copy_directory(source: Path, out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunDirectoryError(f"{out} exists and is not an empty directory", fix="name a new directory")
-    files.make_directory(out)
-    for path in sorted(source.iterdir()):
-        files.copy_file(path, out / path.name)
-
-
 def _adapter_fingerprint(run: OpenRun) -> str:
     return hashlib.sha256((run.paths.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def _write_merged(run: OpenRun, out: Path, settings: ExportSettings, on_event: OnEvent) -> None:
-    """Stream the base weights through ``base + adapter`` into a new checkpoint."""
+    """Stream the base weights through ``base + adapter`` into a new checkpoint, or go on with one that was begun."""
     _check_adapter(run)
-    if out.is_dir() and store_info(out) is not None:
-        raise RunDirectoryError(f"{out} holds a finished checkpoint already", fix="name a new or empty directory")
+    finished = store_info(out) if out.is_dir() else None
+    if finished is not None and not (out / JOURNAL_NAME).exists():
+        raise _holds_another(out)
+    source = _source(run, settings, on_event)
+    fingerprint = _adapter_fingerprint(run)
+    if finished is None:
+        StoreBuilder(
+            source,
+            out,
+            quantize="none",
+            dtype="bfloat16",
+            device=run.device,
+            transform=lambda name, tensor: _merge(run, name, tensor),
+            transform_fingerprint=fingerprint,
+            on_event=on_event,
+        ).build()
+    elif finished.model_fingerprint != f"{source.fingerprint()}+{fingerprint}":
+        raise _holds_another(out)
+    # The journal goes last: with it, a checkpoint is known as one that this export was cut off at the end of.
+    for name in reversed(BUILD_FILES):
+        files.remove_file(out / name)
+
+
+def _holds_another(out: Path) -> RunDirectoryError:
+    return RunDirectoryError(f"{out} holds a finished checkpoint already", fix="name a new or empty directory")
+
+
+def _source(run: OpenRun, settings: ExportSettings, on_event: OnEvent) -> ModelFiles:
+    """The weights to merge into."""
     if settings.onto == "quantized":
         run.store.check()
-        source = locate_model(str(run.store.directory), on_event=on_event)
-    else:
-        given = read_settings(run.paths)["model"]
-        where = settings.model or run.settings.model
-        try:
-            source = locate_model(where, config_dirs=run.settings.config, on_event=on_event)
-        except ModelError as error:
-            raise ModelError(
-                f"the model this run was trained from cannot be used: {error.found}", fix=_NAME_ORIGINAL
-            ) from error
-        if source.fingerprint() != given["fingerprint"]:
-            raise ModelError(
-                f"the model at {where} is not the one this run was trained from",
-                fix=_NAME_ORIGINAL,
-            )
-    StoreBuilder(
-        source,
-        out,
-        quantize="none",
-        dtype="bfloat16",
-        device=run.device,
-        transform=lambda name, tensor: _merge(run, name, tensor),
-        transform_fingerprint=_adapter_fingerprint(run),
-        on_event=on_event,
-    ).build()
-    for name in BUILD_FILES:
-        files.remove_file(out / name)
+        return locate_model(str(run.store.directory), on_event=on_event)
+    content = read_settings(run.paths)
+    given = GivenPaths(content)
+    where = settings.model or given.model()
+    try:
+        directories = [given.directory(directory) for directory in run.settings.config]
+        source = locate_model(where, config_dirs=directories, on_event=on_event)
+    except ModelError as error:
+        raise ModelError(
+            f"the model this run was trained from cannot be used: {error.found}", fix=_NAME_ORIGINAL
+        ) from error
+    if source.fingerprint() != content["model"]["fingerprint"]:
+        raise ModelError(f"the model at {where} is not the one this run was trained from", fix=_NAME_ORIGINAL)
+    return source
 
 
 def _check_adapter(run: OpenRun) -> None:

@@ -71,7 +71,7 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
         Stopper(max_hours=settings.max_hours, deadline=settings.deadline) as stop,
         devices.memory_limited(device, settings.memory_bytes()),
     ):
-        given = _read_inputs(settings, on_event)
+        given = _read_inputs(settings, stop, on_event)
         paths = RunPaths(run_directory(settings, given.model.name))
         store_directory = _store_directory(settings, given.model, paths)
         builder = _store_builder(settings, given.model, store_directory, device, stop, on_event)
@@ -134,7 +134,7 @@ class _Given:
         )
 
 
-def _read_inputs(settings: TrainSettings, on_event: OnEvent) -> _Given:
+def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _Given:
     """Read everything that can be wrong with the model and the data before anything is written."""
     model = locate_model(settings.model, config_dirs=settings.config, on_event=on_event)
     skeleton = Skeleton(model, dtype=DTYPES[settings.dtype])
@@ -153,6 +153,7 @@ def _read_inputs(settings: TrainSettings, on_event: OnEvent) -> _Given:
             tokenizer,
             max_length=settings.max_length,
             skip_bad_lines=settings.skip_bad_lines,
+            check=stop.check,
             on_event=on_event,
         )
         return dataset

@@ -9,7 +9,7 @@ import torch
 
 from lopt_lite.data.dataset import TokenizedDataset, collate
 from lopt_lite.data.load import load_dataset
-from lopt_lite.errors import DataError
+from lopt_lite.errors import DataError, StoppedError
 from lopt_lite.events import Event, Progress
 from tests.data.helpers import write_lines
 from tests.data.tiny_tokenizers import make_tokenizer
@@ -116,3 +116,17 @@ def test_chunks_do_not_show_in_the_data_and_a_long_file_reports_progress(tmp_pat
     progress = [event for event in events if isinstance(event, Progress)]
     assert [event.done for event in progress] == sorted(event.done for event in progress)
     assert progress[-1].done == progress[-1].total == path.stat().st_size
+
+
+def test_reading_a_long_file_can_be_stopped_between_its_chunks(tmp_path: Path) -> None:
+    path = write_lines(tmp_path, *({"question": f"{i}", "answer": f"{i}"} for i in range(2100)))
+    events: list[Event] = []
+
+    def stop_after_the_second() -> None:
+        if len(events) == 2:
+            raise StoppedError("enough")
+
+    options = {"max_length": 64, "skip_bad_lines": False, "check": stop_after_the_second}
+    with pytest.raises(StoppedError, match="enough"):
+        load_dataset(path, make_tokenizer(), on_event=events.append, **options)
+    assert [type(event) for event in events] == [Progress, Progress]

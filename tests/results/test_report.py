@@ -259,6 +259,41 @@ def test_the_command_that_goes_on_gives_the_run_its_own_settings(tmp_path, monke
     assert (settings.output, settings.store) == (str(run.root.absolute()), None)
 
 
+@pytest.mark.parametrize("typed", ["models/m", "models/m/model.safetensors"])
+def test_the_command_that_goes_on_works_from_any_directory(tmp_path, monkeypatch, typed):
+    home = tmp_path / "home"
+    (home / "models" / "m" / "tokenizer").mkdir(parents=True)
+    for name in ("models/m/model.safetensors", "d.jsonl", "v.jsonl"):
+        (home / name).write_text("")
+    run = Run(home / "run", model=typed, data="d.jsonl", validation="v.jsonl", retain=0.5, retain_data="gone.jsonl")
+    content = json.loads((run.root / "settings.json").read_text())
+    content["model"]["origin"] = str(home / "models" / "m")
+    content["config"] = ["models/m/tokenizer"]
+    content["store"] = str(home / "models" / "m")
+    (run.root / "settings.json").write_text(json.dumps(content))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "d.jsonl").write_text("another one")
+    commands = set()
+    for directory in (home, tmp_path / "elsewhere", home / "run"):
+        monkeypatch.chdir(directory)
+        record = read_run(str(run.root))
+        commands.add(Commands(record.paths, record.content, record.status).train())
+    (command,) = commands
+    arguments = shlex.split(command)
+    assert arguments[2:4] == [str(home / typed), str(home / "d.jsonl")]
+    assert f"--validation {home / 'v.jsonl'} --retain-data gone.jsonl" in command, "what is gone stays as it was typed"
+    assert f"--config {home / 'models' / 'm' / 'tokenizer'}" in command
+    assert "--store" not in command
+
+
+def test_where_the_model_does_not_tell_paths_are_those_from_the_current_directory(tmp_path, monkeypatch):
+    run = Run(tmp_path / "run", model="org/name", data="d.jsonl", validation="0.25").started()
+    (tmp_path / "d.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    _, page = run.report()
+    assert shlex.split(page.commands[0])[2:6] == ["org/name", str(tmp_path / "d.jsonl"), "--validation", "0.25"]
+
+
 def test_a_shared_store_is_part_of_the_command_and_of_the_disk(tmp_path):
     run = Run(tmp_path / "run").started()
     content = json.loads((run.root / "settings.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from lopt_lite_cli.main import main
 
 import lopt_lite
 from lopt_lite import TrainSettings
+from lopt_lite.data import load
 from lopt_lite.errors import RunDirectoryError, StoppedError
 from lopt_lite.events import BlockDone, BlockStarted, Event, Progress, Step, Validation
 from lopt_lite.training import block_trainer, memory_choice, stopping
@@ -271,6 +273,26 @@ def test_stopped_between_the_steps_it_ends_with_the_same_bytes(inputs, tmp_path,
             break
     assert stops >= 2
     assert_same(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize("which", ["data", "validation", "retain_data"])
+def test_stopped_while_data_are_read_it_stops_there_and_nothing_is_written(inputs, tmp_path, monkeypatch, which):
+    monkeypatch.setattr(load, "_CHUNK_EXAMPLES", 2)
+    options: dict[str, Any] = {which: str(make_data(tmp_path / "long.jsonl", 40))}
+    if which == "retain_data":
+        options["retain"] = 1.0
+    events: list[Event] = []
+
+    def stop_at_the_first_part(event: Event) -> None:
+        if isinstance(event, Progress) and event.task == "Reading long.jsonl":
+            events.append(event)
+            _ctrl_c()
+
+    settings = dataclasses.replace(_settings(inputs, tmp_path / "run"), **options)
+    with pytest.raises(StoppedError, match="stopped by SIGINT"):
+        lopt_lite.train(settings, on_event=stop_at_the_first_part)
+    assert len(events) == 1
+    assert not (tmp_path / "run").exists()
 
 
 class _Crash(BaseException):

@@ -1,0 +1,54 @@
+"""SIGTERM and SIGHUP end a command in the way that Ctrl-C does: with its exit code, message and JSON document."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+_NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class EndingSignals:
+    """A ``with`` block in which SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does.
+
+    Handlers are put back on exit. Outside the main thread signals are left alone, and so is one that is ignored
+    (``nohup`` turns SIGHUP off).
+
+    Parameters
+    ----------
+    active:
+        False for work that handles signals itself.
+    """
+
+    def __init__(self, *, active: bool = True) -> None:
+        self._active = active and threading.current_thread() is threading.main_thread()
+        self._is_over = False
+        self._previous: dict[int, Any] = {}
+
+    @contextlib.contextmanager
+    def work(self) -> Iterator[None]:
+        """The work that can be ended. Signals after it are too late to: what came of it is printed, once and whole."""
+        try:
+            yield
+        finally:
+            self._is_over = True
+
+    def __enter__(self) -> EndingSignals:
+        for number in _NUMBERS if self._active else ():
+            # None: a handler that was not set by Python, and could not be put back.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_over:
+            raise KeyboardInterrupt
