@@ -77,7 +77,13 @@ class LoadReport:
 
 
 def load_dataset(
-    path: str | Path, tokenizer: Any, *, max_length: int, skip_bad_lines: bool, on_event: OnEvent
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    most_positions: int | None = None,
+    skip_bad_lines: bool,
+    on_event: OnEvent,
 ) -> tuple[TokenizedDataset, LoadReport]:
     """Read, render, tokenise and label a JSON Lines file.
 
@@ -90,6 +96,9 @@ def load_dataset(
     max_length:
         Most tokens of an example. Of a longer one the front of the prompt is cut (all tokens before the first
         answer but the beginning-of-sequence token and the last), and if that is not enough, the end.
+    most_positions:
+        Most tokens that the model can see, None where it has no such limit; if that is less, it takes the place of
+        ``max_length``.
     skip_bad_lines:
         Drop and count lines that cannot be used instead of raising.
     on_event:
@@ -105,7 +114,7 @@ def load_dataset(
     """
     path = Path(path)
     check_is_data_file(path)
-    loader = _Loader(path, tokenizer, max_length, skip_bad_lines)
+    loader = _Loader(path, tokenizer, max_length, skip_bad_lines, most_positions=most_positions)
     total_bytes = path.stat().st_size
     done_bytes = 0
     for done_bytes in loader.run(read_json_lines(path)):
@@ -135,10 +144,22 @@ def load_lines(path: str | Path, lines: Iterable[Line], tokenizer: Any, *, max_l
 
 
 class _Loader:
-    def __init__(self, path: Path, tokenizer: Any, max_length: int, skip_bad_lines: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: Any,
+        max_length: int,
+        skip_bad_lines: bool,
+        *,
+        most_positions: int | None = None,
+    ) -> None:
         self.path = path
         self.tokenizer = tokenizer
-        self.max_length = max_length
+        self.max_length = min(max_length, most_positions or max_length)
+        # What sets the limit, as a part of a sentence.
+        self.limit = f"--max-length {max_length}"
+        if self.max_length < max_length:
+            self.limit = f"the model has no more positions, and {self.limit} is more"
         self.skip_bad_lines = skip_bad_lines
         self.report = LoadReport()
         self.template = ChatTemplate(tokenizer)
@@ -180,8 +201,8 @@ class _Loader:
         if not self.ids:
             raise DataError(
                 f"none of the {report.dropped} examples of {self.path} has a token to train on",
-                expected="an assistant message that the chat template shows, within --max-length "
-                f"({self.max_length} tokens)",
+                expected=f"an assistant message that the chat template shows, within {self.max_length:,} tokens "
+                f"({self.limit})",
                 fix="check that the conversations have assistant messages, raise --max-length, or check the "
                 "tokenizer's chat template",
             )
@@ -225,7 +246,7 @@ class _Loader:
                 "makes of them, and are not trained on."
             )
         if report.cut:
-            yield f"{name}: {report.cut} examples were cut to {self.max_length} tokens (--max-length)."
+            yield f"{name}: {report.cut} examples were cut to {self.max_length:,} tokens ({self.limit})."
         if report.dropped:
             yield f"{name}: {report.dropped} examples were dropped, because no token of them can be trained on."
 
@@ -266,8 +287,7 @@ class _Loader:
             raise TemplateRefusedError(f"the chat template refuses the conversation: {error}") from error
         if len(rendered.text) > most:
             raise BadRecordError(
-                f"the conversation has {len(rendered.text):,} characters; at most {most:,} can be used "
-                f"(--max-length is {self.max_length:,} tokens)"
+                f"the conversation has {len(rendered.text):,} characters; at most {most:,} can be used ({self.limit})"
             )
         self.report.system_merged += rendered.system_merged
         self.report.unlocated_turns += rendered.unlocated

@@ -60,6 +60,7 @@ def _with_losses(
         data,
         run.tokenizer,
         max_length=settings.max_length or run.settings.max_length,
+        most_positions=run.skeleton.most_positions,
         skip_bad_lines=settings.skip_bad_lines,
         on_event=on_event,
     )

@@ -130,6 +130,7 @@ def _read_inputs(settings: TrainSettings, on_event: OnEvent) -> _Given:
             path,
             tokenizer,
             max_length=settings.max_length,
+            most_positions=skeleton.most_positions,
             skip_bad_lines=settings.skip_bad_lines,
             on_event=on_event,
         )
