@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from lopt_lite.data.formats import (
 )
 from lopt_lite.data.json_lines import Line, check_is_data_file, read_json_lines
 from lopt_lite.data.templates import ChatTemplate, TemplateRefusedError
-from lopt_lite.data.tokenization import default_bos, encode_batch
+from lopt_lite.data.tokenization import default_bos, encode_batch, token_without_row
 from lopt_lite.data.truncation import length_through_last_target, shorten
 from lopt_lite.errors import DataError
 from lopt_lite.events import Notice, OnEvent, Progress
@@ -82,6 +83,7 @@ def load_dataset(
     *,
     max_length: int,
     most_positions: int | None = None,
+    embedding_rows: int | None = None,
     skip_bad_lines: bool,
     on_event: OnEvent,
 ) -> tuple[TokenizedDataset, LoadReport]:
@@ -99,6 +101,9 @@ def load_dataset(
     most_positions:
         Most tokens that the model can see, None where it has no such limit; if that is less, it takes the place of
         ``max_length``.
+    embedding_rows:
+        Rows of the model's embedding, None where they are not known: a line that needs a token beyond them cannot be
+        used.
     skip_bad_lines:
         Drop and count lines that cannot be used instead of raising.
     on_event:
@@ -114,7 +119,9 @@ def load_dataset(
     """
     path = Path(path)
     check_is_data_file(path)
-    loader = _Loader(path, tokenizer, max_length, skip_bad_lines, most_positions=most_positions)
+    loader = _Loader(
+        path, tokenizer, max_length, skip_bad_lines, most_positions=most_positions, embedding_rows=embedding_rows
+    )
     total_bytes = path.stat().st_size
     done_bytes = 0
     for done_bytes in loader.run(read_json_lines(path)):
@@ -143,6 +150,14 @@ def load_lines(path: str | Path, lines: Iterable[Line], tokenizer: Any, *, max_l
     return loader.dataset()
 
 
+@dataclass(frozen=True)
+class _Rendered:
+    """What a line holds, as text."""
+
+    line: int
+    content: RenderedConversation | PlainText
+
+
 class _Loader:
     def __init__(
         self,
@@ -152,6 +167,7 @@ class _Loader:
         skip_bad_lines: bool,
         *,
         most_positions: int | None = None,
+        embedding_rows: int | None = None,
     ) -> None:
         self.path = path
         self.tokenizer = tokenizer
@@ -160,6 +176,7 @@ class _Loader:
         self.limit = f"--max-length {max_length}"
         if self.max_length < max_length:
             self.limit = f"the model has no more positions, and {self.limit} is more"
+        self.embedding_rows = embedding_rows
         self.skip_bad_lines = skip_bad_lines
         self.report = LoadReport()
         self.template = ChatTemplate(tokenizer)
@@ -172,7 +189,7 @@ class _Loader:
 
     def run(self, lines: Iterable[Line]) -> Iterator[int]:
         """Work through the file's lines; yields the bytes done after each chunk but the last."""
-        pending: list[RenderedConversation | PlainText] = []
+        pending: list[_Rendered] = []
         characters = 0
         for line in lines:
             self.report.lines += 1
@@ -181,7 +198,7 @@ class _Loader:
             except (BadRecordError, TemplateRefusedError) as error:
                 self._bad_line(line.number, str(error))
                 continue
-            pending.append(rendered)
+            pending.append(_Rendered(line.number, rendered))
             characters += len(rendered.text)
             if len(pending) >= _CHUNK_EXAMPLES or characters >= _CHUNK_CHARACTERS:
                 self._tokenize(pending)
@@ -289,8 +306,6 @@ class _Loader:
             raise BadRecordError(
                 f"the conversation has {len(rendered.text):,} characters; at most {most:,} can be used ({self.limit})"
             )
-        self.report.system_merged += rendered.system_merged
-        self.report.unlocated_turns += rendered.unlocated
         return rendered
 
     def _bad_line(self, number: int, problem: str) -> None:
@@ -299,17 +314,22 @@ class _Loader:
                 f"{self.path}, line {number}: {problem}",
                 fix="correct the line, or drop such lines with --skip-bad-lines",
             )
-        self.report.bad_lines += 1
-        if len(self.report.first_bad_lines) < _LINES_NAMED:
-            self.report.first_bad_lines.append(number)
-        if self.first_problem is None:
+        first = self.report.first_bad_lines
+        # What is wrong with a line's tokens is found out later than what is wrong with the text of lines after it.
+        bisect.insort(first, number)
+        del first[_LINES_NAMED:]
+        if first[0] == number:
             self.first_problem = f"line {number}: {problem}"
+        self.report.bad_lines += 1
 
-    def _tokenize(self, pending: list[RenderedConversation | PlainText]) -> None:
+    def _tokenize(self, pending: list[_Rendered]) -> None:
         eos = self.tokenizer.eos_token_id
-        for rendered, encoded in zip(
-            pending, encode_batch(self.tokenizer, [item.text for item in pending]), strict=True
-        ):
+        chunk = encode_batch(self.tokenizer, [item.content.text for item in pending])
+        # Once for all of them, as hardly any file has such a token.
+        largest = max((max(encoded.ids, default=0) for encoded in chunk), default=0)
+        is_outside = self.embedding_rows is not None and largest >= self.embedding_rows
+        for item, encoded in zip(pending, chunk, strict=True):
+            rendered = item.content
             if isinstance(rendered, PlainText):
                 ids = encoded.ids
                 if ids[:1] != self.default_bos:
@@ -321,12 +341,20 @@ class _Loader:
             else:
                 ids = encoded.ids
                 mask = answer_mask(self.template, encoded, rendered.answers)
-            self._keep(np.array(ids, dtype=np.int32), mask)
+            length = length_through_last_target(mask)
+            kept = shorten(
+                np.array(ids[:length], dtype=np.int32), mask[:length], self.max_length, self.tokenizer.bos_token_id
+            )
+            problem = token_without_row(self.tokenizer, kept[0], self.embedding_rows) if is_outside else None
+            if problem is not None:
+                self._bad_line(item.line, problem)
+                continue
+            if isinstance(rendered, RenderedConversation):
+                self.report.system_merged += rendered.system_merged
+                self.report.unlocated_turns += rendered.unlocated
+            self._keep(*kept, is_cut=length > self.max_length)
 
-    def _keep(self, ids: np.ndarray, mask: np.ndarray) -> None:
-        length = length_through_last_target(mask)
-        is_cut = length > self.max_length
-        ids, mask = shorten(ids[:length], mask[:length], self.max_length, self.tokenizer.bos_token_id)
+    def _keep(self, ids: np.ndarray, mask: np.ndarray, *, is_cut: bool) -> None:
         if not mask.any():
             self.report.dropped += 1
             return

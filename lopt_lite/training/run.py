@@ -131,6 +131,7 @@ def _read_inputs(settings: TrainSettings, on_event: OnEvent) -> _Given:
             tokenizer,
             max_length=settings.max_length,
             most_positions=skeleton.most_positions,
+            embedding_rows=skeleton.vocabulary_rows,
             skip_bad_lines=settings.skip_bad_lines,
             on_event=on_event,
         )
