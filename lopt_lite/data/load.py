@@ -60,6 +60,8 @@ class LoadReport:
         Examples left out because no token of them can be trained on.
     system_merged:
         Conversations whose system message went into the first user message, because the template refuses it.
+    tools_not_shown:
+        Conversations with tools that the template does not show.
     unlocated_turns:
         Assistant turns that could not be found in the template's output and are not trained on.
     first_bad_lines:
@@ -74,6 +76,7 @@ class LoadReport:
     dropped: int = 0
     system_merged: int = 0
     unlocated_turns: int = 0
+    tools_not_shown: int = 0
     first_bad_lines: list[int] = field(default_factory=list)
 
 
@@ -156,6 +159,9 @@ class _Rendered:
 
     line: int
     content: RenderedConversation | PlainText
+    #: For which template, and so for which control tokens.
+    template: ChatTemplate
+    has_tools: bool
 
 
 class _Loader:
@@ -194,12 +200,12 @@ class _Loader:
         for line in lines:
             self.report.lines += 1
             try:
-                rendered = self._render(self._parse(line))
+                rendered = self._render(line.number, self._parse(line))
             except (BadRecordError, TemplateRefusedError) as error:
                 self._bad_line(line.number, str(error))
                 continue
-            pending.append(_Rendered(line.number, rendered))
-            characters += len(rendered.text)
+            pending.append(rendered)
+            characters += len(rendered.content.text)
             if len(pending) >= _CHUNK_EXAMPLES or characters >= _CHUNK_CHARACTERS:
                 self._tokenize(pending)
                 pending, characters = [], 0
@@ -257,6 +263,12 @@ class _Loader:
                 f"{name}: the chat template refuses system messages; in {report.system_merged} conversations the "
                 "system message was put in front of the first user message."
             )
+        if report.tools_not_shown:
+            what = "the plain template" if template.is_plain else "the chat template"
+            yield (
+                f"{name}: {what} does not show tools; those of {report.tools_not_shown} conversations ('tools') are "
+                "left out."
+            )
         if report.unlocated_turns:
             yield (
                 f"{name}: {report.unlocated_turns} assistant turns could not be found in what the chat template "
@@ -293,20 +305,21 @@ class _Loader:
             self.format, self.format_line, self.report.format = known, line.number, known.name
         return example
 
-    def _render(self, example: Example) -> RenderedConversation | PlainText:
+    def _render(self, line: int, example: Example) -> _Rendered:
         most = max(_MOST_CHARACTERS, _MOST_CHARACTERS_PER_TOKEN * self.max_length)
         if isinstance(example, PlainText):
             # Its end would be cut anyway.
-            return PlainText(example.text[:most])
+            return _Rendered(line, PlainText(example.text[:most]), self.template, has_tools=False)
+        template = self.template.with_tools if example.tools else self.template
         try:
-            rendered = render_conversation(self.template, example)
+            rendered = render_conversation(template, example)
         except TemplateRefusedError as error:
             raise TemplateRefusedError(f"the chat template refuses the conversation: {error}") from error
         if len(rendered.text) > most:
             raise BadRecordError(
                 f"the conversation has {len(rendered.text):,} characters; at most {most:,} can be used ({self.limit})"
             )
-        return rendered
+        return _Rendered(line, rendered, template, has_tools=bool(example.tools))
 
     def _bad_line(self, number: int, problem: str) -> None:
         if not self.skip_bad_lines:
@@ -340,7 +353,7 @@ class _Loader:
                 mask[:1] = False
             else:
                 ids = encoded.ids
-                mask = answer_mask(self.template, encoded, rendered.answers)
+                mask = answer_mask(item.template, encoded, rendered.answers)
             length = length_through_last_target(mask)
             kept = shorten(
                 np.array(ids[:length], dtype=np.int32), mask[:length], self.max_length, self.tokenizer.bos_token_id
@@ -352,6 +365,7 @@ class _Loader:
             if isinstance(rendered, RenderedConversation):
                 self.report.system_merged += rendered.system_merged
                 self.report.unlocated_turns += rendered.unlocated
+                self.report.tools_not_shown += item.has_tools and not item.template.shows_tools
             self._keep(*kept, is_cut=length > self.max_length)
 
     def _keep(self, ids: np.ndarray, mask: np.ndarray, *, is_cut: bool) -> None:
