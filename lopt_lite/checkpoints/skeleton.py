@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lopt_lite.checkpoints.locate import ModelDescription
+from lopt_lite.checkpoints.positions import PROBED_TOKENS, PositionTables
 from lopt_lite.errors import ModelError
 
 ReadRows = Callable[[torch.Tensor], torch.Tensor]
@@ -168,6 +169,8 @@ class Skeleton:
         self._inject: torch.Tensor | None = None
         self._returns_tuple = False
         self._returns_tuple = self._find_out_whether_layers_return_tuples()
+        #: Most tokens of a row, None where positions are not looked up in a table.
+        self.most_positions = self._find_most_positions()
 
     # -- what the model is made of ------------------------------------------------------------------------------------
 
@@ -354,6 +357,14 @@ class Skeleton:
         raise ModelError(
             f"{self.architecture} does not pass one hidden state from layer to layer, so lopt-lite cannot train it"
         )
+
+    def _find_most_positions(self) -> int | None:
+        # Some models give padding tokens no position of their own.
+        token = 1 if getattr(self.config, "pad_token_id", None) == 0 else 0
+        ids = torch.full((1, PROBED_TOKENS), token)
+        with _meta_root_on_cpu(self.model), PositionTables() as tables:
+            self.record(ids, embed=False)
+        return tables.most_positions
 
     def _hidden_survives(self, returns_tuple: bool) -> bool:
         shape = (2, 3, self.hidden_size)  # two rows, so that indexing a tensor as if it were a tuple shows

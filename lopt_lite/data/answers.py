@@ -15,11 +15,12 @@ cannot be found so is not trained on, and counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from lopt_lite.data.formats import Conversation, Message
+from lopt_lite.data.formats import Conversation, Message, Tool
 from lopt_lite.data.templates import ChatTemplate, Span, TemplateRefusedError
 from lopt_lite.data.tokenization import Encoded, token_range
 
@@ -81,16 +82,16 @@ def answer_mask(template: ChatTemplate, encoded: Encoded, answers: Sequence[Span
 
 
 def _render(template: ChatTemplate, conversation: Conversation, *, system_merged: bool) -> RenderedConversation:
-    messages = conversation.messages
+    messages, tools = conversation.messages, conversation.tools
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= conversation.first_trained]
     spans: list[Span] = []
     unlocated = 0
     if template.has_generation_marks and conversation.first_trained == 0:
-        text, spans = template.render_with_marks(messages)
+        text, spans = template.render_with_marks(messages, tools=tools)
     else:
-        text = template.render(messages)
+        text = template.render(messages, tools=tools)
     if not any(start < end for start, end in spans):
-        located = _locate(template, messages, turns, text)
+        located = _locate(template, conversation, turns, text)
         spans = [span for span in located if span is not None]
         unlocated = len(located) - len(spans)
     if template.appends_eos and turns and turns[-1] == len(messages) - 1:
@@ -99,11 +100,11 @@ def _render(template: ChatTemplate, conversation: Conversation, *, system_merged
     return RenderedConversation(text, tuple(spans), unlocated, system_merged)
 
 
-def _locate(template: ChatTemplate, messages: Sequence[Message], turns: Sequence[int], text: str) -> list[Span | None]:
+def _locate(template: ChatTemplate, conversation: Conversation, turns: Sequence[int], text: str) -> list[Span | None]:
     located: list[Span | None] = []
     floor = 0
     for turn in turns:
-        span = _locate_turn(template, messages, turn, text)
+        span = _locate_turn(template, conversation, turn, text)
         if span is not None and span[0] >= floor:
             floor = span[1]
             located.append(span)
@@ -112,13 +113,15 @@ def _locate(template: ChatTemplate, messages: Sequence[Message], turns: Sequence
     return located
 
 
-def _locate_turn(template: ChatTemplate, messages: Sequence[Message], turn: int, text: str) -> Span | None:
-    start = _prefix_length(template, messages[:turn], text, add_generation_prompt=True) if turn else None
+def _locate_turn(template: ChatTemplate, conversation: Conversation, turn: int, text: str) -> Span | None:
+    messages, tools = conversation.messages, conversation.tools
+    prefix_length = partial(_prefix_length, template, tools=tools, text=text)
+    start = prefix_length(messages[:turn], add_generation_prompt=True) if turn else None
     is_last = turn == len(messages) - 1
-    end = len(text) if is_last else _prefix_length(template, messages[: turn + 1], text, add_generation_prompt=False)
+    end = len(text) if is_last else prefix_length(messages[: turn + 1], add_generation_prompt=False)
     if start is not None and end is not None and start <= end:
         return start, end
-    content = template.content_range(messages, turn, text)
+    content = template.content_range(messages, turn, text, tools=tools)
     if content is None:
         return None
     first = content[0] if start is None else min(start, content[0])
@@ -127,10 +130,15 @@ def _locate_turn(template: ChatTemplate, messages: Sequence[Message], turn: int,
 
 
 def _prefix_length(
-    template: ChatTemplate, messages: Sequence[Message], text: str, *, add_generation_prompt: bool
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Tool],
+    text: str,
+    add_generation_prompt: bool,
 ) -> int | None:
     try:
-        prefix = template.render(messages, add_generation_prompt=add_generation_prompt)
+        prefix = template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
     except TemplateRefusedError:
         return None
     return len(prefix) if text.startswith(prefix) else None
@@ -141,4 +149,4 @@ def _merge_system(conversation: Conversation) -> Conversation | None:
     if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return None
     user = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-    return Conversation((user, *messages[2:]), first_trained=max(0, conversation.first_trained - 1))
+    return replace(conversation, messages=(user, *messages[2:]), first_trained=max(0, conversation.first_trained - 1))

@@ -13,7 +13,9 @@ keys of the line                  meaning
 ``text``                          plain text; every token is trained on
 ================================  ==========================================================
 
-The first shape of this table whose keys a line has is the line's. Other keys are ignored.
+The first shape of this table whose keys a line has is the line's. Beside ``messages`` and ``conversations`` a line may
+have ``tools`` (a list of objects, or its text as JSON), which go to the chat template, and ``system`` (text), which
+becomes the first message; lists of ``prompt`` and ``completion`` may have ``tools``. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lopt_lite.data.json_lines import json_type
+from lopt_lite.data.json_lines import json_type, parse_json
 
 Message = dict[str, Any]
+Tool = dict[str, Any]
 
 #: Names that data files use for the four roles a template knows.
 ROLES = {
@@ -51,10 +54,14 @@ class BadRecordError(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with roles system, user, assistant or tool; assistant turns from ``first_trained`` on are trained."""
+    """Messages with roles system, user, assistant or tool; assistant turns from ``first_trained`` on are trained.
+
+    ``tools`` are descriptions of what the assistant may call, as the chat template wants them.
+    """
 
     messages: tuple[Message, ...]
     first_trained: int = 0
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,44 @@ def _parse_prompt_completion(record: dict[str, Any]) -> Example:
         kinds = f"{json_type(record['prompt'])} and {json_type(record['completion'])}"
         raise BadRecordError(f"'prompt' and 'completion' are JSON {kinds}, not two strings or two lists of messages")
     prompt, completion = _parse_list(record, "prompt"), _parse_list(record, "completion")
-    return Conversation((*prompt, *completion), first_trained=len(prompt))
+    return Conversation((*prompt, *completion), first_trained=len(prompt), tools=_tools(record))
+
+
+def _list_parser(key: str, role_key: str, content_key: str) -> Callable[[dict[str, Any]], Example]:
+    def parse(record: dict[str, Any]) -> Example:
+        messages = _with_system(record, _parse_list(record, key, role_key, content_key))
+        return Conversation(tuple(messages), tools=_tools(record))
+
+    return parse
+
+
+def _with_system(record: dict[str, Any], messages: list[Message]) -> list[Message]:
+    # A missing, null or empty text is what data files have where there is none.
+    text = _content(record["system"], "'system'") if record.get("system") is not None else ""
+    if not text:
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": text}, *messages]
+    if messages[0]["content"] != text:
+        raise BadRecordError("the line has 'system' and begins with a system message that says something else")
+    return messages
+
+
+def _tools(record: dict[str, Any]) -> tuple[Tool, ...]:
+    tools = record.get("tools")
+    if isinstance(tools, str) and tools:
+        # Tools differ in their keys, which tables with typed columns cannot hold: many data sets have them as text.
+        tools, problem = parse_json(tools, "the text of 'tools'")
+        if problem is not None:
+            raise BadRecordError(problem)
+    if not tools and (tools is None or isinstance(tools, str | list)):
+        return ()
+    if not isinstance(tools, list):
+        raise BadRecordError(f"'tools' is a JSON {json_type(tools)}, not a list of tools")
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise BadRecordError(f"tools[{i}] is a JSON {json_type(tool)}, not an object")
+    return tuple(tools)
 
 
 def _parse_list(
@@ -170,12 +214,8 @@ def _content(content: Any, where: str) -> str:
 
 
 FORMATS = (
-    Format("messages", ("messages",), lambda record: Conversation(tuple(_parse_list(record, "messages")))),
-    Format(
-        "conversations",
-        ("conversations",),
-        lambda record: Conversation(tuple(_parse_list(record, "conversations", "from", "value"))),
-    ),
+    Format("messages", ("messages",), _list_parser("messages", "role", "content")),
+    Format("conversations", ("conversations",), _list_parser("conversations", "from", "value")),
     Format("prompt+completion", ("prompt", "completion"), _parse_prompt_completion),
     Format("instruction+output", ("instruction", "output"), _parse_instruction),
     Format("question+answer", ("question", "answer"), _pair_parser("question", "answer")),

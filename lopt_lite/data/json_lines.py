@@ -92,25 +92,33 @@ def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
     except UnicodeDecodeError as error:
         hint = " (it looks like UTF-16: save the file as UTF-8)" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         return None, f"the line is not UTF-8 text, at its byte {error.start + 1}{hint}"
+    value, problem = parse_json(text, "the line")
+    if problem is not None:
+        hint = " (JSON Lines has one object per line, not one array)" if text.startswith("[") else ""
+        return None, problem + hint
+    if not isinstance(value, dict):
+        return None, f"the line is a JSON {json_type(value)}, not an object"
+    return value, None
+
+
+def parse_json(text: str, where: str) -> tuple[Any, str | None]:
+    """Parse the text of ``where``; returns the value and None, or None and what is wrong."""
     try:
         value = json.loads(text)
     except RecursionError:
-        return None, "the JSON is nested too deeply"
+        return None, f"{where} is JSON that is nested too deeply"
     except json.JSONDecodeError as error:
-        hint = " (JSON Lines has one object per line, not one array)" if text.startswith("[") else ""
-        return None, f"the line is not valid JSON: {error.msg} at column {error.colno}{hint}"
+        return None, f"{where} is not valid JSON: {error.msg} at column {error.colno}"
     except ValueError as error:  # an integer of more digits than Python converts
-        return None, f"the line is not usable JSON: {error}"
-    if not isinstance(value, dict):
-        return None, f"the line is a JSON {json_type(value)}, not an object"
+        return None, f"{where} is not usable JSON: {error}"
     # Only an escape can smuggle in half of a surrogate pair; it has no UTF-8 form, so no tokenizer takes it.
     if "\\ud" in text or "\\uD" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            return None, "the line has half of a surrogate pair (a lone \\ud800 to \\udfff), which is not a character"
+            return None, f"{where} has half of a surrogate pair (a lone \\ud800 to \\udfff), which is not a character"
         except RecursionError:
-            return None, "the JSON is nested too deeply"
+            return None, f"{where} is JSON that is nested too deeply"
     return value, None
 
 

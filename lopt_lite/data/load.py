@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from lopt_lite.data.formats import (
 )
 from lopt_lite.data.json_lines import Line, check_is_data_file, read_json_lines
 from lopt_lite.data.templates import ChatTemplate, TemplateRefusedError
-from lopt_lite.data.tokenization import default_bos, encode_batch
+from lopt_lite.data.tokenization import default_bos, encode_batch, token_without_row
 from lopt_lite.data.truncation import length_through_last_target, shorten
 from lopt_lite.errors import DataError
 from lopt_lite.events import Notice, OnEvent, Progress
@@ -59,6 +60,8 @@ class LoadReport:
         Examples left out because no token of them can be trained on.
     system_merged:
         Conversations whose system message went into the first user message, because the template refuses it.
+    tools_not_shown:
+        Conversations with tools that the template does not show.
     unlocated_turns:
         Assistant turns that could not be found in the template's output and are not trained on.
     first_bad_lines:
@@ -73,6 +76,7 @@ class LoadReport:
     dropped: int = 0
     system_merged: int = 0
     unlocated_turns: int = 0
+    tools_not_shown: int = 0
     first_bad_lines: list[int] = field(default_factory=list)
 
 
@@ -81,6 +85,8 @@ def load_dataset(
     tokenizer: Any,
     *,
     max_length: int,
+    most_positions: int | None = None,
+    embedding_rows: int | None = None,
     skip_bad_lines: bool,
     check: Callable[[], None] = lambda: None,
     on_event: OnEvent,
@@ -96,6 +102,12 @@ def load_dataset(
     max_length:
         Most tokens of an example. Of a longer one the front of the prompt is cut (all tokens before the first
         answer but the beginning-of-sequence token and the last), and if that is not enough, the end.
+    most_positions:
+        Most tokens that the model can see, None where it has no such limit; if that is less, it takes the place of
+        ``max_length``.
+    embedding_rows:
+        Rows of the model's embedding, None where they are not known: a line that needs a token beyond them cannot be
+        used.
     skip_bad_lines:
         Drop and count lines that cannot be used instead of raising.
     check:
@@ -113,7 +125,9 @@ def load_dataset(
     """
     path = Path(path)
     check_is_data_file(path)
-    loader = _Loader(path, tokenizer, max_length, skip_bad_lines)
+    loader = _Loader(
+        path, tokenizer, max_length, skip_bad_lines, most_positions=most_positions, embedding_rows=embedding_rows
+    )
     total_bytes = path.stat().st_size
     done_bytes = 0
     for done_bytes in loader.run(read_json_lines(path)):
@@ -143,11 +157,36 @@ def load_lines(path: str | Path, lines: Iterable[Line], tokenizer: Any, *, max_l
     return loader.dataset()
 
 
+@dataclass(frozen=True)
+class _Rendered:
+    """What a line holds, as text."""
+
+    line: int
+    content: RenderedConversation | PlainText
+    #: For which template, and so for which control tokens.
+    template: ChatTemplate
+    has_tools: bool
+
+
 class _Loader:
-    def __init__(self, path: Path, tokenizer: Any, max_length: int, skip_bad_lines: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: Any,
+        max_length: int,
+        skip_bad_lines: bool,
+        *,
+        most_positions: int | None = None,
+        embedding_rows: int | None = None,
+    ) -> None:
         self.path = path
         self.tokenizer = tokenizer
-        self.max_length = max_length
+        self.max_length = min(max_length, most_positions or max_length)
+        # What sets the limit, as a part of a sentence.
+        self.limit = f"--max-length {max_length}"
+        if self.max_length < max_length:
+            self.limit = f"the model has no more positions, and {self.limit} is more"
+        self.embedding_rows = embedding_rows
         self.skip_bad_lines = skip_bad_lines
         self.report = LoadReport()
         self.template = ChatTemplate(tokenizer)
@@ -160,17 +199,17 @@ class _Loader:
 
     def run(self, lines: Iterable[Line]) -> Iterator[int]:
         """Work through the file's lines; yields the bytes done after each chunk but the last."""
-        pending: list[RenderedConversation | PlainText] = []
+        pending: list[_Rendered] = []
         characters = 0
         for line in lines:
             self.report.lines += 1
             try:
-                rendered = self._render(self._parse(line))
+                rendered = self._render(line.number, self._parse(line))
             except (BadRecordError, TemplateRefusedError) as error:
                 self._bad_line(line.number, str(error))
                 continue
             pending.append(rendered)
-            characters += len(rendered.text)
+            characters += len(rendered.content.text)
             if len(pending) >= _CHUNK_EXAMPLES or characters >= _CHUNK_CHARACTERS:
                 self._tokenize(pending)
                 pending, characters = [], 0
@@ -189,8 +228,8 @@ class _Loader:
         if not self.ids:
             raise DataError(
                 f"none of the {report.dropped} examples of {self.path} has a token to train on",
-                expected="an assistant message that the chat template shows, within --max-length "
-                f"({self.max_length} tokens)",
+                expected=f"an assistant message that the chat template shows, within {self.max_length:,} tokens "
+                f"({self.limit})",
                 fix="check that the conversations have assistant messages, raise --max-length, or check the "
                 "tokenizer's chat template",
             )
@@ -228,13 +267,19 @@ class _Loader:
                 f"{name}: the chat template refuses system messages; in {report.system_merged} conversations the "
                 "system message was put in front of the first user message."
             )
+        if report.tools_not_shown:
+            what = "the plain template" if template.is_plain else "the chat template"
+            yield (
+                f"{name}: {what} does not show tools; those of {report.tools_not_shown} conversations ('tools') are "
+                "left out."
+            )
         if report.unlocated_turns:
             yield (
                 f"{name}: {report.unlocated_turns} assistant turns could not be found in what the chat template "
                 "makes of them, and are not trained on."
             )
         if report.cut:
-            yield f"{name}: {report.cut} examples were cut to {self.max_length} tokens (--max-length)."
+            yield f"{name}: {report.cut} examples were cut to {self.max_length:,} tokens ({self.limit})."
         if report.dropped:
             yield f"{name}: {report.dropped} examples were dropped, because no token of them can be trained on."
 
@@ -264,23 +309,21 @@ class _Loader:
             self.format, self.format_line, self.report.format = known, line.number, known.name
         return example
 
-    def _render(self, example: Example) -> RenderedConversation | PlainText:
+    def _render(self, line: int, example: Example) -> _Rendered:
         most = max(_MOST_CHARACTERS, _MOST_CHARACTERS_PER_TOKEN * self.max_length)
         if isinstance(example, PlainText):
             # Its end would be cut anyway.
-            return PlainText(example.text[:most])
+            return _Rendered(line, PlainText(example.text[:most]), self.template, has_tools=False)
+        template = self.template.with_tools if example.tools else self.template
         try:
-            rendered = render_conversation(self.template, example)
+            rendered = render_conversation(template, example)
         except TemplateRefusedError as error:
             raise TemplateRefusedError(f"the chat template refuses the conversation: {error}") from error
         if len(rendered.text) > most:
             raise BadRecordError(
-                f"the conversation has {len(rendered.text):,} characters; at most {most:,} can be used "
-                f"(--max-length is {self.max_length:,} tokens)"
+                f"the conversation has {len(rendered.text):,} characters; at most {most:,} can be used ({self.limit})"
             )
-        self.report.system_merged += rendered.system_merged
-        self.report.unlocated_turns += rendered.unlocated
-        return rendered
+        return _Rendered(line, rendered, template, has_tools=bool(example.tools))
 
     def _bad_line(self, number: int, problem: str) -> None:
         if not self.skip_bad_lines:
@@ -288,17 +331,22 @@ class _Loader:
                 f"{self.path}, line {number}: {problem}",
                 fix="correct the line, or drop such lines with --skip-bad-lines",
             )
-        self.report.bad_lines += 1
-        if len(self.report.first_bad_lines) < _LINES_NAMED:
-            self.report.first_bad_lines.append(number)
-        if self.first_problem is None:
+        first = self.report.first_bad_lines
+        # What is wrong with a line's tokens is found out later than what is wrong with the text of lines after it.
+        bisect.insort(first, number)
+        del first[_LINES_NAMED:]
+        if first[0] == number:
             self.first_problem = f"line {number}: {problem}"
+        self.report.bad_lines += 1
 
-    def _tokenize(self, pending: list[RenderedConversation | PlainText]) -> None:
+    def _tokenize(self, pending: list[_Rendered]) -> None:
         eos = self.tokenizer.eos_token_id
-        for rendered, encoded in zip(
-            pending, encode_batch(self.tokenizer, [item.text for item in pending]), strict=True
-        ):
+        chunk = encode_batch(self.tokenizer, [item.content.text for item in pending])
+        # Once for all of them, as hardly any file has such a token.
+        largest = max((max(encoded.ids, default=0) for encoded in chunk), default=0)
+        is_outside = self.embedding_rows is not None and largest >= self.embedding_rows
+        for item, encoded in zip(pending, chunk, strict=True):
+            rendered = item.content
             if isinstance(rendered, PlainText):
                 ids = encoded.ids
                 if ids[:1] != self.default_bos:
@@ -309,13 +357,22 @@ class _Loader:
                 mask[:1] = False
             else:
                 ids = encoded.ids
-                mask = answer_mask(self.template, encoded, rendered.answers)
-            self._keep(np.array(ids, dtype=np.int32), mask)
+                mask = answer_mask(item.template, encoded, rendered.answers)
+            length = length_through_last_target(mask)
+            kept = shorten(
+                np.array(ids[:length], dtype=np.int32), mask[:length], self.max_length, self.tokenizer.bos_token_id
+            )
+            problem = token_without_row(self.tokenizer, kept[0], self.embedding_rows) if is_outside else None
+            if problem is not None:
+                self._bad_line(item.line, problem)
+                continue
+            if isinstance(rendered, RenderedConversation):
+                self.report.system_merged += rendered.system_merged
+                self.report.unlocated_turns += rendered.unlocated
+                self.report.tools_not_shown += item.has_tools and not item.template.shows_tools
+            self._keep(*kept, is_cut=length > self.max_length)
 
-    def _keep(self, ids: np.ndarray, mask: np.ndarray) -> None:
-        length = length_through_last_target(mask)
-        is_cut = length > self.max_length
-        ids, mask = shorten(ids[:length], mask[:length], self.max_length, self.tokenizer.bos_token_id)
+    def _keep(self, ids: np.ndarray, mask: np.ndarray, *, is_cut: bool) -> None:
         if not mask.any():
             self.report.dropped += 1
             return

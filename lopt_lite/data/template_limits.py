@@ -41,14 +41,23 @@ def limited_time() -> Iterator[None]:
         yield
         return
 
+    over: ModelError | None = None
+
     def stop(number: int, frame: Any) -> None:
-        raise ModelError(f"the chat template ran for {MOST_SECONDS} seconds on one conversation", fix=_FIX)
+        nonlocal over
+        over = ModelError(f"the chat template ran for {MOST_SECONDS} seconds on one conversation", fix=_FIX)
+        raise over
 
     handler = signal.signal(signal.SIGALRM, stop)
     started_s = time.monotonic()
     left_s, every_s = signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
     try:
         yield
+    except Exception as error:
+        # Jinja looks up where in the template an error was raised, and fails with another where it finds no line there.
+        if over is not None and error is not over:
+            raise over from error
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)

@@ -28,7 +28,7 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lopt_lite.data.formats import Message
+from lopt_lite.data.formats import Message, Tool
 from lopt_lite.data.template_limits import limit_text, limited_time
 from lopt_lite.data.tokenization import default_bos, encode_batch, token_range
 from lopt_lite.errors import ModelError
@@ -59,7 +59,18 @@ _PINNED_DATE = (
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 #: What a template may raise on messages it was not written for: its own refusal, or Python's operators inside it.
-_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
+#: RecursionError: messages and tools may hold lists within lists.
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
+
+#: What a template is asked to show, to find out whether it shows tools at all.
+_PROBED_TOOL: Tool = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "Nothing.",
+        "parameters": {"type": "object", "properties": {}, "required": []},
+    },
+}
 
 Span = tuple[int, int]
 
@@ -87,6 +98,11 @@ class ChatTemplate:
         Whether the template ends an answer without a control token, so that the end-of-sequence token is to be
         added after the last one; without that, a model never learns to stop.
 
+    Parameters
+    ----------
+    for_tools:
+        Take the template that the tokenizer has for conversations with tools, if it has one of its own for them.
+
     Raises
     ------
     ModelError
@@ -94,14 +110,14 @@ class ChatTemplate:
         the default.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, for_tools: bool = False) -> None:
         self.tokenizer = tokenizer
         self.is_plain = not tokenizer.chat_template
         if self.is_plain:
             self.source = ("{{- bos_token -}}" if default_bos(tokenizer) else "") + _PLAIN_TEMPLATE
         else:
             try:
-                self.source = tokenizer.get_chat_template()
+                self.source = tokenizer.get_chat_template(tools=[] if for_tools else None)
             except ValueError as error:
                 raise ModelError(
                     f"the tokenizer's chat template cannot be chosen: {error}",
@@ -119,7 +135,27 @@ class ChatTemplate:
         self.appends_eos = False
         self._find_end_of_turn()
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    @functools.cached_property
+    def with_tools(self) -> ChatTemplate:
+        """The template for conversations with tools: this one, unless the tokenizer has another for them."""
+        own = self.tokenizer.chat_template
+        return ChatTemplate(self.tokenizer, for_tools=True) if isinstance(own, dict) and "tool_use" in own else self
+
+    @functools.cached_property
+    def shows_tools(self) -> bool:
+        """Whether a conversation's tools change its text."""
+        user: Message = {"role": "user", "content": "Hello"}
+        system: Message = {"role": "system", "content": "Be kind."}
+        shown = []
+        for probe in ([user], [system, user]):
+            with contextlib.suppress(TemplateRefusedError):
+                shown.append(self.render(probe, tools=[_PROBED_TOOL]) != self.render(probe))
+        # One that refuses all of this says so when it is given the conversations themselves.
+        return any(shown) or not shown
+
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), add_generation_prompt: bool = False
+    ) -> str:
         """The text of ``messages`` (at least one).
 
         Raises
@@ -131,6 +167,7 @@ class ChatTemplate:
             with limited_time():
                 return self.tokenizer.apply_chat_template(
                     list(messages),
+                    tools=list(tools) or None,
                     chat_template=self.source,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
@@ -138,7 +175,7 @@ class ChatTemplate:
         except _TEMPLATE_ERRORS as error:
             raise TemplateRefusedError(str(error)) from error
 
-    def render_with_marks(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    def render_with_marks(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> tuple[str, list[Span]]:
         """The text of ``messages``, and the character ranges that the template marks as generated.
 
         Raises
@@ -150,6 +187,7 @@ class ChatTemplate:
             with limited_time():
                 texts, spans = render_jinja_template(
                     conversations=[list(messages)],
+                    tools=list(tools) or None,
                     chat_template=self.source,
                     return_assistant_tokens_mask=True,
                     **self.tokenizer.special_tokens_map,
@@ -158,7 +196,9 @@ class ChatTemplate:
             raise TemplateRefusedError(str(error)) from error
         return texts[0], spans[0]
 
-    def content_range(self, messages: Sequence[Message], turn: int, text: str) -> Span | None:
+    def content_range(
+        self, messages: Sequence[Message], turn: int, text: str, *, tools: Sequence[Tool] = ()
+    ) -> Span | None:
         """Where the content of ``messages[turn]`` lies in their ``text``: what changes when the content does.
 
         None when the template does not show the content, or cannot be asked.
@@ -168,7 +208,7 @@ class ChatTemplate:
         stand_in = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in content)
         changed = [*messages[:turn], {**messages[turn], "content": stand_in}, *messages[turn + 1 :]]
         try:
-            other = self.render(changed)
+            other = self.render(changed, tools=tools)
         except TemplateRefusedError:
             return None
         if other == text:

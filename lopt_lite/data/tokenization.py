@@ -83,6 +83,15 @@ def default_bos(tokenizer: Any) -> list[int]:
     return [bos] if with_specials[:1] == [bos] and without[:1] != [bos] else []
 
 
+def token_without_row(tokenizer: Any, ids: Sequence[int] | np.ndarray, rows: int | None) -> str | None:
+    """What is wrong with ``ids`` if one of them has no row in an embedding of ``rows`` rows, as a sentence."""
+    largest = int(np.max(ids, initial=0))
+    if rows is None or largest < rows:
+        return None
+    token = tokenizer.convert_ids_to_tokens(largest)
+    return f"the token {token!r} has the id {largest:,}, and the model's embedding has {rows:,} rows"
+
+
 def _common_length(a: list[int], b: list[int]) -> int:
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:

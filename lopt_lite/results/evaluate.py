@@ -60,6 +60,8 @@ def _with_losses(
         data,
         run.tokenizer,
         max_length=settings.max_length or run.settings.max_length,
+        most_positions=run.skeleton.most_positions,
+        embedding_rows=run.skeleton.vocabulary_rows,
         skip_bad_lines=settings.skip_bad_lines,
         on_event=on_event,
     )

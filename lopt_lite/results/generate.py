@@ -12,6 +12,8 @@ from transformers import GenerationConfig
 from lopt_lite import devices
 from lopt_lite.checkpoints.tokenizer import pad_token_id
 from lopt_lite.data.templates import load_prompt, stop_token_ids
+from lopt_lite.data.tokenization import token_without_row
+from lopt_lite.errors import DataError, SettingsError
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import GenerateOutcome
 from lopt_lite.residency.choices import Memory, choose_residence
@@ -29,6 +31,10 @@ def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> Generate
     ------
     RunDirectoryError
         The run is not finished.
+    SettingsError
+        The model has too few positions for the prompt and the longest answer.
+    DataError
+        The prompt has a token that the model has not.
     """
     device = devices.choose_device(settings.device)
     devices.bound_host_memory(device, budget=settings.memory != "auto")
@@ -45,6 +51,10 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
     skeleton, store = (run.skeleton, run.store) if settings.base else (run.tuned_skeleton, run.tuned_store)
     whole = [(0, skeleton.layer_count)]
     prompt = load_prompt(run.tokenizer, settings.prompt)
+    problem = token_without_row(run.tokenizer, prompt, skeleton.vocabulary_rows)
+    if problem is not None:
+        raise DataError(f"the prompt cannot be used: {problem}", fix="leave the token out of the prompt")
+    _check_positions(len(prompt), settings.max_new_tokens, skeleton.most_positions)
     ids = torch.as_tensor([list(prompt)], dtype=torch.long, device=run.device)
     residence = choose_residence(
         run.shapes(),
@@ -103,6 +113,17 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
         tokens=len(new),
         tokens_per_s=len(new) / max(seconds, 1e-9),
         finished=finished,
+    )
+
+
+def _check_positions(prompt_tokens: int, new_tokens: int, most_positions: int | None) -> None:
+    if most_positions is None or prompt_tokens + new_tokens <= most_positions:
+        return
+    left = most_positions - prompt_tokens
+    raise SettingsError(
+        f"the prompt has {prompt_tokens:,} tokens with the chat template, and --max-new-tokens is {new_tokens:,}",
+        expected=f"no more than {most_positions:,} together, the positions that the model has",
+        fix=f"--max-new-tokens {left}, or a shorter prompt" if left > 0 else "give a shorter prompt",
     )
 
 

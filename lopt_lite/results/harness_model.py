@@ -45,7 +45,8 @@ class LayerStreamedLM(TemplateLM):
         super().__init__()
         self.tuned = False
         self.tokenizer = run.tokenizer
-        self.max_length = settings.max_length or resolve_max_length(run.skeleton.config, run.tokenizer)
+        asked = settings.max_length or resolve_max_length(run.skeleton.config, run.tokenizer)
+        self.max_length = min(asked, run.skeleton.most_positions or asked)
         self._run, self._settings, self._on_event = run, settings, on_event
         self._template = ChatTemplate(run.tokenizer) if settings.apply_chat_template else None
         self._scorer = Scorer(

@@ -44,6 +44,8 @@ class ModelFacts:
         All parameters of the model.
     around_bytes:
         What the store holds beside the layers: embedding, LM head, norms.
+    most_positions:
+        Most tokens of an example, None where the model sets no limit.
     """
 
     architecture: str
@@ -51,6 +53,7 @@ class ModelFacts:
     active_parameters: tuple[int, ...]
     parameters: int
     around_bytes: int
+    most_positions: int | None
 
 
 def stored_dtype(settings: TrainSettings) -> torch.dtype:
@@ -82,6 +85,7 @@ def facts_of(skeleton: Skeleton, settings: TrainSettings) -> ModelFacts:
         active_parameters=tuple(_active_parameters(skeleton, index) for index in range(skeleton.layer_count)),
         parameters=sum(layers) + around,
         around_bytes=around * kept.itemsize,
+        most_positions=skeleton.most_positions,
     )
 
 

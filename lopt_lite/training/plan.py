@@ -55,7 +55,7 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
     device = devices.choose_device(settings.device)
     model = describe_model(settings.model, config_dirs=settings.config, on_event=on_event)
     facts = model_facts(model, settings)
-    training, held_out, other = _estimate(settings, model, on_event)
+    training, held_out, other = _estimate(settings, model, facts.most_positions, on_event)
     draft = Draft(
         facts=facts,
         settings=settings,
@@ -136,17 +136,25 @@ def planned(draft: Draft, residence: Residence) -> Planned:
 
 
 def _estimate(
-    settings: TrainSettings, model: ModelDescription, on_event: OnEvent
+    settings: TrainSettings, model: ModelDescription, most_positions: int | None, on_event: OnEvent
 ) -> tuple[DataEstimate, DataEstimate | None, DataEstimate | None]:
     """The training and held-out examples, and those that are only there to anchor on, in numbers."""
     if model.tokenizer_directory is None:
         on_event(Notice(text="There is no tokenizer beside the model; tokens are guessed from the data's bytes."))
     fraction = settings.validation_fraction()
+    max_length = min(settings.max_length, most_positions or settings.max_length)
     training, validation, other = (
-        None if path is None else known_estimate(path, model, max_length=settings.max_length)
+        None if path is None else known_estimate(path, model, max_length=max_length)
         for path in (settings.data, None if fraction is not None else settings.validation, settings.retain_data)
     )
     assert training is not None
+    found = [part for part in (training, validation, other) if part is not None]
+    if max_length < settings.max_length and max(part.longest for part in found) >= max_length:
+        text = (
+            f"Examples of more than {max_length:,} tokens will be cut: the model has no more positions "
+            f"(--max-length is {settings.max_length:,})."
+        )
+        on_event(Notice(text=text))
     if fraction is not None:
         return training.part(1 - fraction), training.part(fraction), other
     return training, validation, other

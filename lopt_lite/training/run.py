@@ -152,6 +152,8 @@ def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _
             path,
             tokenizer,
             max_length=settings.max_length,
+            most_positions=skeleton.most_positions,
+            embedding_rows=skeleton.vocabulary_rows,
             skip_bad_lines=settings.skip_bad_lines,
             check=stop.check,
             on_event=on_event,

@@ -19,6 +19,21 @@ def test_what_runs_too_long_is_stopped(monkeypatch):
             pass
 
 
+def test_another_error_that_comes_of_stopping_does_not_hide_why(monkeypatch):
+    monkeypatch.setattr(template_limits, "MOST_SECONDS", 0.05)
+    with pytest.raises(ModelError, match="ran for"), limited_time():
+        try:
+            while True:
+                pass
+        except ModelError:
+            raise TypeError("no line in the template") from None
+
+
+def test_an_error_within_the_time_is_passed_on():
+    with pytest.raises(TypeError, match="mine"), limited_time():
+        raise TypeError("mine")
+
+
 @pytest.mark.parametrize("seconds", [0.0, 50.0])
 def test_somebodys_own_timer_goes_on(seconds):
     left_s, every_s = signal.getitimer(signal.ITIMER_REAL)
