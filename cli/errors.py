@@ -85,7 +85,13 @@ def _is_name_too_long(error: BaseException) -> bool:
 
 def _from_name_too_long(error: OSError) -> Report:
     name = os.fsdecode(error.filename or "")
-    return Report("NameTooLong", 2, f"a name is too long for the file system: {one_line(name)[:80]}...")
+    return Report(
+        "NameTooLong",
+        2,
+        f"a name is too long for the file system: {one_line(name)[:80]}...",
+        expected="a shorter one",
+        fix="check the paths given; --output names the run directory",
+    )
 
 
 def _from_interrupt(error: BaseException) -> Report:

@@ -159,9 +159,29 @@ def more_blocks_than_layers(place):
     return place.train("--blocks", "3")
 
 
-@bad(SETTINGS, "--objective names 'distil'", "reconstruct, task, none")
+@bad(SETTINGS, "--objective names 'distil'", "reconstruct, task, match, none")
 def unknown_objective(place):
     return place.train("--objective", "distil")
+
+
+@bad(SETTINGS, "--objective match", "--quantize none changes nothing", "--quantize nf4")
+def objective_match_without_quantising(place):
+    return place.train("--objective", "match", "--quantize", "none")
+
+
+@bad(SETTINGS, "--objective match", "--schedule sequential")
+def objective_match_with_the_joint_schedule(place):
+    return place.train("--objective", "match", "--quantize", "nf4", "--schedule", "joint")
+
+
+@bad(SETTINGS, "too long for the file system")
+def run_directory_with_a_name_of_300_characters(place):
+    return place.train("--output", "x" * 300)
+
+
+@bad(SETTINGS, "--seed is", "below 2**63")
+def seed_of_65_bits(place):
+    return place.train("--seed", str(2**64))
 
 
 @bad(SETTINGS, "--lora-targets names 'query'", "q_proj")

@@ -188,7 +188,7 @@ def adapter_with_another_byte(place):
 # -- memory and disk ---------------------------------------------------------------------------------------------------
 
 
-@bad(DOES_NOT_FIT, "the store needs", "1,000 are free", "free some space")
+@bad(DOES_NOT_FIT, "the run needs", "1,000 are free", "free some space")
 def nearly_full_disk(place):
     usage = namedtuple("usage", "total used free")
     place.patch.setattr(shutil, "disk_usage", lambda path: usage(2000, 1000, 1000))
