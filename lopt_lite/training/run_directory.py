@@ -247,9 +247,9 @@ def _refuse_strangers(paths: RunPaths) -> None:
 
 
 def note_store(paths: RunPaths, store: Path) -> None:
-    """Write down where the run's weights are now, if that has changed: later commands look there."""
+    """Write down where the run's weights are now, where later commands would not find them."""
     content = read_settings(paths)
-    if content["store"] != str(store.absolute()):
+    if current_store(paths, content).absolute() != store.absolute():
         files.write_json(paths.settings, {**content, "store": str(store.absolute())})
 
 
