@@ -61,10 +61,10 @@ def tiny_model(directory: Path) -> str:
     """A tiny random model, made if it is not there; returns its path."""
     import torch
 
-    from tests.tiny_models import make_model
+    from tests.tiny_models import even_widths, make_model
 
     if not (directory / "config.json").is_file():
-        make_model(directory, "llama", dtype=torch.bfloat16)
+        make_model(directory, "llama", dtype=torch.bfloat16, **even_widths("llama"))
     return str(directory)
 
 

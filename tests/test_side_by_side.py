@@ -17,12 +17,12 @@ from benchmarks.recipe import RECIPES
 from lopt_lite import EvaluateSettings, TrainSettings, evaluate, train
 from lopt_lite.data.dataset import IGNORED, TokenizedDataset, collate
 from lopt_lite.data.load import load_dataset
-from tests.tiny_models import make_data, make_model
+from tests.tiny_models import even_widths, make_data, make_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"), dtype=torch.bfloat16)
+    return make_model(tmp_path_factory.mktemp("model"), dtype=torch.bfloat16, **even_widths("llama"))
 
 
 @pytest.fixture(scope="module")

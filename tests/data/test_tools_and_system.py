@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +181,16 @@ def test_what_a_template_makes_of_tools_has_the_same_limits(tmp_path: Path, monk
                 load(write_lines(tmp_path, {"messages": TURNS, "tools": [{"name": "endless"}]}), tokenizer)
 
 
-def test_tools_nested_too_deeply_for_a_template_are_refused(tmp_path: Path) -> None:
+@pytest.fixture
+def default_recursion_limit() -> Iterator[None]:
+    """Python's own; libraries raise it."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+def test_tools_nested_too_deeply_for_a_template_are_refused(tmp_path: Path, default_recursion_limit: None) -> None:
     tool: Any = {}
     for _ in range(900):
         tool = {"a": tool}

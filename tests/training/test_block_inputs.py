@@ -113,14 +113,14 @@ def test_batches_are_read_in_the_order_announced_before_they_are_asked_for(place
     inputs = place.inputs()
     inputs.read_ahead(place.batches)
     inputs.read_ahead(place.batches)  # what is announced already is not read again
-    for future in list(inputs._ahead.values()):
+    for future in list(inputs._reader._ahead.values()):
         future.result(60)
     assert disk.ahead == _named(place.batches)
     for batch in place.batches:
         inputs.micro_batch(batch)
     assert disk.direct == []
     assert inputs.ahead_count == len(place.batches)
-    assert not inputs._ahead
+    assert not inputs._reader._ahead
     inputs.close()
 
 
@@ -139,11 +139,13 @@ def test_announcing_again_drops_what_was_not_used(place, disk):
     inputs = place.inputs()
     inputs.read_ahead(place.batches[:3])
     inputs.read_ahead(place.batches[2:4])
-    assert list(inputs._ahead) == [(tuple(b.examples.tolist()), b.input_ids.shape[1]) for b in place.batches[2:4]]
+    assert list(inputs._reader._ahead) == [
+        (tuple(b.examples.tolist()), b.input_ids.shape[1]) for b in place.batches[2:4]
+    ]
     inputs.micro_batch(place.batches[0])
     assert disk.direct == [[3, 1]]
     inputs.read_ahead([])
-    assert not inputs._ahead
+    assert not inputs._reader._ahead
     inputs.close()
 
 
