@@ -20,6 +20,21 @@ from lopt_lite.errors import DataError
 IGNORED = -100
 
 
+def check_can_be_split(examples: int) -> None:
+    """Refuse to hold out a part of less than two examples.
+
+    Raises
+    ------
+    DataError
+        There are fewer.
+    """
+    if examples < 2:
+        raise DataError(
+            f"the data has {examples} example, which cannot be split for validation",
+            fix="give more examples, a validation file, or leave --validation out",
+        )
+
+
 @dataclass(frozen=True)
 class TokenizedDataset:
     """All examples, one after the other.
@@ -100,11 +115,7 @@ class TokenizedDataset:
             There are fewer than two examples.
         """
         count = len(self)
-        if count < 2:
-            raise DataError(
-                f"the data has {count} example, which cannot be split for validation",
-                fix="give more examples, a validation file, or leave --validation out",
-            )
+        check_can_be_split(count)
         held_out = min(max(round(count * fraction), 1), count - 1)
         order = permutation(count, (seed, "validation split"))
         train, validation = np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -17,6 +17,7 @@ import torch
 from lopt_lite import devices
 from lopt_lite.checkpoints.locate import ModelDescription, ModelFiles, describe_model
 from lopt_lite.checkpoints.store import store_info
+from lopt_lite.data.dataset import check_can_be_split
 from lopt_lite.data.estimate import DataEstimate
 from lopt_lite.errors import DoesNotFitError
 from lopt_lite.events import Notice, OnEvent, Planned, ignore
@@ -156,6 +157,8 @@ def _estimate(
         )
         on_event(Notice(text=text))
     if fraction is not None:
+        if training.how != "from bytes":
+            check_can_be_split(training.examples)
         return training.part(1 - fraction), training.part(fraction), other
     return training, validation, other
 

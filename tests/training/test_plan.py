@@ -372,3 +372,9 @@ def test_full_tuning_is_planned_too(bare, data):
     left = run_plan(bare, data, tune="full", objective="none").disk
     assert left.blocks_bytes == outcome.disk.blocks_bytes // 2
     assert outcome.memory.predicted_bytes > adapters.memory.predicted_bytes
+
+
+def test_one_example_cannot_be_planned_to_be_split(model, tmp_path):
+    make_data(tmp_path / "one.jsonl", 1)
+    with pytest.raises(DataError, match="1 example, which cannot be split"):
+        run_plan(model, tmp_path / "one.jsonl", validation="0.5")
