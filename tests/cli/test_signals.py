@@ -34,11 +34,13 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)
-def a_terminal_that_can_hang_up() -> Iterator[None]:
-    """The suite may itself run under ``nohup``, where SIGHUP is ignored and rightly stays so."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def a_terminal_in_the_foreground() -> Iterator[None]:
+    """The suite may itself run under ``nohup`` or in a script's background, where signals are ignored."""
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, hang_up)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def _handlers() -> list[Any]:
