@@ -14,7 +14,7 @@ from lopt_lite.residency.process_size import steady_size
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Block, plan_stages
 from lopt_lite.training.job import make_job
-from lopt_lite.training.memory_choice import residences
+from lopt_lite.training.memory_choice import Demand
 from lopt_lite.training.model_facts import ModelFacts
 
 #: The journal's facts.
@@ -92,5 +92,13 @@ def decide(
         most_anchors=most_anchors,
     )
     stages = [(stage.first, stage.end) for stage in plan_stages(blocks, settings.schedule)]
-    chosen = residences(facts.shapes, blocks, stages, job, train_examples=train_examples, device=device, memory=memory)
+    chosen = Demand(
+        shapes=facts.shapes,
+        blocks=blocks,
+        stages=stages,
+        job=job,
+        train_examples=train_examples,
+        device=device,
+        memory=memory,
+    ).residences()
     return Decision(*chosen, memory, facts)

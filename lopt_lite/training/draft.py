@@ -22,7 +22,7 @@ from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Block, plan_blocks, plan_stages
 from lopt_lite.training.disk_plan import disk_plan
 from lopt_lite.training.job import make_job, other_rows
-from lopt_lite.training.memory_choice import residences, smallest_for_both
+from lopt_lite.training.memory_choice import Demand
 from lopt_lite.training.model_facts import ModelFacts, compute_dtype
 
 #: Waiting for layers is worth a word from this share of a block's steps on.
@@ -119,24 +119,24 @@ class Draft:
         return replace(self, memory=replace(self.memory, budget_bytes=budget_bytes))
 
     def residence(self) -> Residence:
-        """See :func:`residences`."""
-        return residences(**self._all_of_memory)[0]
+        """See :meth:`Demand.residences`."""
+        return self._demand.residences()[0]
 
     def smallest_budget(self) -> int:
-        """See :func:`smallest_for_both`."""
-        return smallest_for_both(**self._all_of_memory)
+        """See :meth:`Demand.smallest_budget`."""
+        return self._demand.smallest_budget()
 
     @property
-    def _all_of_memory(self) -> dict[str, Any]:
-        return {
-            "shapes": self.facts.shapes,
-            "blocks": self.blocks,
-            "stages": self.ranges,
-            "job": self.job,
-            "train_examples": self.training.examples,
-            "device": self.device,
-            "memory": self.memory,
-        }
+    def _demand(self) -> Demand:
+        return Demand(
+            shapes=self.facts.shapes,
+            blocks=self.blocks,
+            stages=self.ranges,
+            job=self.job,
+            train_examples=self.training.examples,
+            device=self.device,
+            memory=self.memory,
+        )
 
     def disk(self, residence: Residence) -> PlanDisk:
         """Disk space needed."""

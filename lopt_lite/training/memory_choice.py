@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -38,65 +39,52 @@ def matching_ranges(blocks: Sequence[Block]) -> list[tuple[int, int]]:
     return [(block.first, block.end) for block in blocks if block.objective == "match"]
 
 
-def residences(
-    shapes: ModelShapes,
-    blocks: Sequence[Block],
-    stages: Sequence[tuple[int, int]],
-    job: Job,
-    *,
-    train_examples: int,
-    device: torch.device,
-    memory: Memory,
-) -> tuple[Residence, Residence | None]:
-    """Where layers are while they are trained, and where unquantised ones are while targets are made of them.
+@dataclass(frozen=True)
+class Demand:
+    """What has to fit: training, and making targets where blocks are to match their unquantised layers.
 
-    Parameters
+    Attributes
     ----------
     stages, job:
-        Of training, as for :func:`choose_residence`.
-
-    Raises
-    ------
-    DoesNotFitError
-        The budget is too small; the message names the smallest that would do for both.
+        Of training: (first layer, end layer) of what is trained at the same time, and the largest step.
     """
-    ranges = matching_ranges(blocks)
-    matching = _job(shapes, train_examples, job.longest)
-    try:
-        training = choose_residence(shapes, stages, job, device=device, memory=memory)
+
+    shapes: ModelShapes
+    blocks: Sequence[Block]
+    stages: Sequence[tuple[int, int]]
+    job: Job
+    train_examples: int
+    device: torch.device
+    memory: Memory
+
+    def residences(self) -> tuple[Residence, Residence | None]:
+        """Where layers are while they are trained, and unquantised ones while targets are made of them, if any are.
+
+        Raises
+        ------
+        DoesNotFitError
+            The budget is too small; the message names the smallest that would do for both.
+        """
+        where = {"device": self.device, "memory": self.memory}
+        try:
+            training = choose_residence(self.shapes, self.stages, self.job, **where)
+            return training, choose_residence(*self._matching, **where) if self._matching else None
+        except DoesNotFitError as error:
+            expected = f"at least --memory {self.smallest_budget() >> 20}MiB"
+            raise DoesNotFitError(error.found, expected=expected, fix=error.fix) from error
+
+    def smallest_budget(self) -> int:
+        """The smallest budget for both, in bytes."""
+        asked = [(self.shapes, self.stages, self.job)] + ([self._matching] if self._matching else [])
+        return max(smallest_budget(*one, device=self.device, memory=self.memory) for one in asked)
+
+    @property
+    def _matching(self) -> tuple[ModelShapes, Sequence[tuple[int, int]], Job] | None:
+        """Unquantised shapes, blocks and work of the pass that makes targets; None where none are to be made."""
+        ranges = matching_ranges(self.blocks)
         if not ranges:
-            return training, None
-        return training, choose_residence(_unquantised(shapes), ranges, matching, device=device, memory=memory)
-    except DoesNotFitError as error:
-        smallest = smallest_for_both(
-            shapes, blocks, stages, job, train_examples=train_examples, device=device, memory=memory
-        )
-        raise DoesNotFitError(error.found, expected=f"at least --memory {smallest >> 20}MiB", fix=error.fix) from error
-
-
-def smallest_for_both(
-    shapes: ModelShapes,
-    blocks: Sequence[Block],
-    stages: Sequence[tuple[int, int]],
-    job: Job,
-    *,
-    train_examples: int,
-    device: torch.device,
-    memory: Memory,
-) -> int:
-    """The smallest budget, in bytes, for training and for making targets, if there are any to be made.
-
-    Parameters
-    ----------
-    stages, job:
-        Of training, as for :func:`smallest_budget`.
-    """
-    smallest = smallest_budget(shapes, stages, job, device=device, memory=memory)
-    ranges = matching_ranges(blocks)
-    if not ranges:
-        return smallest
-    matching = _job(shapes, train_examples, job.longest)
-    return max(smallest, smallest_budget(_unquantised(shapes), ranges, matching, device=device, memory=memory))
+            return None
+        return _unquantised(self.shapes), ranges, _job(self.shapes, self.train_examples, self.job.longest)
 
 
 def _unquantised(shapes: ModelShapes) -> ModelShapes:
