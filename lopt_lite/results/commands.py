@@ -54,7 +54,7 @@ class Commands:
             return [look, again]
         if self.status.state == "stopped":
             return [("Go on (with the options that it was started with)", self.train()), look, again]
-        validation = self._given.file(str((self.content.get("validation") or {}).get("given")))
+        validation = self._given.file(str((self.content.get("validation") or {}).get("given") or ""))
         data = validation if Path(validation).is_file() else "heldout.jsonl"
         return [
             (
