@@ -6,7 +6,8 @@ which it is not shown, and on unrelated instructions.
 
 Losses are nats per answer token of held-out examples, as 'lopt-lite evaluate' measures them. Several seeds give mean ±
 standard deviation. Seconds are those of training, without loading and preparing weights. "frozen" leaves the first half
-of the layers as it is; "retain" adds the anchor (--retain 1).
+of the layers as it is. A name that ends in "longer" has half as many passes again over the data (rounded down), and one
+that ends in "retain" has the anchor (--retain 1, or the weight that follows).
 """
 
 from __future__ import annotations
@@ -37,29 +38,49 @@ from lopt_lite import TrainSettings, files
 NAME = "recipe"
 
 _FULL = {"tune": "full", "lr": 2e-5}
-_WITHOUT_ANCHOR: dict[str, dict[str, Any]] = {
+_PLAIN: dict[str, dict[str, Any]] = {
     "end-to-end-1e-4": {"blocks": 1, "lr": 1e-4},
     "end-to-end-2e-4": {"blocks": 1, "lr": 2e-4},
     "end-to-end-4e-4": {"blocks": 1, "lr": 4e-4},
     "end-to-end-8e-4": {"blocks": 1, "lr": 8e-4},
+    "end-to-end-16e-4": {"blocks": 1, "lr": 16e-4},
     "frozen-4e-4": {"objective": "none", "lr": 4e-4},
     "frozen-8e-4": {"objective": "none", "lr": 8e-4},
-    "reconstruct": {},
-    "joint-2e-4": {"schedule": "joint", "lr": 2e-4},
+    "frozen-16e-4": {"objective": "none", "lr": 16e-4},
+    "reconstruct-4e-4": {"objective": "reconstruct", "lr": 4e-4},
+    "reconstruct-8e-4": {"objective": "reconstruct", "lr": 8e-4},
+    "match-4e-4": {"objective": "match", "lr": 4e-4, "lr_early": 4e-4},
+    "joint-2e-4": {"schedule": "joint", "objective": "reconstruct", "lr": 2e-4},
     "full-end-to-end": {"blocks": 1, **_FULL},
     "full-frozen": {"objective": "none", **_FULL},
-    "full-reconstruct": {**_FULL},
-    "full-joint": {"schedule": "joint", **_FULL},
+    "full-reconstruct": {"objective": "reconstruct", **_FULL},
+    "full-joint": {"schedule": "joint", "objective": "reconstruct", **_FULL},
 }
 
 #: Trains the LM head itself, through which the anchor compares.
 _NO_ANCHOR = ("full-joint",)
-
-#: Name -> options of ``lopt-lite train``. A recipe of the dictionary above has a twin with the anchor.
-RECIPES: dict[str, dict[str, Any]] = {
-    **_WITHOUT_ANCHOR,
-    **{f"{n}-retain": {**s, "retain": 1.0} for n, s in _WITHOUT_ANCHOR.items() if n not in _NO_ANCHOR},
+_ANCHORS: dict[str, dict[str, Any]] = {
+    "": {},
+    "-retain-0.3": {"retain": 0.3},
+    "-retain": {"retain": 1.0},
+    "-retain-3": {"retain": 3.0},
 }
+
+#: Ending of a recipe's name -> the passes over the data, for one of the others.
+_PASSES = {"": 1.0, "-longer": 1.5}
+
+#: Name -> options of ``lopt-lite train``, and ``passes``.
+RECIPES: dict[str, dict[str, Any]] = {
+    f"{name}{longer}{anchor}": {**options, **weight, "passes": passes}
+    for longer, passes in _PASSES.items()
+    for anchor, weight in _ANCHORS.items()
+    for name, options in _PLAIN.items()
+    if not (weight and name in _NO_ANCHOR)
+}
+_NAMES = (
+    f"{', '.join(_PLAIN)}, each with {' or '.join(e for e in _PASSES if e)} and then with "
+    f"{' or '.join(e for e in _ANCHORS if e)} at its end"
+)
 _QUICK = ("end-to-end-4e-4", "frozen-8e-4")
 
 
@@ -99,10 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print one table per probe."""
     options = _options().parse_args(arguments)
     bench = Bench.start(NAME, __doc__, options, arguments)
-    recipes = _QUICK if bench.quick else options.recipes.split(",") if options.recipes else tuple(RECIPES)
+    recipes = _QUICK if bench.quick else options.recipes.split(",") if options.recipes else tuple(_PLAIN)
     for name in recipes:
         if name not in RECIPES:
-            raise SystemExit(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
+            raise SystemExit(f"there is no recipe {name!r}; there are {_NAMES}")
     grid = _Grid(bench, options)
     for name in PROBES if options.probe == "both" else [options.probe]:
         grid.table(PROBES[name], recipes)
@@ -115,7 +136,7 @@ def _options() -> argparse.ArgumentParser:
     made.add_argument("--data", default=str(TRAIN), help="GSM8K examples to train on (the repository's)")
     made.add_argument("--held-out", default=str(HELD_OUT), help="held-out GSM8K examples (the repository's)")
     made.add_argument("--instructions", default=str(INSTRUCTIONS), help="unrelated examples (the repository's)")
-    made.add_argument("--recipes", default="", help=f"names separated by commas (all: {', '.join(RECIPES)})")
+    made.add_argument("--recipes", default="", help=f"names separated by commas: {_NAMES} (those without endings)")
     made.add_argument("--seeds", default="0", help="separated by commas (0)")
     made.add_argument("--examples", type=int, default=320, help="train on so many, the first ones (320)")
     made.add_argument("--held-out-examples", type=int, default=0, help="measure on so many, the first ones (all)")
@@ -177,7 +198,8 @@ class _Grid:
 
     def _run(self, probe: Probe, name: str, seed: int, epochs: int) -> dict[str, Any]:
         """One recipe on one probe with one seed: ``before`` and ``after`` by column, and ``seconds``."""
-        options, recipe = self._options, RECIPES[name]
+        options, recipe = self._options, dict(RECIPES[name])
+        epochs = int(epochs * recipe.pop("passes"))
         settings: dict[str, Any] = {
             "model": options.model,
             "data": str(self._data[probe.train]),

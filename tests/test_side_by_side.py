@@ -168,4 +168,6 @@ def test_time_to_a_loss_is_read_off_straight_lines():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_one_that_train_accepts(name):
-    TrainSettings(model="model", data="data", **RECIPES[name])
+    options = dict(RECIPES[name])
+    assert options.pop("passes") >= 1
+    TrainSettings(model="model", data="data", **options)
