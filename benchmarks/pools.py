@@ -18,6 +18,7 @@ from lopt_lite.checkpoints.build_store import DTYPES
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
+from lopt_lite.float32_products import float32_products
 from lopt_lite.residency.pool import LayerPool, MicroBatch, ResidentLayers
 from lopt_lite.residency.short_attention import short_attention
 from lopt_lite.residency.streamed import StreamedLayers
@@ -103,7 +104,8 @@ def step(pool: LayerPool, batches: list[MicroBatch]) -> float:
         loss.backward()
         return float(loss.detach())
 
-    with short_attention(batches[0].hidden.device), fused_adapters():
+    device = batches[0].hidden.device
+    with short_attention(device), fused_adapters(), float32_products(device):
         loss = pool.accumulate(batches, loss_backward)
     for layer in pool.layers:
         for parameter in layer.parameters():

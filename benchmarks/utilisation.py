@@ -4,7 +4,8 @@ Forward and backward of resident layers with adapters, their matrices dequantise
 bfloat16 matrices in the same process, alternating, medians. Counted are the products that the algorithm needs: 2
 operations per frozen weight and token forward, 2 for the gradient of the layer's input, 6 per adapter weight, and
 attention's scores and sums over half of all pairs of tokens (causal), once forward and twice backward. Neither
-recomputing nor anything elementwise counts. LM head and optimiser are left out.
+recomputing nor anything elementwise counts. LM head and optimiser are left out. Where a CPU has no instructions for
+bfloat16 products, lopt-lite makes them in float32, and the peak is that of float32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from benchmarks.pools import DEMO_MODEL, ONE_B, SMOLLM2, OpenModel, model_store, step
 from benchmarks.report import Bench, parser
-from lopt_lite import devices
+from lopt_lite import devices, float32_products
 from lopt_lite.training.adapters import adapter_parameters
 
 NAME = "utilisation"
@@ -87,8 +88,9 @@ def _measure(bench: Bench, options: Any, name: str, layers: int, length: int) ->
 
 
 def _peak_flops(device: torch.device, size: int) -> float:
-    """Operations per second of a product of two square bfloat16 matrices."""
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    """Operations per second of a product of two square matrices, in the type that the layers' products are made in."""
+    dtype = torch.float32 if float32_products.needed(device) else torch.bfloat16
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     a @ b
     seconds = min(_timed(lambda: a @ b, device) for _ in range(5))
     return 2 * size**3 / seconds

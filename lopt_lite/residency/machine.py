@@ -24,10 +24,11 @@ import torch
 from torch.nn import functional
 
 from lopt_lite import devices, user_cache
+from lopt_lite.float32_products import float32_products
 
 FILE_NAME = "machine.json"
 #: Part of the key: measurements of another kind are not comparable.
-_VERSION = 2
+_VERSION = 3
 #: Uses that measure.
 _MEASUREMENTS = 3
 _ENOUGH_S, _LONGEST_S, _TIMES = 0.006, 0.03, 5
@@ -114,7 +115,7 @@ def machine_key(device: torch.device) -> str:
 
 def measure(device: torch.device, *, nf4: bool = False) -> MachineSpeeds:
     """Measure everything now; NF4 only if asked for."""
-    with torch.inference_mode():
+    with torch.inference_mode(), float32_products(device):
         dequantise, quantise = _nf4(device) if nf4 else (None, None)
         read, cached, write = _file_speeds(user_cache.user_cache_directory())
         return MachineSpeeds(

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from lopt_lite import float32_products
 from lopt_lite.residency import head_cost
 from lopt_lite.residency.shapes import ModelShapes
 from lopt_lite.residency.short_attention import LONGEST
@@ -294,4 +297,7 @@ def _overhead(shapes: ModelShapes, layout: Layout, depth: int, *, on_cpu: bool) 
         return _GPU_OVERHEAD_BYTES
     offloading = _OFFLOAD_OVERHEAD_BYTES if layout.offload_state else 0
     full = _FULL_OVERHEAD_BYTES if shapes.full else 0
-    return _CPU_OVERHEAD_BYTES + offloading + full + _LAYER_OBJECTS_BYTES * depth
+    # The type of the activations is that of the products.
+    in_float32 = shapes.itemsize == 2 and float32_products.needed(torch.device("cpu"))
+    products = float32_products.SCRATCH_BYTES if in_float32 else 0
+    return _CPU_OVERHEAD_BYTES + offloading + full + products + _LAYER_OBJECTS_BYTES * depth

@@ -5,6 +5,8 @@ training step of SmolLM2-135M. Products of whole matrices take two thirds of its
 scores of all pairs exist for a moment, which is little for short rows. Scores are rounded to bfloat16 once, where
 transformers' own plain ("eager") attention rounds them twice.
 
+Where products are made in float32 (:mod:`lopt_lite.float32_products`), the fused kernel is faster.
+
 It is used while training alone: evaluation and generation compute as transformers does.
 """
 
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lopt_lite import float32_products
+
 #: Tokens of the longest row for which it is faster.
 LONGEST = 320
 #: Matrices of [tokens, tokens] per row and head that exist at once: scores' probabilities, their gradient, the scores'.
@@ -26,13 +30,14 @@ _MATRICES = 3
 
 def transient_bytes_per_pair(heads: int, dtype: torch.dtype) -> int:
     """Bytes that exist for a moment for each pair of tokens of a row; 0 where the fused kernel is used."""
-    return _MATRICES * heads * dtype.itemsize if dtype == torch.bfloat16 else 0
+    here = dtype == torch.bfloat16 and not float32_products.needed(torch.device("cpu"))
+    return _MATRICES * heads * dtype.itemsize if here else 0
 
 
 @contextmanager
 def short_attention(device: torch.device) -> Iterator[None]:
     """Within the context, attention that suits is computed here; all other as before."""
-    if device.type != "cpu":
+    if device.type != "cpu" or float32_products.needed(device):
         yield
         return
     fused = nn.functional.scaled_dot_product_attention

@@ -11,6 +11,7 @@ from lopt_lite.checkpoints.tokenizer import pad_token_id
 from lopt_lite.data.dataset import TokenizedDataset
 from lopt_lite.data.load import load_dataset
 from lopt_lite.events import OnEvent, ignore
+from lopt_lite.float32_products import float32_products
 from lopt_lite.outcomes import EvaluateOutcome
 from lopt_lite.residency.block_major import WAITING, held_out_losses
 from lopt_lite.residency.choices import Memory, choose_residence
@@ -41,7 +42,7 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
     run = open_run(settings.run, device)
     outcome = EvaluateOutcome(run=settings.run)
     try:
-        with devices.memory_limited(device, parse_memory(settings.memory)):
+        with devices.memory_limited(device, parse_memory(settings.memory)), float32_products(device):
             if settings.data is not None:
                 outcome = _with_losses(outcome, run, settings.data, settings, on_event)
                 devices.release_everything(device)

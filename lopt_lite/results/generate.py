@@ -15,6 +15,7 @@ from lopt_lite.data.templates import load_prompt, stop_token_ids
 from lopt_lite.data.tokenization import token_without_row
 from lopt_lite.errors import DataError, SettingsError
 from lopt_lite.events import OnEvent, ignore
+from lopt_lite.float32_products import float32_products
 from lopt_lite.outcomes import GenerateOutcome
 from lopt_lite.residency.choices import Memory, choose_residence
 from lopt_lite.residency.head import open_head
@@ -40,7 +41,7 @@ def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> Generate
     devices.bound_host_memory(device, budget=settings.memory != "auto")
     run = open_run(settings.run, device)
     try:
-        with devices.memory_limited(device, parse_memory(settings.memory)):
+        with devices.memory_limited(device, parse_memory(settings.memory)), float32_products(device):
             return _answer(run, settings)
     finally:
         run.close()

@@ -26,6 +26,7 @@ from lopt_lite.data.load import load_dataset
 from lopt_lite.data.seeding import permutation
 from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.events import Notice, OnEvent, RunStarted, Validation, ignore
+from lopt_lite.float32_products import float32_products
 from lopt_lite.journal import Fact, Journal, last_fact, read_facts
 from lopt_lite.locks import locked
 from lopt_lite.outcomes import TrainOutcome
@@ -70,6 +71,7 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
     with (
         Stopper(max_hours=settings.max_hours, deadline=settings.deadline) as stop,
         devices.memory_limited(device, settings.memory_bytes()),
+        float32_products(device),
     ):
         given = _read_inputs(settings, stop, on_event)
         paths = RunPaths(run_directory(settings, given.model.name))
