@@ -7,7 +7,9 @@ All get the same token ids, batch size, epochs, adapter (rank 16, alpha 32, all 
 warm-up and clipping, and the loss of answer tokens. (a) and (b) are run with every learning rate of the grid and shown
 with the one that ends with the lowest held-out loss. Held-out loss, exact matches and retention (loss on unrelated
 instructions) are measured for everyone by the same functions, on transformers' NF4 model with the adapter on it, after
-training. Time to (a)'s loss is read off straight lines between measurements: for (a) and (b) of adapters put aside
+training. On a CPU without instructions for bfloat16 products, (a), (b) and these measurements compute in float32, which
+is many times faster there with these libraries; lopt-lite computes in bfloat16, its default, and has products made in
+float32. Time to (a)'s loss is read off straight lines between measurements: for (a) and (b) of adapters put aside
 while training, for lopt-lite of its own validation, counted from its last block's beginning. What measuring and putting
 aside took is taken off everywhere. Peaks are those of whole processes.
 """

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from lopt_lite import float32_products
 from lopt_lite.data.dataset import TokenizedDataset
 
 LORA_R, LORA_ALPHA = 16, 32
@@ -57,8 +58,13 @@ def read_tokens(path: str) -> TokenizedDataset:
     return TokenizedDataset(**load_file(path))
 
 
+def compute_dtype() -> torch.dtype:
+    """bfloat16, as QLoRA has it; float32 on a CPU for which PyTorch would multiply bfloat16 matrices by plain loops."""
+    return torch.float32 if float32_products.needed(torch.device("cpu")) else torch.bfloat16
+
+
 def load_nf4(model: str) -> Any:
-    """The model with NF4 weights (double quantisation) on the CPU, everything else in bfloat16, as QLoRA has it."""
+    """The model with NF4 weights (double quantisation) on the CPU, everything else in :func:`compute_dtype`."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
@@ -67,12 +73,12 @@ def load_nf4(model: str) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=compute_dtype(),
     )
     return AutoModelForCausalLM.from_pretrained(
         model,
         quantization_config=quantization,
-        dtype=torch.bfloat16,
+        dtype=compute_dtype(),
         device_map={"": "cpu"},
         local_files_only=True,
     )

@@ -2,7 +2,7 @@
 
 Batches of similar length (the same as lopt-lite's), nothing recomputed, no attention mask (rows are padded on the
 right, so that no real token sees padding and attention keeps its fast path), LM head and loss at answer tokens only,
-adapter in float32 with bfloat16 products, fused AdamW.
+adapter in float32 with bfloat16 products (where the CPU has them), fused AdamW.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.baselines.common import Clock, Job, load_nf4, lora, read_tokens
+from benchmarks.baselines.common import Clock, Job, compute_dtype, load_nf4, lora, read_tokens
 from lopt_lite import host_memory
 from lopt_lite.data.batches import epoch_batches
 from lopt_lite.data.dataset import IGNORED, Batch, collate
@@ -73,7 +73,7 @@ def answer_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
     model:
         A causal language model of transformers, adapters already in its layers.
     """
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype() == torch.bfloat16):
         hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         wanted = batch.targets != IGNORED
         logits = model.get_output_embeddings()(hidden[wanted])

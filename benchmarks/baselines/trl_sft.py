@@ -11,7 +11,9 @@ import math
 import time
 from typing import Any
 
-from benchmarks.baselines.common import Clock, Job, load_nf4, lora, read_tokens
+import torch
+
+from benchmarks.baselines.common import Clock, Job, compute_dtype, load_nf4, lora, read_tokens
 from lopt_lite import host_memory
 from lopt_lite.data.dataset import IGNORED
 
@@ -76,7 +78,7 @@ def _config(kind: Any, job: Job) -> Any:
         max_length=job.max_length,
         completion_only_loss=True,
         gradient_checkpointing=True,
-        bf16=True,
+        bf16=compute_dtype() == torch.bfloat16,
         use_cpu=True,
         seed=job.seed,
         save_strategy="no",
