@@ -43,8 +43,9 @@ demo: $(INSTALLED) demo-model
 	@printf '\n-- after:\n'
 	@$(BIN)/lopt-lite generate $(DEMO_RUN) --max-new-tokens 80 --prompt $(DEMO_PROMPT)
 
+# Files side by side, each in one process with one thread: tests are too small for more, and threads wait for each other.
 test: $(INSTALLED) demo-model
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -144,6 +144,21 @@ def test_one_objective_is_for_all_early_blocks_and_a_list_for_each(blocks, objec
     assert _train(blocks=blocks, objective=objective).objectives() == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ("none", "task")),
+        ({"blocks": 3, "tune": "full"}, ("none", "none", "task")),
+        ({"schedule": "joint"}, ("reconstruct", "task")),
+        ({"preset": "paper"}, ("reconstruct", "task")),
+        ({"preset": "paper", "schedule": "sequential"}, ("none", "task")),
+        ({"schedule": "joint", "objective": "none"}, ("none", "task")),
+    ],
+)
+def test_early_blocks_are_left_as_they_are_unless_blocks_are_trained_together(changes, expected):
+    assert _train(**changes).objectives() == expected
+
+
 @pytest.mark.parametrize(("blocks", "objective"), [(1, "none,none"), (2, "none,none"), (4, "none,reconstruct")])
 def test_a_list_of_another_length_than_there_are_early_blocks_is_refused(blocks, objective):
     with pytest.raises(SettingsError, match=f"there are {blocks - 1} blocks before the last"):

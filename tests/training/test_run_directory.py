@@ -62,7 +62,7 @@ def test_settings_say_what_was_given_and_with_which_versions(claimed):
         ({"lora_r": 8}, "--lora-r 16, not 8"),
         ({"lr": 1e-3, "lr_early": 4e-5}, "--lr 0.0004, not 0.001"),
         ({"seed": 1}, "--seed 0, not 1"),
-        ({"objective": "none"}, "--objective reconstruct, not none"),
+        ({"objective": "reconstruct"}, "--objective none, not reconstruct"),
         ({"quantize": "none"}, "--quantize nf4, not none"),
         ({"model_fingerprint": "m2"}, "MODEL model.safetensors, with other content"),
         ({"model_fingerprint": "m2", "model": "other"}, "MODEL model.safetensors, not other"),
