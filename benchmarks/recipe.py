@@ -60,7 +60,7 @@ _PLAIN: dict[str, dict[str, Any]] = {
 #: Trains the LM head itself, through which the anchor compares.
 _NO_ANCHOR = ("full-joint",)
 _ANCHORS: dict[str, dict[str, Any]] = {
-    "": {},
+    "": {"retain": 0.0},
     "-retain-0.3": {"retain": 0.3},
     "-retain": {"retain": 1.0},
     "-retain-3": {"retain": 3.0},

@@ -141,10 +141,11 @@ class TrainSettings:
         "from a useful signal. 0 starts from a random head, as in the paper. Default: 1.",
     )
     batch_size: int = option(None, "Examples per optimiser step. Default: 8.")
-    retain: float = option(
-        0.0,
+    retain: float | None = option(
+        None,
         "Weight of an anchor that holds the model to what it knew: the divergence of its predictions at a sample of "
-        "prompt tokens from those of the untouched model is added to the loss of the last block. 0: no anchor.",
+        "prompt tokens from those of the untouched model is added to the loss of the last block. 0: no anchor. "
+        "Default: 1; 0 with --blocks 1, with --schedule joint, and for data without prompts.",
     )
     retain_tokens: int = option(32, "Most anchored tokens of one example.")
     retain_data: str | None = option(
@@ -184,11 +185,13 @@ class TrainSettings:
     quiet: bool = option(False, "Only warnings, errors and the final summary.", environment=True)
 
     def __post_init__(self) -> None:
-        # Defaults that depend on another option; nobody sees None here afterwards.
+        # Defaults that depend on another option. Only --retain depends on the data as well: see settle_anchor.
         _fill(self, _PRESETS.get(str(self.preset), {}))
         _fill(self, _DEFAULTS)
         _fill(self, _DEFAULTS_OF_TUNE["full" if self.tune == "full" else "lora"])
         _fill(self, _DEFAULTS_OF_SCHEDULE["joint" if self.schedule == "joint" else "sequential"])
+        if self.blocks == 1:
+            _fill(self, {"retain": 0.0})
         _check_types(self)
         _expand_home(self)
         if self.preset == "paper" and self.lr_early is None:
@@ -255,6 +258,31 @@ class TrainSettings:
             raise SettingsError(f"--validation is {self.validation}", expected="a file, or a fraction between 0 and 1")
         return fraction
 
+    def settle_anchor(self, *, has_prompts: bool) -> TrainSettings:
+        """These settings with a weight of the anchor: the default one where nothing was asked for.
+
+        Parameters
+        ----------
+        has_prompts:
+            There is something to anchor on: tokens that are not to be learnt.
+        """
+        if self.retain is not None:
+            return self
+        return dataclasses.replace(self, retain=_RETAIN if has_prompts else 0.0)
+
+    @property
+    def anchor_weight(self) -> float:
+        """``retain`` once it is settled.
+
+        Raises
+        ------
+        ValueError
+            It is not (see :meth:`settle_anchor`).
+        """
+        if self.retain is None:
+            raise ValueError("whether there is an anchor depends on the data")
+        return self.retain
+
     @property
     def trains_around(self) -> bool:
         """Whether embedding, final norm and LM head are trained too, as in the paper."""
@@ -294,9 +322,11 @@ _DEFAULTS_OF_TUNE: dict[str, dict[str, Any]] = {
     "lora": {"quantize": "nf4", "lr": 4e-4},
     "full": {"quantize": "none", "lr": 2e-5},
 }
+#: The anchor's weight where there are prompts to anchor on.
+_RETAIN = 1.0
 _DEFAULTS_OF_SCHEDULE: dict[str, dict[str, Any]] = {
     "sequential": {"objective": "none"},
-    "joint": {"objective": "reconstruct"},
+    "joint": {"objective": "reconstruct", "retain": 0.0},
 }
 
 
@@ -345,6 +375,8 @@ def _check_matching(settings: TrainSettings) -> None:
 
 
 def _check_anchor(settings: TrainSettings) -> None:
+    if settings.retain is None:
+        return
     if not (settings.retain >= 0 and math.isfinite(settings.retain)):
         raise SettingsError(f"--retain is {settings.retain}", expected="0 or more")
     if settings.retain_data is not None and not settings.retain:

@@ -44,6 +44,11 @@ class DataEstimate:
     lengths: tuple[int, ...]
     how: str
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether examples have tokens, beside the first, that are not to be learnt."""
+        return self.tokens - self.answer_tokens > self.examples
+
     def part(self, fraction: float) -> DataEstimate:
         """A random part of the examples; at least one."""
         count = max(1, round(self.examples * fraction))

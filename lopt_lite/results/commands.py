@@ -25,9 +25,10 @@ def changed_settings(settings: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def default_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """What the run's settings would be by default, those that follow from others given the ones that the run has."""
-    tune = "full" if settings.get("tune") == "full" else "lora"
-    defaults = TrainSettings(model="", data="", tune=tune).result_settings()  # type: ignore[arg-type]
-    defaults["tune"] = "lora"
+    own = TrainSettings(model="", data="").settle_anchor(has_prompts=True).result_settings()
+    decisive = {name: settings.get(name, own[name]) for name in ("tune", "schedule", "blocks")}
+    defaults = TrainSettings(model="", data="", **decisive).settle_anchor(has_prompts=True).result_settings()
+    defaults.update({name: own[name] for name in decisive})
     if isinstance(settings.get("lr"), float):
         defaults["lr_early"] = settings["lr"] / 10
     return defaults

@@ -49,6 +49,11 @@ class AnchorSample:
         for example in self.examples:
             self.counts[example] = min(most, len(self._eligible(example)))
 
+    @property
+    def holds_anything(self) -> bool:
+        """Whether there is a token to anchor."""
+        return bool(self.counts.any())
+
     def _eligible(self, example: int) -> np.ndarray:
         _, is_target = self._dataset.example(example)
         return np.flatnonzero(~is_target[1:].numpy())
@@ -102,7 +107,7 @@ class AnchorReader:
 
     def __init__(self, bench: Workbench, sample: AnchorSample) -> None:
         self.sample = sample
-        self._device, self._weight = bench.device, bench.settings.retain
+        self._device, self._weight = bench.device, bench.settings.anchor_weight
         self._cache = ActivationCache(
             bench.paths.anchors, anchor_layout(bench, sample), keep_bytes=bench.residence.cache_keep_bytes
         )
@@ -135,7 +140,7 @@ def check_anchored(sample: AnchorSample) -> None:
     DataError
         No token can be anchored.
     """
-    if not int(sample.counts.sum()):
+    if not sample.holds_anything:
         raise DataError(
             "--retain has nothing to hold on to: every token of the data is to be learnt",
             expected="examples with a prompt",

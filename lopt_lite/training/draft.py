@@ -83,7 +83,7 @@ class Draft:
             longest=max(part.longest for part in everything),
             all_tokens=self.cached_tokens,
             most_answers=None,
-            most_anchors=self.settings.retain_tokens if self.settings.retain else 0,
+            most_anchors=self.settings.retain_tokens if self.settings.anchor_weight else 0,
         )
 
     @property
@@ -205,12 +205,12 @@ class Draft:
     def _all_anchored_tokens(self) -> int:
         """Anchored tokens of all examples, at most."""
         examples = self.training.examples + (0 if self.other is None else self.other.examples)
-        return self.settings.retain_tokens * examples if self.settings.retain else 0
+        return self.settings.retain_tokens * examples if self.settings.anchor_weight else 0
 
     @property
     def _anchored_tokens(self) -> int:
         """Anchored tokens of one epoch: at most so many, as most prompts are longer than what is sampled of them."""
-        if not self.settings.retain:
+        if not self.settings.anchor_weight:
             return 0
         others = 0 if self.other is None else other_rows(self.settings.batch_size, self.other.examples)
         return self.settings.retain_tokens * (self.training.examples + others * self.steps_per_epoch)

@@ -57,6 +57,7 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
     model = describe_model(settings.model, config_dirs=settings.config, on_event=on_event)
     facts = model_facts(model, settings)
     training, held_out, other = _estimate(settings, model, facts.most_positions, on_event)
+    settings = settings.settle_anchor(has_prompts=training.has_prompts or other is not None)
     draft = Draft(
         facts=facts,
         settings=settings,

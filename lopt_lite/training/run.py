@@ -74,6 +74,7 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
         float32_products(device),
     ):
         given = _read_inputs(settings, stop, on_event)
+        settings = settings.settle_anchor(has_prompts=given.sample is not None)
         paths = RunPaths(run_directory(settings, given.model.name))
         store_directory = _store_directory(settings, given.model, paths)
         builder = _store_builder(settings, given.model, store_directory, device, stop, on_event)
@@ -173,12 +174,14 @@ def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _
     if other is not None:
         other = _used(other, settings, len(training))
     given = _Given(model, skeleton, blocks, tokenizer, training, held_out, other, None)
-    if not settings.retain:
+    if settings.retain == 0:
         return given
     others = range(len(given.dataset) - (0 if other is None else len(other)), len(given.dataset))
     sample = AnchorSample(
         given.dataset, len(training), others, most=settings.retain_tokens, seed=derive_seed(settings.seed, "anchor")
     )
+    if settings.retain is None and not sample.holds_anything:
+        return given
     check_anchored(sample)
     return dataclasses.replace(given, sample=sample)
 
