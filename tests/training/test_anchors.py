@@ -133,7 +133,7 @@ def _divergence(run: Path, inputs: tuple[Path, Path], most: int) -> float:
 
 @pytest.mark.parametrize("changes", [{"blocks": 1}, {"objective": "none"}, {"schedule": "joint"}, {}])
 def test_an_anchored_run_stays_nearer_to_what_it_was(tmp_path, inputs, changes):
-    free, _ = _train(tmp_path, inputs, "free", **changes)
+    free, _ = _train(tmp_path, inputs, "free", retain=0.0, **changes)
     held, steps = _train(tmp_path, inputs, "held", retain=3.0, **changes)
     if changes in ({"blocks": 1}, {"objective": "none"}):
         assert steps[0].retain_kl == pytest.approx(0.0, abs=1e-6), "nothing has changed before the first step"
@@ -149,7 +149,7 @@ def test_what_a_run_says_of_its_divergence_is_so(tmp_path, inputs):
 
 
 def test_an_anchor_without_weight_changes_nothing(tmp_path, inputs):
-    plain, _ = _train(tmp_path, inputs, "plain", epochs=1)
+    plain, _ = _train(tmp_path, inputs, "plain", epochs=1, retain=0.0)
     tiny, _ = _train(tmp_path, inputs, "tiny", epochs=1, retain=1e-30)
     from safetensors.torch import load_file
 
@@ -230,11 +230,54 @@ def test_an_anchor_needs_something_to_hold_on_to(tmp_path, inputs):
     lopt_lite.train(TrainSettings(**settings, retain_data=str(text)))
 
 
+@pytest.mark.parametrize(
+    ("prompts", "changes", "weight"),
+    [
+        (True, {}, 1.0),
+        (True, {"retain": 0.25}, 0.25),
+        (True, {"retain": 0.0}, 0.0),
+        (True, {"blocks": 1}, 0.0),
+        (True, {"schedule": "joint"}, 0.0),
+        (False, {}, 0.0),
+        (False, {"with": "other text"}, 1.0),
+    ],
+)
+def test_there_is_an_anchor_by_default_where_there_is_something_to_hold_on_to(
+    tmp_path, inputs, prompts, changes, weight
+):
+    """In the recipe that is our own, that is; ``plan`` says the same of memory."""
+    model, data = inputs
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"some text {i}"}) + "\n" for i in range(4)))
+    changes = {name: value for name, value in changes.items() if name != "with"} | (
+        {"retain_data": str(data)} if "with" in changes else {}
+    )
+    run, steps = _train(tmp_path, (model, data if prompts else text), epochs=1, **changes)
+
+    assert json.loads((run / "settings.json").read_text())["settings"]["retain"] == weight
+    assert all((step.retain_kl is not None) == (weight > 0) for step in steps)
+    given = {"model": str(model), "data": str(data if prompts else text), "output": str(tmp_path / "new"), **changes}
+    by_default = lopt_lite.plan(TrainSettings(**given))
+    settled = lopt_lite.plan(TrainSettings(**{**given, "retain": weight}))
+    assert by_default.memory.predicted_bytes == settled.memory.predicted_bytes
+    assert (by_default.anchor_s > 0) == (weight > 0)
+
+
+def test_a_weight_that_is_not_settled_is_not_taken_for_none():
+    settings = TrainSettings(model="m", data="d")
+    assert settings.retain is None
+    with pytest.raises(ValueError, match="depends on the data"):
+        settings.anchor_weight  # noqa: B018
+    assert settings.settle_anchor(has_prompts=False).anchor_weight == 0
+    assert TrainSettings(model="m", data="d", retain=0.5).settle_anchor(has_prompts=False).anchor_weight == 0.5
+
+
 def test_what_makes_no_sense_is_refused():
     for wrong in (
         {"retain": -1.0},
         {"retain": float("nan")},
-        {"retain_data": "x"},
+        {"retain_data": "x", "retain": 0.0},
+        {"retain_data": "x", "blocks": 1},
         {"retain_tokens": 0},
         {"retain": 1.0, "preset": "paper"},
         {"reconstruction_weight": 3.0},
