@@ -42,6 +42,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+#: Options of runs in which every block learns something, and nothing but that.
+EVERY_BLOCK_LEARNS: dict[str, Any] = {"objective": "reconstruct", "retain": 0.0}
+
+
 def even_widths(architecture: str) -> dict[str, Any]:
     """Changes of the config with which every matrix has a multiple of 64 columns: bitsandbytes reads those rightly."""
     own = ARCHITECTURES[architecture][1]

@@ -37,6 +37,8 @@ MIB = 2**20
 #: On the CPU the budget counts the process. When training begins, it has all libraries loaded; planning has not.
 _TRAINING_PROCESS_BYTES = 496 * MIB
 _OTHER_BLOCKS = (1, 2, 4, 8, 16)
+#: Options that decide the defaults of others.
+_DECISIVE = ("tune", "schedule", "blocks")
 #: A budget for which another's prediction is enough: this much more than it, and a run not longer than by this factor.
 _SPARE_BYTES, _AS_FAST = 16 * MIB, 1.02
 
@@ -267,10 +269,11 @@ def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: 
 def _command(settings: TrainSettings) -> str:
     """The command line that runs the plan."""
     words = ["lopt-lite", "train", settings.model, settings.data]
-    # Other options' defaults depend on these two, and the second one's on the first.
+    # Other options' defaults depend on these, and all of theirs on the preset.
     preset = TrainSettings(model=settings.model, data=settings.data, preset=settings.preset)
-    plain = TrainSettings(model=settings.model, data=settings.data, preset=settings.preset, tune=settings.tune)
-    defaults = {"preset": None, "tune": preset.tune}
+    defaults = {"preset": None} | {name: getattr(preset, name) for name in _DECISIVE}
+    decided = {name: getattr(settings, name) for name in ("preset", *_DECISIVE)}
+    plain = TrainSettings(model=settings.model, data=settings.data, **decided).settle_anchor(has_prompts=True)
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         default = defaults[field.name] if field.name in defaults else getattr(plain, field.name)

@@ -21,12 +21,13 @@ from lopt_lite.residency.pool import MicroBatch, ResidentLayers
 from lopt_lite.results.open_run import open_run
 from lopt_lite.training import memory_choice
 from tests.rig import CPU, residence
-from tests.tiny_models import make_data, make_model
+from tests.tiny_models import EVERY_BLOCK_LEARNS, make_data, make_model
 
 
 def _train(tmp_path: Path, model: Path, **changes: Any) -> Path:
     data = make_data(tmp_path / "data.jsonl")
-    values = {"tune": "full", "epochs": 2, "batch_size": 4, "lr": 1e-3, "dtype": "float32", **changes}
+    values = {"tune": "full", "epochs": 2, "batch_size": 4, "lr": 1e-3, "dtype": "float32"}
+    values |= {**EVERY_BLOCK_LEARNS, **changes}
     run = tmp_path / "run"
     outcome = lopt_lite.train(TrainSettings(model=str(model), data=str(data), output=str(run), **values))
     assert outcome.adapter is None

@@ -81,7 +81,9 @@ class Run:
     def __init__(self, root: Path, *, model: str = "m", data: str = "d", validation: str | None = None, **options: Any):
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
-        self.settings = TrainSettings(model=model, data=data, validation=validation, **{"epochs": 2, **options})
+        options = {"epochs": 2, "objective": "reconstruct", **options}
+        settings = TrainSettings(model=model, data=data, validation=validation, **options)
+        self.settings = settings.settle_anchor(has_prompts=True)
         content = {
             "settings": self.settings.result_settings(),
             "model": {"given": model, "origin": model, "fingerprint": "m1"},
@@ -253,7 +255,7 @@ def test_the_command_that_goes_on_gives_the_run_its_own_settings(tmp_path, monke
     assert arguments[0] == "lopt-lite"
     main(arguments[1:])
     (settings,) = calls
-    assert settings.result_settings() == run.settings.result_settings()
+    assert settings.settle_anchor(has_prompts=True).result_settings() == run.settings.result_settings()
     names = ("model", "data", "validation", "retain_data")
     assert [getattr(settings, n) for n in names] == [getattr(run.settings, n) for n in names]
     assert (settings.output, settings.store) == (str(run.root.absolute()), None)
@@ -542,6 +544,7 @@ def test_a_real_run_is_reported_and_can_still_be_trained_anew(tmp_path):
         "dtype": "float32",
         "batch_size": 4,
         "device": "cpu",
+        "objective": "reconstruct",
     }
     trained = lopt_lite.train(TrainSettings(**settings))
     outcome = lopt_lite.report(ReportSettings(run=str(tmp_path / "run")))

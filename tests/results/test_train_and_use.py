@@ -26,12 +26,13 @@ from lopt_lite.residency.pool import MicroBatch
 from lopt_lite.results.open_run import open_run
 from lopt_lite.training.optimisation import learning_rate
 from tests.rig import CPU, plain_kernels, residence
-from tests.tiny_models import even_widths, make_data, make_model
+from tests.tiny_models import EVERY_BLOCK_LEARNS, even_widths, make_data, make_model
 
 
 def _train(tmp_path: Path, model: Path, events: list[Event] | None = None, **changes: object) -> Path:
     data = make_data(tmp_path / "data.jsonl")
-    settings = {"epochs": 2, "batch_size": 4, "lr": 5e-3, "quantize": "none", "dtype": "float32", **changes}
+    settings = {"epochs": 2, "batch_size": 4, "lr": 5e-3, "quantize": "none", "dtype": "float32"}
+    settings |= {**EVERY_BLOCK_LEARNS, **changes}
     run = tmp_path / "run"
     outcome = lopt_lite.train(
         TrainSettings(model=str(model), data=str(data), output=str(run), **settings),

@@ -41,10 +41,43 @@ from tests.training.operations import Operation, fail_at, kill_at, record, recor
 RECIPE = ["--blocks", "3", "--epochs", "2", "--batch-size", "4", "--validation", "0.2"]
 #: Options of those that are disturbed at single operations on files, many times over.
 SHORT_RECIPE = ["--blocks", "3", "--batch-size", "4", "--validation", "0.2"]
-NF4 = ["--quantize", "nf4", "--dtype", "bfloat16", "--objective", "match,reconstruct", "--lora-dropout", "0.1"]
-FLOAT = ["--quantize", "none", "--dtype", "float32", "--objective", "none,reconstruct", "--lora-dropout", "0.1"]
+NF4 = [
+    "--quantize",
+    "nf4",
+    "--dtype",
+    "bfloat16",
+    "--objective",
+    "match,reconstruct",
+    "--lora-dropout",
+    "0.1",
+    "--retain",
+    "0",
+]
+FLOAT = [
+    "--quantize",
+    "none",
+    "--dtype",
+    "float32",
+    "--objective",
+    "none,reconstruct",
+    "--lora-dropout",
+    "0.1",
+    "--retain",
+    "0",
+]
 JOINT = ["--quantize", "nf4", "--schedule", "joint", "--retain", "1", "--retain-tokens", "4"]
-FULL = ["--tune", "full", "--dtype", "bfloat16", "--objective", "none,reconstruct", "--lr", "1e-3"]
+FULL = [
+    "--tune",
+    "full",
+    "--dtype",
+    "bfloat16",
+    "--objective",
+    "none,reconstruct",
+    "--lr",
+    "1e-3",
+    "--retain-tokens",
+    "4",
+]
 
 #: What an error of an operation has to lead to: the exit code, and words of the message.
 FAULTS = {"ENOSPC": (4, "the disk is full"), "EIO": (5, "Input/output error"), "EROFS": (5, "Read-only file system")}

@@ -25,7 +25,7 @@ from lopt_lite.training import activation_cache, memory_choice, sequential
 from lopt_lite.training import run as training_run
 from tests.damage import flip_a_byte
 from tests.rig import residence
-from tests.tiny_models import make_data, make_model
+from tests.tiny_models import EVERY_BLOCK_LEARNS, make_data, make_model
 
 _BLOCKS = 3
 
@@ -48,7 +48,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def _settings(inputs: tuple[Path, Path], output: Path, **changes: Any) -> TrainSettings:
-    values = {"blocks": _BLOCKS, "batch_size": 4, "epochs": 2, "dtype": "float32", "head_fit_epochs": 0, **changes}
+    values = {"blocks": _BLOCKS, "batch_size": 4, "epochs": 2, "dtype": "float32", "head_fit_epochs": 0}
+    values |= {**EVERY_BLOCK_LEARNS, **changes}
     return TrainSettings(model=str(inputs[0]), data=str(inputs[1]), output=str(output), device="cpu", **values)
 
 

@@ -28,14 +28,15 @@ from lopt_lite.training.optimisation import learning_rate
 from lopt_lite.training.targets import tuning
 from lopt_lite.training.trained import TrainedParameters
 from tests.rig import CPU, open_rig, residence
-from tests.tiny_models import make_data, make_model
+from tests.tiny_models import EVERY_BLOCK_LEARNS, make_data, make_model
 
 LR = 1e-3
 
 
 def _train(tmp_path: Path, model: Path, **changes: Any) -> tuple[Path, list[Step]]:
     data = make_data(tmp_path / "data.jsonl", 20)
-    values = {"tune": "full", "dtype": "float32", "epochs": 2, "batch_size": 4, "lr": LR, **changes}
+    values = {"tune": "full", "dtype": "float32", "epochs": 2, "batch_size": 4, "lr": LR}
+    values |= {**EVERY_BLOCK_LEARNS, **changes}
     events: list[Event] = []
     run = tmp_path / "run"
     lopt_lite.train(TrainSettings(model=str(model), data=str(data), output=str(run), **values), on_event=events.append)
