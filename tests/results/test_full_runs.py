@@ -181,6 +181,7 @@ def test_a_finished_run_says_so_and_a_lost_model_is_noticed(tmp_path):
         batch_size=4,
         lr=1e-3,
         dtype="float32",
+        **EVERY_BLOCK_LEARNS,
     )
     before = _weights(run)
     assert lopt_lite.train(settings).already_done

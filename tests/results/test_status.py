@@ -10,6 +10,7 @@ import pytest
 
 import lopt_lite
 from lopt_lite.settings import TrainSettings
+from tests.tiny_models import EVERY_BLOCK_LEARNS
 
 #: Of the run below: 80 examples in steps of 8, through two blocks.
 PER_EPOCH = 10
@@ -21,6 +22,7 @@ class Run:
     def __init__(self, root: Path, **options: Any) -> None:
         self.root = root
         root.mkdir(exist_ok=True)
+        options = {**EVERY_BLOCK_LEARNS, **options}
         settings = TrainSettings(model="m", data="d", batch_size=8, epochs=2, **options)
         content = {
             "settings": settings.result_settings(),
