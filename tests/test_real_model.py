@@ -17,6 +17,7 @@ from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.tokenizer import load_tokenizer
 from lopt_lite.data.dataset import collate
 from lopt_lite.data.load import load_dataset
+from lopt_lite.float32_products import float32_products
 from lopt_lite.residency.head import place_head
 from lopt_lite.residency.pool import MicroBatch, ResidentLayers
 from lopt_lite.results.open_run import open_run
@@ -88,6 +89,7 @@ def test_plain_peft_on_bitsandbytes_picks_the_same_tokens(trained: tuple[Path, d
     same = total = 0
     with (
         torch.no_grad(),
+        float32_products(CPU),
         ResidentLayers(
             opened.store,
             opened.skeleton,

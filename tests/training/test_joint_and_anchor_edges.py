@@ -85,7 +85,7 @@ def test_nothing_of_a_trained_block_waits_for_the_garbage_collector(tmp_path, in
     gc.collect()
     gc.disable()
     try:
-        lopt_lite.train(_settings(inputs, tmp_path / "run", blocks=4, tune="full"))
+        lopt_lite.train(_settings(inputs, tmp_path / "run", blocks=4, tune="full", objective="reconstruct"))
     finally:
         gc.enable()
     assert alive == [0, 0, 0, 0]
