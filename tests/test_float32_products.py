@@ -119,20 +119,24 @@ def test_the_way_back_is_made_in_float32_too():
 
 
 @pytest.mark.parametrize("heads", [(6, 6), (6, 2)])
-@pytest.mark.parametrize("mask", ["causal", "for all", "for each row", "for each head"])
+@pytest.mark.parametrize("mask", ["causal", "for all", "for each row", "for each head", "true or false"])
 def test_attention(heads, mask):
     rows, tokens, width = 3, 10, 8
     query = _random(rows, tokens, heads[0], width).transpose(1, 2)
     key, value = (_random(rows, tokens, heads[1], width, seed=s).transpose(1, 2) for s in (1, 2))
-    shape = {"for all": (1, 1), "for each row": (rows, 1), "for each head": (rows, 6)}.get(mask)
+    shape = {"for all": (1, 1), "for each row": (rows, 1), "for each head": (rows, 6), "true or false": (rows, 1)}.get(
+        mask
+    )
     chosen = None if shape is None else _random(*shape, tokens, tokens, seed=4)
+    if mask == "true or false":
+        chosen = (chosen > 0) | torch.eye(tokens, dtype=torch.bool)
 
     def attend(q, k, v):
         return nn.functional.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=None if chosen is None else chosen.to(q.dtype),
+            attn_mask=chosen.to(q.dtype) if chosen is not None and chosen.is_floating_point() else chosen,
             is_causal=mask == "causal",
             scale=0.4,
             enable_gqa=heads[0] != heads[1],

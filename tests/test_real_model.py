@@ -86,7 +86,7 @@ def test_plain_peft_on_bitsandbytes_picks_the_same_tokens(trained: tuple[Path, d
     )
     opened = open_run(str(run), CPU)
     place_head(opened.skeleton, opened.store, CPU)
-    same = total = 0
+    same = near = total = 0
     with (
         torch.no_grad(),
         float32_products(CPU),
@@ -106,11 +106,15 @@ def test_plain_peft_on_bitsandbytes_picks_the_same_tokens(trained: tuple[Path, d
             recording = opened.skeleton.record(batch.input_ids, embed=True)
             hidden = pool.forward(MicroBatch(recording.hidden, recording.calls))
             answers = batch.targets != -100
-            got = opened.skeleton.logits(hidden[answers])
-            same += int((got.argmax(-1) == expected[answers].argmax(-1)).sum())
+            got = opened.skeleton.logits(hidden[answers]).argmax(-1, keepdim=True)
+            highest, likeliest = expected[answers].max(-1, keepdim=True)
+            same += int((got == likeliest).sum())
+            # Logits about 20 are 1/8 apart in bfloat16: of two as likely, sums in another order make another the first.
+            near += int((highest - expected[answers].gather(-1, got) <= 0.25).sum())
             total += int(answers.sum())
     assert total > 1000
-    assert same / total >= 0.99
+    assert same / total >= 0.97
+    assert near / total >= 0.995
 
 
 def test_every_other_command_works_on_the_run(trained: tuple[Path, dict[str, object], Path]) -> None:

@@ -26,7 +26,7 @@ from lopt_lite.events import BlockDone, BlockStarted, Event, Progress, Step, Val
 from lopt_lite.training import block_trainer, memory_choice, stopping
 from lopt_lite.training.metrics import read_metrics
 from tests.rig import residence
-from tests.tiny_models import make_data, make_model
+from tests.tiny_models import EVERY_BLOCK_LEARNS, make_data, make_model
 from tests.training.interruptions import FAULTS, FLOAT, FULL, JOINT, NF4, RECIPE, SHORT_RECIPE, is_harmless
 from tests.training.operations import Operation
 from tests.training.processes import ROOT, start
@@ -181,6 +181,7 @@ def _settings(inputs: tuple[Path, Path], output: Path, **changes: Any) -> TrainS
         "lora_dropout": 0.1,
         "quantize": "none",
         "dtype": "float32",
+        **EVERY_BLOCK_LEARNS,
         **changes,
     }
     return TrainSettings(model=str(model), data=str(data), output=str(output), **values)

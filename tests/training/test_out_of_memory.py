@@ -23,7 +23,7 @@ from lopt_lite.training import memory_choice
 from lopt_lite.training.metrics import read_metrics
 from lopt_lite.training.trained import TrainedParameters
 from tests.rig import residence
-from tests.tiny_models import make_data, make_model
+from tests.tiny_models import EVERY_BLOCK_LEARNS, make_data, make_model
 
 PLANNED_TOKENS = 160
 
@@ -77,7 +77,9 @@ class Device:
 def _settings(inputs: tuple[Path, Path], output: Path, **changes: Any) -> TrainSettings:
     model, data = inputs
     values: dict[str, Any] = {"blocks": 2, "epochs": 2, "batch_size": 8, "quantize": "none", "dtype": "float32"}
-    return TrainSettings(model=str(model), data=str(data), output=str(output), **{**values, **changes})
+    return TrainSettings(
+        model=str(model), data=str(data), output=str(output), **{**values, **EVERY_BLOCK_LEARNS, **changes}
+    )
 
 
 def _losses(run: Path) -> list[float]:
