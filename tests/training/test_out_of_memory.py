@@ -156,7 +156,17 @@ def test_one_example_that_is_too_much_is_refused_and_the_run_goes_on_with_more_m
     inputs, tmp_path, monkeypatch, mode, capsys
 ):
     model, data = inputs
-    arguments = ["train", str(model), str(data), "--output", str(tmp_path / "run"), "--batch-size", "8"]
+    arguments = [
+        "train",
+        str(model),
+        str(data),
+        "--output",
+        str(tmp_path / "run"),
+        "--batch-size",
+        "8",
+        "--objective",
+        "reconstruct",
+    ]
     with monkeypatch.context() as patch:
         Device(patch, 4, since=30)
         assert main(arguments) == 4
