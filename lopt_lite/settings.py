@@ -75,8 +75,9 @@ class TrainSettings:
     )
     preset: Preset | None = option(
         None,
-        "Other defaults. paper: LoPT as its authors ran it (--schedule joint --tune full --head-fit-epochs 0 "
-        "--batch-size 32, all blocks at the same --lr 2e-5). Options given beside it win.",
+        "Other defaults. paper: LoPT as its authors ran it (--schedule joint --objective reconstruct --tune full "
+        "--head-fit-epochs 0 --batch-size 32 --retain 0, all blocks at the same --lr 2e-5). Options given beside it "
+        "win.",
     )
     blocks: int = option(
         2, "Number of blocks between gradient boundaries. 1 is ordinary end-to-end tuning; more need less memory."
@@ -93,7 +94,7 @@ class TrainSettings:
         "model's own head) or match (what the unquantised layers make of the same inputs: takes back what 4 bits have "
         "cost). One word, or one per block separated by commas. The last block always learns the task. Default: none, "
         "which was better than reconstruct in every measurement so far (docs/recipe.md); reconstruct with --schedule "
-        "joint.",
+        "joint or --preset paper.",
     )
     reconstruction_weight: float = option(
         10.0,
@@ -145,7 +146,7 @@ class TrainSettings:
         None,
         "Weight of an anchor that holds the model to what it knew: the divergence of its predictions at a sample of "
         "prompt tokens from those of the untouched model is added to the loss of the last block. 0: no anchor. "
-        "Default: 1; 0 with --blocks 1, with --schedule joint, and for data without prompts.",
+        "Default: 1; 0 with --blocks 1, --schedule joint or --preset paper, and for data without prompts.",
     )
     retain_tokens: int = option(32, "Most anchored tokens of one example.")
     retain_data: str | None = option(
@@ -315,7 +316,14 @@ class TrainSettings:
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"schedule": "joint", "tune": "full", "head_fit_epochs": 0, "batch_size": 32},
+    "paper": {
+        "schedule": "joint",
+        "tune": "full",
+        "objective": "reconstruct",
+        "head_fit_epochs": 0,
+        "batch_size": 32,
+        "retain": 0.0,
+    },
 }
 _DEFAULTS: dict[str, Any] = {"schedule": "sequential", "tune": "lora", "head_fit_epochs": 1, "batch_size": 8}
 _DEFAULTS_OF_TUNE: dict[str, dict[str, Any]] = {

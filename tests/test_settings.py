@@ -151,7 +151,7 @@ def test_one_objective_is_for_all_early_blocks_and_a_list_for_each(blocks, objec
         ({"blocks": 3, "tune": "full"}, ("none", "none", "task")),
         ({"schedule": "joint"}, ("reconstruct", "task")),
         ({"preset": "paper"}, ("reconstruct", "task")),
-        ({"preset": "paper", "schedule": "sequential"}, ("none", "task")),
+        ({"preset": "paper", "schedule": "sequential"}, ("reconstruct", "task")),
         ({"schedule": "joint", "objective": "none"}, ("none", "task")),
     ],
 )

@@ -238,6 +238,7 @@ def test_an_anchor_needs_something_to_hold_on_to(tmp_path, inputs):
         (True, {"retain": 0.0}, 0.0),
         (True, {"blocks": 1}, 0.0),
         (True, {"schedule": "joint"}, 0.0),
+        (True, {"preset": "paper", "schedule": "sequential", "tune": "lora"}, 0.0),
         (False, {}, 0.0),
         (False, {"with": "other text"}, 1.0),
     ],
