@@ -75,7 +75,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     for longer, passes in _PASSES.items()
     for anchor, weight in _ANCHORS.items()
     for name, options in _PLAIN.items()
-    if not (weight and name in _NO_ANCHOR)
+    if not (weight["retain"] and name in _NO_ANCHOR)
 }
 _NAMES = (
     f"{', '.join(_PLAIN)}, each with {' or '.join(e for e in _PASSES if e)} and then with "

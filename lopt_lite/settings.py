@@ -92,9 +92,8 @@ class TrainSettings:
         "What the blocks before the last one learn: none (left as they are; fastest), reconstruct (predict the "
         "block's input from its output, as in the paper), task (the training task itself, read out early through the "
         "model's own head) or match (what the unquantised layers make of the same inputs: takes back what 4 bits have "
-        "cost). One word, or one per block separated by commas. The last block always learns the task. Default: none, "
-        "which was better than reconstruct in every measurement so far (docs/recipe.md); reconstruct with --schedule "
-        "joint or --preset paper.",
+        "cost). One word, or one per block separated by commas. The last block always learns the task. Default: none "
+        "(why: docs/recipe.md); reconstruct with --schedule joint or --preset paper.",
     )
     reconstruction_weight: float = option(
         10.0,

@@ -13,7 +13,7 @@ from benchmarks.baselines import measure, peft_loop
 from benchmarks.baselines.common import Clock, Job, read_tokens, write_tokens
 from benchmarks.loss_picture import Curve, seconds_to
 from benchmarks.questions import bare_numbers, final_number, first_lines, tiny_questions
-from benchmarks.recipe import RECIPES
+from benchmarks.recipe import _PLAIN, RECIPES
 from lopt_lite import EvaluateSettings, TrainSettings, evaluate, train
 from lopt_lite.data.dataset import IGNORED, TokenizedDataset, collate
 from lopt_lite.data.load import load_dataset
@@ -164,6 +164,12 @@ def test_time_to_a_loss_is_read_off_straight_lines():
     assert seconds_to(curve, 1.5) == 15.0
     assert seconds_to(curve, 0.9) == 30.0
     assert seconds_to(curve, 0.5) is None
+
+
+def test_every_recipe_that_is_run_unasked_is_there():
+    assert set(_PLAIN) <= set(RECIPES)
+    assert {"full-joint-longer", "frozen-8e-4-longer-retain-3"} <= set(RECIPES) - {"full-joint-retain"}
+    assert "full-joint-retain" not in RECIPES, "it trains the head through which the anchor compares"
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -6,11 +6,18 @@ import pytest
 import torch
 from torch import nn
 
+from lopt_lite import float32_products
 from lopt_lite.residency import short_attention
 from lopt_lite.residency.short_attention import transient_bytes_per_pair
 from tests.residency.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _with_bfloat16_instructions(monkeypatch):
+    """As on a CPU that has them; without them the fused kernel is used."""
+    monkeypatch.setattr(float32_products, "_cpu_multiplies_bfloat16", lambda: True)
 
 
 def _inputs(rows=2, heads=6, groups=2, tokens=40, width=16, dtype=torch.bfloat16):
@@ -98,3 +105,12 @@ def test_an_error_leaves_pytorchs_attention_in_place():
     with pytest.raises(KeyError), short_attention.short_attention(CPU):
         raise KeyError
     assert nn.functional.scaled_dot_product_attention is before
+
+
+def test_where_products_are_made_in_float32_it_is_not_used(monkeypatch):
+    assert transient_bytes_per_pair(4, torch.bfloat16) > 0
+    monkeypatch.setattr(float32_products, "_cpu_multiplies_bfloat16", lambda: False)
+    fused = nn.functional.scaled_dot_product_attention
+    with short_attention.short_attention(CPU):
+        assert nn.functional.scaled_dot_product_attention is fused
+    assert transient_bytes_per_pair(4, torch.bfloat16) == 0
