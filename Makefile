@@ -45,7 +45,7 @@ demo: $(INSTALLED) demo-model
 
 # Files side by side, each in one process with one thread: tests are too small for more, and threads wait for each other.
 test: $(INSTALLED) demo-model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """TRL's SFTTrainer with QLoRA, as its documentation shows it: NF4, PEFT adapter, gradient checkpointing, bfloat16.
 
 Everything that is not the model, the data or the shared hyperparameters is TRL's default: random batches padded to
-their longest row, loss through the fused LM head, the adapter in bfloat16 (TRL casts it on 4-bit models), fused AdamW.
+their longest row, loss through the fused LM head, the adapter in bfloat16 (TRL casts it on 4-bit models; where the CPU
+has no instructions for bfloat16 it is cast back, or its products would take most of the time), fused AdamW.
 Packing and padding-free batches, which TRL also recommends, need FlashAttention and so a GPU.
 """
 
@@ -51,6 +52,9 @@ def train(job: Job) -> dict[str, Any]:
         peft_config=lora(),
         callbacks=[PutAside()],
     )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(compute_dtype())
     loaded_s = clock.seconds
     trainer.train()
     total_s = clock.seconds

@@ -55,8 +55,11 @@ def length_sorted_batches(lengths: Lengths, *, max_tokens: int, max_rows: int) -
     return batches
 
 
-def micro_batches(indices: Sequence[int], lengths: Lengths, *, max_tokens: int) -> list[list[int]]:
+def micro_batches(indices: Sequence[int], lengths: Lengths, *, max_tokens: int, cost_tokens: int) -> list[list[int]]:
     """Split one step's examples into groups from long to short, each with rows times longest within ``max_tokens``.
+
+    Of all such groups of neighbours in length, those for which the padded tokens of all groups, and ``cost_tokens`` for
+    each of them, are fewest.
 
     Parameters
     ----------
@@ -66,16 +69,27 @@ def micro_batches(indices: Sequence[int], lengths: Lengths, *, max_tokens: int) 
         Tokens of every example of the *data set*: int64 [examples]; ``lengths[i]`` for i in ``indices`` is read.
     max_tokens:
         Bound on rows times longest; an example longer than it is a group of its own.
+    cost_tokens:
+        What a group costs beside its tokens, in the time of so many tokens.
     """
     sizes = {i: int(lengths[i]) for i in indices}
+    order = sorted(indices, key=lambda i: -sizes[i])
+    # The cheapest way to group the first n examples, for every n, and where the last of its groups begins.
+    cost, begins = [0] + [-1] * len(order), [0] * (len(order) + 1)
+    for begin, longest in enumerate(sizes[i] for i in order):
+        for end in range(begin + 1, len(order) + 1):
+            tokens = (end - begin) * longest
+            if tokens > max_tokens and end > begin + 1:
+                break
+            total = cost[begin] + tokens + cost_tokens
+            if cost[end] < 0 or total < cost[end]:
+                cost[end], begins[end] = total, begin
     groups: list[list[int]] = []
-    for index in sorted(indices, key=lambda i: -sizes[i]):
-        current = groups[-1] if groups else []
-        if current and (len(current) + 1) * sizes[current[0]] <= max_tokens:
-            current.append(index)
-        else:
-            groups.append([index])
-    return groups
+    end = len(order)
+    while end:
+        groups.append(order[begins[end] : end])
+        end = begins[end]
+    return groups[::-1]
 
 
 def _as_list(lengths: Lengths) -> list[int]:

@@ -111,6 +111,7 @@ class BlockTrainer:
             phases=PHASES,
             planned_tokens=bench.residence.micro_batch_tokens,
             lengths=bench.dataset.lengths,
+            device=bench.device,
         )
         self._heads: dict[int, ReconstructionHead] = {}
         self._answers: AnswerHead | None = None

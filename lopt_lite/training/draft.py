@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lopt_lite.data.batches import epoch_batches
+from lopt_lite.data.batches import epoch_batches, micro_batches
 from lopt_lite.data.estimate import DataEstimate
 from lopt_lite.errors import DoesNotFitError
 from lopt_lite.outcomes import PlanDisk
@@ -23,6 +23,7 @@ from lopt_lite.training.block_plan import Block, plan_blocks, plan_stages
 from lopt_lite.training.disk_plan import disk_plan
 from lopt_lite.training.job import make_job, other_rows
 from lopt_lite.training.memory_choice import Demand
+from lopt_lite.training.micro_batch_size import group_cost_tokens
 from lopt_lite.training.model_facts import ModelFacts, compute_dtype
 
 #: Waiting for layers is worth a word from this share of a block's steps on.
@@ -177,7 +178,7 @@ class Draft:
             answer_tokens=self.training.answer_tokens,
             held_out_tokens=0 if held_out is None else held_out.tokens,
             held_out_answer_tokens=0 if held_out is None else held_out.answer_tokens,
-            padding=_padding(self.training.lengths, self.settings.batch_size),
+            padding=_padding(self.training.lengths, self.settings.batch_size, self.device),
             steps_per_epoch=self.steps_per_epoch,
             mean_length=self.mean_length,
             epochs=self.settings.epochs,
@@ -255,7 +256,12 @@ def counted(lengths: torch.Tensor, target_counts: torch.Tensor) -> DataEstimate:
     )
 
 
-def _padding(lengths: tuple[int, ...], batch_size: int) -> float:
-    """Padded tokens for each real one, in the batches of an epoch."""
-    batches = epoch_batches(lengths, batch_size=batch_size, seed=(0,))
-    return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches) / sum(lengths)
+def _padding(lengths: tuple[int, ...], batch_size: int, device: torch.device) -> float:
+    """Padded tokens for each real one, in the micro-batches of an epoch where memory suffices."""
+    cost, enough = group_cost_tokens(device), batch_size * max(lengths)
+    groups = [
+        group
+        for batch in epoch_batches(lengths, batch_size=batch_size, seed=(0,))
+        for group in micro_batches(batch, lengths, max_tokens=enough, cost_tokens=cost)
+    ]
+    return sum(len(group) * lengths[group[0]] for group in groups) / sum(lengths)

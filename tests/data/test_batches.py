@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -57,10 +58,11 @@ def test_forward_batches_are_sorted_and_bounded(lengths: list[int], max_tokens: 
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens
 
 
-@given(LENGTHS, st.integers(1, 100))
-def test_micro_batches_are_bounded_and_complete(lengths: list[int], max_tokens: int) -> None:
+@given(LENGTHS, st.integers(1, 100), st.integers(0, 50))
+def test_micro_batches_are_bounded_and_complete(lengths: list[int], max_tokens: int, cost: int) -> None:
     indices = list(range(0, len(lengths), 2))[::-1]
-    groups = micro_batches(indices, torch.tensor(lengths, dtype=torch.int64), max_tokens=max_tokens)
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    groups = micro_batches(indices, sizes, max_tokens=max_tokens, cost_tokens=cost)
     assert sorted(i for group in groups for i in group) == sorted(indices)
     flat = [lengths[i] for group in groups for i in group]
     assert flat == sorted(flat, reverse=True)
@@ -70,4 +72,29 @@ def test_micro_batches_are_bounded_and_complete(lengths: list[int], max_tokens: 
 
 @pytest.mark.parametrize(("max_tokens", "expected"), [(20, [[2], [0, 3], [1]]), (100, [[2, 0, 3, 1]])])
 def test_micro_batches_go_from_long_to_short(max_tokens: int, expected: list[list[int]]) -> None:
-    assert micro_batches([0, 1, 2, 3], [10, 7, 15, 9], max_tokens=max_tokens) == expected
+    assert micro_batches([0, 1, 2, 3], [10, 7, 15, 9], max_tokens=max_tokens, cost_tokens=20) == expected
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 100), st.integers(0, 50))
+def test_no_other_micro_batches_cost_less(lengths: list[int], max_tokens: int, cost: int) -> None:
+    def costs(groups: list[list[int]]) -> int:
+        return sum(len(group) * lengths[group[0]] + cost for group in groups)
+
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    possible = []
+    for cuts in itertools.product([False, True], repeat=len(order) - 1):
+        groups = [[order[0]]]
+        for index, cut in zip(order[1:], cuts, strict=True):
+            if cut:
+                groups.append([])
+            groups[-1].append(index)
+        if all(len(group) == 1 or len(group) * lengths[group[0]] <= max_tokens for group in groups):
+            possible.append(costs(groups))
+    found = micro_batches(range(len(lengths)), lengths, max_tokens=max_tokens, cost_tokens=cost)
+    assert costs(found) == min(possible)
+
+
+def test_rows_of_unlike_lengths_are_parted_where_padding_costs_more_than_a_group() -> None:
+    lengths = [500, 490, 100, 90]
+    assert micro_batches(range(4), lengths, max_tokens=4096, cost_tokens=128) == [[0, 1], [2, 3]]
+    assert micro_batches(range(4), lengths, max_tokens=4096, cost_tokens=1024) == [[0, 1, 2, 3]]

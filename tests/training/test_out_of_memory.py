@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,14 @@ from tests.tiny_models import EVERY_BLOCK_LEARNS, make_data, make_model
 
 PLANNED_TOKENS = 160
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny model and its data."""
     directory = tmp_path_factory.mktemp("inputs")
     return make_model(directory / "model", "llama"), make_data(directory / "data.jsonl", 24)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums of floating-point numbers in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
