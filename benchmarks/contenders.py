@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from benchmarks.baselines import measure, peft_loop, trl_sft
 from benchmarks.baselines.common import Job, write_tokens
 from benchmarks.questions import first_lines, require_model, tiny_model, tiny_questions
 from benchmarks.report import Bench
-from lopt_lite import TrainSettings, files
+from lopt_lite import files
 
 TRL, PEFT = "(a) TRL SFTTrainer, QLoRA", "(b) plain PEFT loop"
 BASELINES = {TRL: trl_sft.train, PEFT: peft_loop.train}
@@ -159,7 +160,7 @@ class Study:
         return {
             "name": ", ".join([f"lopt-lite K={blocks}", *options.set]),
             "blocks": blocks,
-            "lr": TrainSettings(**settings).lr,
+            "lr": json.loads((output / "settings.json").read_text())["settings"]["lr"],
             "training_s": total_s - ready_s,
             "total_s": total_s,
             "peak_bytes": found["peak_bytes"],

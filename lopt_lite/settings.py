@@ -125,10 +125,10 @@ class TrainSettings:
         path=True,
     )
     epochs: int = option(1, "Passes over the data for each block.")
-    lr: float = option(
+    lr: float | None = option(
         None,
-        "Peak learning rate of the last block (cosine to 0 after 3 % linear warm-up). Default: 4e-4; 2e-5 with --tune "
-        "full.",
+        "Peak learning rate of the last block (cosine to 0 after 3 % linear warm-up). Default: 4e-4; 8e-4 for a model "
+        "at most 1,024 wide, unless --blocks is 1 or --schedule joint (why: docs/recipe.md); 2e-5 with --tune full.",
     )
     lr_early: float | None = option(
         None,
@@ -185,17 +185,15 @@ class TrainSettings:
     quiet: bool = option(False, "Only warnings, errors and the final summary.", environment=True)
 
     def __post_init__(self) -> None:
-        # Defaults that depend on another option. Only --retain depends on the data as well: see settle_anchor.
+        # Defaults that depend on another option. Those of --retain and --lr depend on data and model too: see settle.
         _fill(self, _PRESETS.get(str(self.preset), {}))
         _fill(self, _DEFAULTS)
         _fill(self, _DEFAULTS_OF_TUNE["full" if self.tune == "full" else "lora"])
         _fill(self, _DEFAULTS_OF_SCHEDULE["joint" if self.schedule == "joint" else "sequential"])
         if self.blocks == 1:
-            _fill(self, {"retain": 0.0})
+            _fill(self, {"retain": 0.0, "lr": _LR_LORA})
         _check_types(self)
         _expand_home(self)
-        if self.preset == "paper" and self.lr_early is None:
-            object.__setattr__(self, "lr_early", self.lr)
         if self.tune == "full":
             _check_full_tuning(self)
         _check_schedule(self)
@@ -258,17 +256,22 @@ class TrainSettings:
             raise SettingsError(f"--validation is {self.validation}", expected="a file, or a fraction between 0 and 1")
         return fraction
 
-    def settle_anchor(self, *, has_prompts: bool) -> TrainSettings:
-        """These settings with a weight of the anchor: the default one where nothing was asked for.
+    def settle(self, *, has_prompts: bool, hidden_size: int) -> TrainSettings:
+        """These settings with the defaults that depend on data and model, where nothing was asked for.
 
         Parameters
         ----------
         has_prompts:
             There is something to anchor on: tokens that are not to be learnt.
+        hidden_size:
+            Width of the model's hidden states.
         """
-        if self.retain is not None:
-            return self
-        return dataclasses.replace(self, retain=_RETAIN if has_prompts else 0.0)
+        retain, lr = _RETAIN if has_prompts else 0.0, _LR_LORA_NARROW if hidden_size <= _NARROW else _LR_LORA
+        return dataclasses.replace(
+            self,
+            retain=retain if self.retain is None else self.retain,
+            lr=lr if self.lr is None else self.lr,
+        )
 
     @property
     def anchor_weight(self) -> float:
@@ -277,7 +280,7 @@ class TrainSettings:
         Raises
         ------
         ValueError
-            It is not (see :meth:`settle_anchor`).
+            It is not (see :meth:`settle`).
         """
         if self.retain is None:
             raise ValueError("whether there is an anchor depends on the data")
@@ -289,9 +292,30 @@ class TrainSettings:
         return self.tune == "full" and self.schedule == "joint"
 
     @property
+    def peak_lr(self) -> float:
+        """``lr`` once it is settled.
+
+        Raises
+        ------
+        ValueError
+            It is not (see :meth:`settle`).
+        """
+        if self.lr is None:
+            raise ValueError("the learning rate depends on the model")
+        return self.lr
+
+    @property
     def early_lr(self) -> float:
-        """Peak learning rate of the blocks before the last."""
-        return self.lr / 10 if self.lr_early is None else self.lr_early
+        """Peak learning rate of the blocks before the last.
+
+        Raises
+        ------
+        ValueError
+            It follows from ``lr``, which is not settled.
+        """
+        if self.lr_early is not None:
+            return self.lr_early
+        return self.peak_lr if self.preset == "paper" else self.peak_lr / 10
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -326,14 +350,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 _DEFAULTS: dict[str, Any] = {"schedule": "sequential", "tune": "lora", "head_fit_epochs": 1, "batch_size": 8}
 _DEFAULTS_OF_TUNE: dict[str, dict[str, Any]] = {
-    "lora": {"quantize": "nf4", "lr": 4e-4},
+    "lora": {"quantize": "nf4"},
     "full": {"quantize": "none", "lr": 2e-5},
 }
+#: Of adapters. Half of a narrow model learnt better at twice the rate that suited the whole of it (docs/recipe.md).
+_LR_LORA, _LR_LORA_NARROW, _NARROW = 4e-4, 8e-4, 1024
 #: The anchor's weight where there are prompts to anchor on.
 _RETAIN = 1.0
 _DEFAULTS_OF_SCHEDULE: dict[str, dict[str, Any]] = {
     "sequential": {"objective": "none"},
-    "joint": {"objective": "reconstruct", "retain": 0.0},
+    "joint": {"objective": "reconstruct", "retain": 0.0, "lr": _LR_LORA},
 }
 
 

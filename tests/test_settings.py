@@ -181,6 +181,33 @@ def test_early_blocks_learn_at_a_tenth_unless_told():
     assert _train(lr=1e-3, lr_early=5e-4).early_lr == 5e-4
 
 
+@pytest.mark.parametrize(
+    ("options", "narrow", "wide", "early"),
+    [
+        ({}, 8e-4, 4e-4, 0.1),
+        ({"blocks": 1}, 4e-4, 4e-4, 0.1),
+        ({"schedule": "joint"}, 4e-4, 4e-4, 0.1),
+        ({"tune": "full"}, 2e-5, 2e-5, 0.1),
+        ({"preset": "paper"}, 2e-5, 2e-5, 1.0),
+        ({"preset": "paper", "tune": "lora"}, 4e-4, 4e-4, 1.0),
+        ({"preset": "paper", "tune": "lora", "schedule": "sequential"}, 8e-4, 4e-4, 1.0),
+        ({"lr": 1e-3}, 1e-3, 1e-3, 0.1),
+    ],
+)
+def test_the_rate_follows_from_the_recipe_and_the_models_width(options, narrow, wide, early):
+    for hidden_size, expected in ((64, narrow), (1024, narrow), (1025, wide), (8192, wide)):
+        settings = _train(**options).settle(has_prompts=True, hidden_size=hidden_size)
+        assert settings.peak_lr == expected
+        assert settings.early_lr == pytest.approx(early * expected)
+
+
+def test_a_rate_that_is_not_settled_is_no_number():
+    for take in (lambda: _train().peak_lr, lambda: _train().early_lr, _train().result_settings):
+        with pytest.raises(ValueError, match="depends on the model"):
+            take()
+    assert _train(lr_early=1e-5).early_lr == 1e-5
+
+
 def test_targets_are_names_or_everything():
     assert _train().target_names == ()
     assert _train(lora_targets="q_proj, v_proj,").target_names == ("q_proj", "v_proj")
@@ -201,11 +228,13 @@ def test_times_of_day(hour, minute):
 
 
 def test_what_changes_the_result_is_compared_on_resume_and_what_does_not_is_not():
-    values = _train().result_settings()
+    values = _train(lr=1e-3).result_settings()
     free = {"model", "data", "validation", "output", "fresh", "config", "store", "device", "quiet"}
     free |= {"checkpoint_every", "max_hours", "deadline", "preset", "retain_data"}
     assert set(values) == {f.name for f in dataclasses.fields(TrainSettings)} - free
-    moved = _train(output="elsewhere", max_hours=1.0, deadline="07:00", checkpoint_every="1s", quiet=True, fresh=True)
+    moved = _train(
+        lr=1e-3, output="elsewhere", max_hours=1.0, deadline="07:00", checkpoint_every="1s", quiet=True, fresh=True
+    )
     assert moved.result_settings() == values
 
 

@@ -13,9 +13,11 @@ from lopt_lite.settings import TrainSettings
 from lopt_lite.training.run_directory import RunPaths
 
 
-def changed_settings(settings: dict[str, Any]) -> list[tuple[str, ...]]:
-    """(option, value, default) of the settings that are not what they are by default."""
-    defaults = default_settings(settings)
+def changed_settings(content: dict[str, Any]) -> list[tuple[str, ...]]:
+    """(option, value, default) of a run's settings that are not what they are by default."""
+    settings: dict[str, Any] = content["settings"]
+    # Runs that do not say how wide their model is come from a release with the same rate for all: it is named here.
+    defaults = default_settings(settings, hidden_size=int(content["model"].get("hidden_size", 0)))
     return [
         (_flag(name), str(value), str(defaults[name]))
         for name, value in settings.items()
@@ -23,15 +25,20 @@ def changed_settings(settings: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def default_settings(settings: dict[str, Any]) -> dict[str, Any]:
+def default_settings(settings: dict[str, Any], *, hidden_size: int) -> dict[str, Any]:
     """What the run's settings would be by default, those that follow from others given the ones that the run has."""
-    own = TrainSettings(model="", data="").settle_anchor(has_prompts=True).result_settings()
+    own = _by_default(hidden_size)
     decisive = {name: settings.get(name, own[name]) for name in ("tune", "schedule", "blocks")}
-    defaults = TrainSettings(model="", data="", **decisive).settle_anchor(has_prompts=True).result_settings()
+    defaults = _by_default(hidden_size, **decisive)
     defaults.update({name: own[name] for name in decisive})
     if isinstance(settings.get("lr"), float):
         defaults["lr_early"] = settings["lr"] / 10
     return defaults
+
+
+def _by_default(hidden_size: int, **decisive: Any) -> dict[str, Any]:
+    settings = TrainSettings(model="", data="", **decisive)
+    return settings.settle(has_prompts=True, hidden_size=hidden_size).result_settings()
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Commands:
         for key, flag in (("validation", "--validation"), ("retain", "--retain-data")):
             value = (content.get(key) or {}).get("given")
             parts += [] if value is None else [flag, given.file(str(value))]
-        for name, value, _ in changed_settings(content["settings"]):
+        for name, value, _ in changed_settings(content):
             parts += [name] if value == "True" else [name, value]
         for directory in content.get("config", ()):
             parts += ["--config", given.directory(str(directory))]

@@ -55,7 +55,7 @@ def report_content(record: RunRecord) -> ReportContent:
         layers_place=_layers_place(record),
         disk=_disk(record),
         given=_given(record),
-        settings=changed_settings(record.settings),
+        settings=changed_settings(record.content),
         commands=commands.rows(),
         python=commands.python(),
     )

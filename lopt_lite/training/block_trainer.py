@@ -245,7 +245,7 @@ class BlockTrainer:
             is_early = group < first_of_last
         else:
             is_early = group.startswith("head-") or (group == EMBEDDING and first_of_last > 0)
-        return settings.early_lr if is_early else settings.lr
+        return settings.early_lr if is_early else settings.peak_lr
 
     def _cursor(self) -> Cursor:
         """Where to begin: at the last journalled checkpoint if it is sound, or at the first phase."""

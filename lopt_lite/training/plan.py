@@ -59,7 +59,7 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
     model = describe_model(settings.model, config_dirs=settings.config, on_event=on_event)
     facts = model_facts(model, settings)
     training, held_out, other = _estimate(settings, model, facts.most_positions, on_event)
-    settings = settings.settle_anchor(has_prompts=training.has_prompts or other is not None)
+    settings = settings.settle(has_prompts=training.has_prompts or other is not None, hidden_size=facts.shapes.hidden)
     draft = Draft(
         facts=facts,
         settings=settings,
@@ -210,7 +210,7 @@ def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: 
     block = max(draft.ranges, key=lambda r: draft.facts.shapes.stored_bytes(*r))
     boundaries = draft.job.boundary_bytes(draft.facts.shapes, block) if residence.recompute else 0
     return PlanOutcome(
-        command=_command(draft.settings),
+        command=_command(draft.settings, draft.facts.shapes.hidden),
         run=str(draft.paths.run),
         model=model.name,
         architecture=draft.facts.architecture,
@@ -266,14 +266,15 @@ def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: 
     )
 
 
-def _command(settings: TrainSettings) -> str:
+def _command(settings: TrainSettings, hidden_size: int) -> str:
     """The command line that runs the plan."""
     words = ["lopt-lite", "train", settings.model, settings.data]
     # Other options' defaults depend on these, and all of theirs on the preset.
     preset = TrainSettings(model=settings.model, data=settings.data, preset=settings.preset)
     defaults = {"preset": None} | {name: getattr(preset, name) for name in _DECISIVE}
     decided = {name: getattr(settings, name) for name in ("preset", *_DECISIVE)}
-    plain = TrainSettings(model=settings.model, data=settings.data, **decided).settle_anchor(has_prompts=True)
+    plain = TrainSettings(model=settings.model, data=settings.data, **decided)
+    plain = plain.settle(has_prompts=True, hidden_size=hidden_size)
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         default = defaults[field.name] if field.name in defaults else getattr(plain, field.name)

@@ -131,6 +131,7 @@ class RunIdentity:
     settings: TrainSettings
     model_origin: str
     model_fingerprint: str
+    hidden_size: int
     data_fingerprint: str
     validation_fingerprint: str | None
     store: str
@@ -141,7 +142,12 @@ class RunIdentity:
         """The content of settings.json."""
         return {
             "settings": self.settings.result_settings(),
-            "model": {"given": self.settings.model, "origin": self.model_origin, "fingerprint": self.model_fingerprint},
+            "model": {
+                "given": self.settings.model,
+                "origin": self.model_origin,
+                "fingerprint": self.model_fingerprint,
+                "hidden_size": self.hidden_size,
+            },
             "data": {"given": self.settings.data, "fingerprint": self.data_fingerprint},
             "validation": {"given": self.settings.validation, "fingerprint": self.validation_fingerprint},
             "retain": {"given": self.settings.retain_data, "fingerprint": self.retain_fingerprint},

@@ -49,7 +49,7 @@ def test_command_line_wins_over_yaml_and_yaml_over_default(lopt, fake, trained, 
     file = tmp_path / "options.yaml"
     file.write_text("model: from-yaml\ndata: d\nlora-r: 4\nbatch_size: 2\nlr: 4e-4\nquiet: true\n")
     assert lopt("train", "--config", str(file), "--lora-r", "32").code == 0
-    assert calls == [TrainSettings(model="from-yaml", data="d", lora_r=32, batch_size=2, quiet=True)]
+    assert calls == [TrainSettings(model="from-yaml", data="d", lora_r=32, batch_size=2, lr=4e-4, quiet=True)]
 
 
 def test_the_environment_stands_for_options_that_are_not_given(lopt, fake, trained, tmp_path, monkeypatch):

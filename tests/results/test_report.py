@@ -83,10 +83,10 @@ class Run:
         root.mkdir(parents=True, exist_ok=True)
         options = {"epochs": 2, "objective": "reconstruct", **options}
         settings = TrainSettings(model=model, data=data, validation=validation, **options)
-        self.settings = settings.settle_anchor(has_prompts=True)
+        self.settings = settings.settle(has_prompts=True, hidden_size=64)
         content = {
             "settings": self.settings.result_settings(),
-            "model": {"given": model, "origin": model, "fingerprint": "m1"},
+            "model": {"given": model, "origin": model, "fingerprint": "m1", "hidden_size": 64},
             "data": {"given": data, "fingerprint": "d1"},
             "validation": {"given": validation, "fingerprint": "v1" if validation else None},
             "retain": {"given": self.settings.retain_data, "fingerprint": None},
@@ -173,7 +173,7 @@ def test_a_finished_run_tells_what_was_run_what_came_of_it_and_how_to_use_it(tmp
         "after epoch 1 1.5000 4.482 -0.2500",
         "700MiB 600 MiB 512 MiB",
         "all 3 layers of a block are streamed from disk",
-        "--lr 0.001 0.0004",
+        "--lr 0.001 0.0008",
         "--memory 700MiB auto",
         "80 (8 per step, 10 steps per epoch)",
         "a LoRA adapter, 2 blocks, sequential schedule",
@@ -255,7 +255,7 @@ def test_the_command_that_goes_on_gives_the_run_its_own_settings(tmp_path, monke
     assert arguments[0] == "lopt-lite"
     main(arguments[1:])
     (settings,) = calls
-    assert settings.settle_anchor(has_prompts=True).result_settings() == run.settings.result_settings()
+    assert settings.settle(has_prompts=True, hidden_size=64).result_settings() == run.settings.result_settings()
     names = ("model", "data", "validation", "retain_data")
     assert [getattr(settings, n) for n in names] == [getattr(run.settings, n) for n in names]
     assert (settings.output, settings.store) == (str(run.root.absolute()), None)

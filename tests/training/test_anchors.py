@@ -269,8 +269,8 @@ def test_a_weight_that_is_not_settled_is_not_taken_for_none():
     assert settings.retain is None
     with pytest.raises(ValueError, match="depends on the data"):
         settings.anchor_weight  # noqa: B018
-    assert settings.settle_anchor(has_prompts=False).anchor_weight == 0
-    assert TrainSettings(model="m", data="d", retain=0.5).settle_anchor(has_prompts=False).anchor_weight == 0.5
+    assert settings.settle(has_prompts=False, hidden_size=64).anchor_weight == 0
+    assert TrainSettings(model="m", data="d", retain=0.5).settle(has_prompts=False, hidden_size=64).anchor_weight == 0.5
 
 
 def test_what_makes_no_sense_is_refused():

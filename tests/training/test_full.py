@@ -208,7 +208,7 @@ def test_moments_have_8_bits_in_bfloat16_where_there_is_such_an_optimiser(tmp_pa
 def test_defaults_follow_what_is_tuned():
     full, lora = _settings(), _settings(tune="lora")
     assert (full.quantize, full.lr, full.early_lr) == ("none", 2e-5, pytest.approx(2e-6))
-    assert (lora.quantize, lora.lr, lora.early_lr) == ("nf4", 4e-4, pytest.approx(4e-5))
+    assert (lora.quantize, lora.lr) == ("nf4", None), "an adapter's rate depends on the model"
     assert _settings(quantize="none", lr=2e-5).result_settings() == full.result_settings()
 
 

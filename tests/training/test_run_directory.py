@@ -19,9 +19,10 @@ def _identity(**changes: object) -> RunIdentity:
     own = {name: changes.pop(name) for name in names if name in changes}
     values = {"model": "model.safetensors", "data": "data.jsonl", **changes}
     identity = RunIdentity(
-        settings=TrainSettings(**values),
+        settings=TrainSettings(**values).settle(has_prompts=True, hidden_size=2048),
         model_origin="models/tiny",
         model_fingerprint="m1",
+        hidden_size=2048,
         data_fingerprint="d1",
         validation_fingerprint=None,
         store="store",
@@ -49,7 +50,12 @@ def test_the_same_run_again_is_welcome_and_the_file_is_not_rewritten(claimed):
 
 def test_settings_say_what_was_given_and_with_which_versions(claimed):
     content = read_settings(claimed)
-    assert content["model"] == {"given": "model.safetensors", "origin": "models/tiny", "fingerprint": "m1"}
+    assert content["model"] == {
+        "given": "model.safetensors",
+        "origin": "models/tiny",
+        "fingerprint": "m1",
+        "hidden_size": 2048,
+    }
     assert content["data"] == {"given": "data.jsonl", "fingerprint": "d1"}
     assert content["settings"]["blocks"] == 2
     assert content["versions"]["torch"][0].isdigit()
