@@ -124,15 +124,15 @@ class Study:
         )
         return self._bench.alone.call(BASELINES[name], job=job)
 
-    def lopt_lite(self, blocks: int) -> dict[str, Any]:
-        """Train with lopt-lite, and measure the adapter."""
+    def lopt_lite(self, blocks: int, *, epochs: int | None = None) -> dict[str, Any]:
+        """Train with lopt-lite, and measure the adapter; ``epochs``: other than the others' number."""
         options = self._options
         settings: dict[str, Any] = {
             "model": options.model,
             "data": str(self._jsonl["train"]),
             "validation": str(self._jsonl["held-out"]),
             "blocks": blocks,
-            "epochs": options.epochs,
+            "epochs": epochs or options.epochs,
             "batch_size": options.batch_size,
             "max_length": options.max_length,
             "seed": options.seed,
@@ -142,7 +142,8 @@ class Study:
         }
         if options.lr_lopt is not None:
             settings["lr"] = options.lr_lopt
-        what = ", ".join([f"lopt-lite K={blocks}", f"memory {options.memory}", *options.set])
+        changed = [*([f"{epochs} epochs"] if epochs else []), *options.set]
+        what = ", ".join([f"lopt-lite K={blocks}", f"memory {options.memory}", *changed])
         what += f", {options.lr_lopt:g}" if options.lr_lopt is not None else ""
         key = f"{what}, trained, {self._same}"
         output = self._bench.directory / "runs" / f"lopt-lite-{blocks}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
@@ -158,7 +159,7 @@ class Study:
         own, common = held_out[-1]["loss"], figures["held-out"]
         self._bench.expect(abs(own - common) <= _AGREEMENT, f"{what} says its loss is {own:.3f}, not {common:.3f}")
         return {
-            "name": ", ".join([f"lopt-lite K={blocks}", *options.set]),
+            "name": ", ".join([f"lopt-lite K={blocks}", *changed]),
             "blocks": blocks,
             "lr": json.loads((output / "settings.json").read_text())["settings"]["lr"],
             "training_s": total_s - ready_s,
