@@ -150,6 +150,7 @@ class Study:
         found = self._bench.measure(
             key, lambda: self._bench.alone.run("train", output=str(output), fresh=True, quiet=True, **settings)
         )
+        decided = json.loads((output / "settings.json").read_text())["settings"]
         timeline = found["timeline"]
         ready_s, held_out = timeline["ready_s"], timeline["held_out"]
         total_s = found["seconds"] - timeline["measuring_s"]
@@ -161,7 +162,8 @@ class Study:
         return {
             "name": ", ".join([f"lopt-lite K={blocks}", *changed]),
             "blocks": blocks,
-            "lr": json.loads((output / "settings.json").read_text())["settings"]["lr"],
+            "lr": decided["lr"],
+            "retain": decided["retain"],
             "training_s": total_s - ready_s,
             "total_s": total_s,
             "peak_bytes": found["peak_bytes"],

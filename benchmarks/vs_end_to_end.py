@@ -90,6 +90,8 @@ def _report(bench: Bench, untouched: dict[str, Any], entries: list[dict[str, Any
         if "grid" in entry and len(entry["grid"]) > 1:
             losses = ", ".join(f"{lr}: {loss:.3f}" for lr, loss in entry["grid"].items())
             bench.text(f"Final held-out loss of {entry['name']} by learning rate: {losses}.")
+    anchors = ", ".join(f"{entry['retain']:g} for {entry['name']}" for entry in entries if "retain" in entry)
+    bench.text(f"Weights of lopt-lite's anchor (--retain): {anchors}.")
     _judge(bench, {entry["name"]: entry for entry in entries})
     _keep(bench, {"untouched": untouched, "entries": entries}, entries, target)
 

@@ -145,7 +145,7 @@ class TrainSettings:
         None,
         "Weight of an anchor that holds the model to what it knew: the divergence of its predictions at a sample of "
         "prompt tokens from those of the untouched model is added to the loss of the last block. 0: no anchor. "
-        "Default: 1; 0 with --blocks 1, --schedule joint or --preset paper, and for data without prompts.",
+        "Default: 3; 0 with --blocks 1, --schedule joint or --preset paper, and for data without prompts.",
     )
     retain_tokens: int = option(32, "Most anchored tokens of one example.")
     retain_data: str | None = option(
@@ -356,7 +356,7 @@ _DEFAULTS_OF_TUNE: dict[str, dict[str, Any]] = {
 #: Of adapters. Half of a narrow model learnt better at twice the rate that suited the whole of it (docs/recipe.md).
 _LR_LORA, _LR_LORA_NARROW, _NARROW = 4e-4, 8e-4, 1024
 #: The anchor's weight where there are prompts to anchor on.
-_RETAIN = 1.0
+_RETAIN = 3.0
 _DEFAULTS_OF_SCHEDULE: dict[str, dict[str, Any]] = {
     "sequential": {"objective": "none"},
     "joint": {"objective": "reconstruct", "retain": 0.0, "lr": _LR_LORA},
@@ -413,7 +413,7 @@ def _check_anchor(settings: TrainSettings) -> None:
     if not (settings.retain >= 0 and math.isfinite(settings.retain)):
         raise SettingsError(f"--retain is {settings.retain}", expected="0 or more")
     if settings.retain_data is not None and not settings.retain:
-        raise SettingsError("--retain-data names text to anchor on, and --retain is 0", fix="add --retain 1")
+        raise SettingsError("--retain-data names text to anchor on, and --retain is 0", fix="add --retain 3")
     if settings.retain and settings.trains_around:
         raise SettingsError(
             "--retain compares with the untouched model through its LM head, which --schedule joint --tune full trains",

@@ -233,14 +233,14 @@ def test_an_anchor_needs_something_to_hold_on_to(tmp_path, inputs):
 @pytest.mark.parametrize(
     ("prompts", "changes", "weight"),
     [
-        (True, {}, 1.0),
+        (True, {}, 3.0),
         (True, {"retain": 0.25}, 0.25),
         (True, {"retain": 0.0}, 0.0),
         (True, {"blocks": 1}, 0.0),
         (True, {"schedule": "joint"}, 0.0),
         (True, {"preset": "paper", "schedule": "sequential", "tune": "lora"}, 0.0),
         (False, {}, 0.0),
-        (False, {"with": "other text"}, 1.0),
+        (False, {"with": "other text"}, 3.0),
     ],
 )
 def test_there_is_an_anchor_by_default_where_there_is_something_to_hold_on_to(
