@@ -23,7 +23,7 @@ class Run:
         self.root = root
         root.mkdir(exist_ok=True)
         options = {**EVERY_BLOCK_LEARNS, **options}
-        settings = TrainSettings(model="m", data="d", batch_size=8, epochs=2, **options)
+        settings = TrainSettings(model="m", data="d", batch_size=8, epochs=2, **{"lr": 4e-4, **options})
         content = {
             "settings": settings.result_settings(),
             "model": {"given": "m"},
