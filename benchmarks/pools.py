@@ -20,11 +20,10 @@ from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.float32_products import float32_products
 from lopt_lite.residency.pool import LayerPool, MicroBatch, ResidentLayers
-from lopt_lite.residency.short_attention import short_attention
 from lopt_lite.residency.streamed import StreamedLayers
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapters import attach_adapter, set_training
-from lopt_lite.training.low_rank import fused_adapters
+from lopt_lite.training.fast_layers import fast_layers
 
 #: Where 'make demo-model' puts the demo's model.
 DEMO_MODEL = Path(".demo/SmolLM2-135M-Instruct")
@@ -105,7 +104,7 @@ def step(pool: LayerPool, batches: list[MicroBatch]) -> float:
         return float(loss.detach())
 
     device = batches[0].hidden.device
-    with short_attention(device), fused_adapters(), float32_products(device):
+    with fast_layers(device), float32_products(device):
         loss = pool.accumulate(batches, loss_backward)
     for layer in pool.layers:
         for parameter in layer.parameters():

@@ -10,13 +10,11 @@ as plus or minus max(p, q) (1 - exp -|x|), so that it is as good as x itself and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-#: Elements that are worked on at once where temporary tensors are made, or one token's. They fit a processor's cache.
-_PIECE_ELEMENTS = 2**18
+from lopt_lite.residency.logits import pieces
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,27 @@ class Anchors:
         return hidden
 
 
-def to_log_probabilities(values: torch.Tensor) -> None:
-    """Turn float32 logits [tokens, vocabulary] into log-probabilities where they lie."""
-    for piece in _pieces(values):
-        values[piece] = torch.log_softmax(values[piece], 1)
+def compare(base: torch.Tensor, tuned: torch.Tensor, weight: float) -> torch.Tensor:
+    """The divergence of two models' predictions.
+
+    Parameters
+    ----------
+    base, tuned:
+        Logits [tokens, vocabulary] in one dtype. ``tuned`` becomes the gradient: q - p, times the weight.
+    weight:
+        What a token's divergence counts for.
+
+    Returns
+    -------
+    torch.Tensor
+        As :func:`diverge` gives.
+    """
+    kl = tuned.new_empty(len(tuned), dtype=torch.float32)
+    for piece in pieces(tuned):
+        p, q = (torch.log_softmax(logits[piece].float(), 1) for logits in (base, tuned))
+        kl[piece] = diverge(p, q)
+        tuned[piece] = q.mul_(weight)
+    return kl
 
 
 def diverge(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
@@ -81,16 +96,10 @@ def diverge(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
         gradient is, where both are the same.
     """
     kl = tuned.new_empty(len(tuned))
-    for piece in _pieces(tuned):
+    for piece in pieces(tuned):
         p, x = base[piece], tuned[piece] - base[piece]
         larger = torch.maximum(p, tuned[piece]).exp_()
         difference = x.abs().neg_().expm1_().neg_().mul_(larger).copysign_(x)
         tuned[piece] = difference
         kl[piece] = difference.sub_(x.mul_(p.exp())).sum(1)
     return kl
-
-
-def _pieces(values: torch.Tensor) -> Iterator[slice]:
-    size = max(1, _PIECE_ELEMENTS // values.shape[1])
-    for start in range(0, len(values), size):
-        yield slice(start, start + size)

@@ -1,7 +1,7 @@
 """The LM head and the loss at answer positions: one way of asking, wherever the head's weight is.
 
 Only one chunk's logits ever exist (see :mod:`lopt_lite.residency.logits`): the gradient of a chunk of answer tokens is
-taken as soon as its logits are made, and they are turned into probabilities where they lie.
+taken as soon as its logits are made, and they are turned into that gradient where they lie, piece by piece in float32.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.autograd.graph import GradientEdge
 
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
-from lopt_lite.residency.anchors import Anchors, diverge, to_log_probabilities
-from lopt_lite.residency.logits import answers, make_logits, pair_chunks, send_back, token_chunks, total
+from lopt_lite.residency.anchors import Anchors, compare
+from lopt_lite.residency.logits import answers, own_logits, pair_chunks, pieces, send_back, token_chunks, total
 from lopt_lite.residency.sliced_head import SlicedHead
 
 
@@ -90,7 +90,7 @@ def open_head(
     Parameters
     ----------
     logit_elements:
-        Most float32 logits to make at once. (One token's are always made at once.)
+        Most logits to make at once. (One token's are always made at once.)
     slice_rows:
         Rows of the head (tokens of the vocabulary) on the device at once; None for all of them, kept there.
     prefetch:
@@ -164,7 +164,10 @@ class WholeHead:
         hidden, labels = answers(output, targets)
         losses = torch.empty(len(labels), device=hidden.device)
         for chunk in self._chunks(len(labels)):
-            losses[chunk] = _exponentials(make_logits(self._skeleton, hidden[chunk])[0], labels[chunk])[0]
+            logits, _ = own_logits(self._skeleton, hidden[chunk])
+            for piece in pieces(logits):
+                losses[chunk][piece] = _exponentials(logits[piece].float(), labels[chunk][piece])[0]
+            del logits  # before the next chunk's are made
         return total(losses)
 
     def place_for_generation(self) -> None:
@@ -183,13 +186,11 @@ class WholeHead:
         gradient = torch.empty_like(hidden)
         for chunk in self._chunks(len(labels)):
             leaf = hidden[chunk].detach().requires_grad_()
-            values, edge = make_logits(self._skeleton, leaf)
-            losses[chunk], sums = _exponentials(values, labels[chunk])
-            values.div_(sums[:, None] * answer_tokens)
-            values.scatter_add_(1, labels[chunk, None], values.new_full((len(values), 1), -1 / answer_tokens))
-            values = values.to(hidden.dtype)
-            gradient[chunk] = self._pull(edge, leaf, values)
-            del values, edge, leaf  # before the next chunk's are made
+            logits, edge = own_logits(self._skeleton, leaf)
+            for piece in pieces(logits):
+                losses[chunk][piece] = _learn(logits[piece], labels[chunk][piece], answer_tokens)
+            gradient[chunk] = self._pull(edge, leaf, logits)
+            del logits, edge, leaf  # before the next chunk's are made
         return total(losses) / answer_tokens, gradient
 
     def _compare(self, hidden: torch.Tensor, anchors: Anchors) -> tuple[float, torch.Tensor]:
@@ -200,16 +201,13 @@ class WholeHead:
         gradient = torch.empty_like(hidden)
         for chunk in pair_chunks(self._skeleton, len(hidden), self._skeleton.vocabulary_rows, self._logit_elements):
             with torch.no_grad():
-                base, _ = make_logits(self._skeleton, anchors.base[chunk])
-            to_log_probabilities(base)
+                base, _ = own_logits(self._skeleton, anchors.base[chunk])
             leaf = hidden[chunk].detach().requires_grad_()
-            values, edge = make_logits(self._skeleton, leaf)
-            to_log_probabilities(values)
-            divergences[chunk] = diverge(base, values)
+            logits, edge = own_logits(self._skeleton, leaf)
+            divergences[chunk] = compare(base, logits, anchors.share)
             del base
-            values = values.mul_(anchors.share).to(hidden.dtype)
-            gradient[chunk] = self._pull(edge, leaf, values)
-            del values, edge, leaf  # before the next chunk's are made
+            gradient[chunk] = self._pull(edge, leaf, logits)
+            del logits, edge, leaf  # before the next chunk's are made
         return total(divergences) / anchors.tokens, gradient
 
     def _pull(self, edge: GradientEdge | None, leaf: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -221,6 +219,17 @@ class WholeHead:
 
     def _chunks(self, tokens: int) -> Iterator[slice]:
         return token_chunks(self._skeleton, tokens, self._skeleton.vocabulary_rows, self._logit_elements)
+
+
+def _learn(logits: torch.Tensor, labels: torch.Tensor, answer_tokens: int) -> torch.Tensor:
+    """Losses, float32 [tokens], of logits that become the gradient of their sum divided by ``answer_tokens``."""
+    values = logits.float()
+    losses, sums = _exponentials(values, labels)
+    values.div_(sums[:, None] * answer_tokens)
+    values.scatter_add_(1, labels[:, None], values.new_full((len(values), 1), -1 / answer_tokens))
+    if values.dtype != logits.dtype:
+        logits.copy_(values)
+    return losses
 
 
 def _exponentials(values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,16 +56,17 @@ def head_bytes(head: HeadShapes, slice_rows: int | None) -> int:
     return rows * head.hidden * (2 * head.stored.itemsize + cast)
 
 
-def logit_bytes(head: HeadShapes, logit_elements: int, *, gradient: bool) -> int:
-    """Peak of what one chunk of ``logit_elements`` logits needs, whole head or slices.
+def logit_bytes(head: HeadShapes, logit_elements: int, slice_rows: int | None, *, gradient: bool) -> int:
+    """Peak of what one chunk of ``logit_elements`` logits needs.
 
-    Plain logits exist in the compute dtype and in float32 (in float32: once), then as float32 probabilities in the same
-    memory and their copy in the compute dtype. A scaled logit exists before and after. A soft-capped one keeps its tanh
-    for the gradient, whose passing through it makes two more. Anchored tokens need no more: their chunks are half as
-    large, and the untouched model's logits add one float32 to each. (Pieces of them, of a few MiB, are not counted.)
+    Plain logits exist once, in the compute dtype, and become their gradient where they lie; with slices, what is seen
+    of each is kept in float32, so that they exist in both (in float32: once). A scaled logit exists before and after. A
+    soft-capped one keeps its tanh for the gradient, whose passing through it makes two more. Anchored tokens need no
+    more: their chunks are half as large, and the untouched model's logits are as many again. (Pieces of them in
+    float32, of a few MiB, are not counted.)
     """
     item = head.compute.itemsize
-    factor = item if item == 4 else item + 4
+    factor = item if item == 4 or slice_rows is None else item + 4
     if head.scaled or head.capped:
         factor = max(factor, 2 * item)
     if head.capped and gradient:

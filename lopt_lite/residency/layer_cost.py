@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from lopt_lite.residency import lora_cost
+from lopt_lite.residency.rms_norm import fuse_norms, fused_norms
 
 if TYPE_CHECKING:
     from lopt_lite.checkpoints.skeleton import Skeleton
@@ -59,6 +60,8 @@ def activation_cost(
     layer = skeleton.layer_template(index).to("meta")
     for parameter in layer.parameters():
         parameter.requires_grad_(full)
+    if not full and skeleton.dtype != torch.float32:
+        fuse_norms(layer)
     shapes = {n: torch.Size(shape) for n, shape in skeleton.layer_parameters(index).items()}
     widest = max(shape[0] for shape in shapes.values() if len(shape) > 1)
     measured, pairs = True, 0
@@ -132,6 +135,7 @@ def _saved_bytes(
     hidden = torch.empty(shape, dtype=skeleton.dtype, device="meta", requires_grad=True)
     with (
         _fused_attention(),
+        fused_norms(),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         lora_cost.noting_inputs(layer, kept, note),
     ):

@@ -12,6 +12,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lopt_lite.checkpoints.skeleton import Skeleton
 
+#: Logits that are worked on in float32 at once, or one token's. On a CPU they stay in its cache.
+_CPU_PIECE = 2**18
+_PIECE = 2**20
+
 
 def token_chunks(skeleton: Skeleton, tokens: int, rows: int, logit_elements: int) -> Iterator[slice]:
     """Chunks of answer tokens: neither a chunk's logits (``rows`` each) nor its hidden states exceed the limit."""
@@ -53,15 +57,28 @@ def send_back(output: torch.Tensor, *parts: tuple[torch.Tensor, torch.Tensor]) -
     output.backward(whole)
 
 
-def make_logits(skeleton: Skeleton, hidden: torch.Tensor) -> tuple[torch.Tensor, GradientEdge | None]:
-    """Logits in float32 [tokens, rows], free to be overwritten, and where their gradient goes in.
+def own_logits(skeleton: Skeleton, hidden: torch.Tensor) -> tuple[torch.Tensor, GradientEdge | None]:
+    """Logits in the compute dtype [tokens, rows], free to be overwritten, and where their gradient goes in.
 
-    In float32 they are the model's own output. Were it something that the model's backward pass needs (the output of a
-    last tanh, say; no known model is like that), autograd would refuse the gradient.
+    They are the model's own output. Were it something that the model's backward pass needs (the output of a last tanh,
+    say; no known model is like that), autograd would refuse the gradient.
     """
     logits = skeleton.logits(hidden)
     edge = get_gradient_edge(logits) if logits.requires_grad else None
-    return logits.detach().float(), edge
+    return logits.detach(), edge
+
+
+def make_logits(skeleton: Skeleton, hidden: torch.Tensor) -> tuple[torch.Tensor, GradientEdge | None]:
+    """As :func:`own_logits`, in float32."""
+    logits, edge = own_logits(skeleton, hidden)
+    return logits.float(), edge
+
+
+def pieces(logits: torch.Tensor) -> Iterator[slice]:
+    """Tokens of ``logits`` [tokens, rows] whose float32 values are worked on at once, in a few temporary tensors."""
+    size = max(1, (_CPU_PIECE if logits.device.type == "cpu" else _PIECE) // logits.shape[1])
+    for start in range(0, len(logits), size):
+        yield slice(start, start + size)
 
 
 def total(losses: torch.Tensor) -> float:

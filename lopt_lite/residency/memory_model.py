@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from lopt_lite import float32_products
-from lopt_lite.residency import head_cost
+from lopt_lite.residency import head_cost, short_attention
 from lopt_lite.residency.shapes import ModelShapes
-from lopt_lite.residency.short_attention import LONGEST
 
 MIB = 2**20
 
@@ -176,8 +175,9 @@ def training_parts(
         losses = _RECONSTRUCTION_VALUES * micro * shapes.hidden * 4
     inside = micro * shapes.transient_bytes_per_token
     if on_cpu:
-        short = min(job.longest, LONGEST)
-        inside = max(inside, micro * shapes.short_attention_bytes_per_pair * short)
+        row = min(job.longest, short_attention.LONGEST)
+        scores = short_attention.transient_bytes(-(-micro // row), row, shapes.short_attention_heads)
+        inside = max(inside, scores)
     # Inputs of the block, and of the layer at hand with their gradients; and what is read for the next step.
     copies = (3 if layout.recompute else 1) + (1 if job.cache_bytes or together else 0)
     copies += 1 if job.matches and not last else 0
@@ -269,7 +269,7 @@ def _loss_bytes(shapes: ModelShapes, layout: Layout, answers: int, *, gradient: 
     """Everything that making the losses of a micro-batch needs."""
     elements = _logit_elements(shapes, layout, answers)
     return (
-        head_cost.logit_bytes(shapes.head, elements, gradient=gradient)
+        head_cost.logit_bytes(shapes.head, elements, layout.head_slice_rows, gradient=gradient)
         + head_cost.norm_bytes(shapes.head, elements, layout.head_slice_rows, gradient=gradient)
         + head_cost.answer_bytes(shapes.head, answers, layout.head_slice_rows, gradient=gradient)
     )

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from lopt_lite.checkpoints.nf4_layout import packed_specs
+from lopt_lite.residency import short_attention
 from lopt_lite.residency.head_cost import HeadShapes
 from lopt_lite.residency.layer_cost import activation_cost
-from lopt_lite.residency.short_attention import transient_bytes_per_pair
 
 if TYPE_CHECKING:
     from lopt_lite.checkpoints.skeleton import Skeleton
@@ -76,12 +76,14 @@ class ModelShapes:
     saved_bytes_per_token, saved_bytes_per_pair:
         Activations of one layer that autograd keeps for the backward pass, adapters included: of each token, and of
         each pair of tokens of a row.
-    transient_bytes_per_token, short_attention_bytes_per_pair:
-        What else exists for a moment within a layer: of each token; on the CPU of each pair of tokens of a short row.
+    transient_bytes_per_token:
+        What else exists for a moment within a layer, of each token.
     measured:
         False where a layer cannot run without values (routed experts), so that the two are a formula's estimate.
     state_bytes_per_parameter:
         Value, gradient and optimiser state of a trained parameter; 0 without training.
+    short_attention_heads:
+        Query heads whose scores exist for a moment on the CPU, where rows are short; 0: they never do.
     """
 
     hidden: int
@@ -96,7 +98,7 @@ class ModelShapes:
     measured: bool
     state_bytes_per_parameter: float
     full: bool
-    short_attention_bytes_per_pair: int = 0
+    short_attention_heads: int = 0
 
     @property
     def largest_shard(self) -> int:
@@ -162,9 +164,7 @@ def model_shapes(
         measured=cost.measured,
         state_bytes_per_parameter=_state_bytes(tuning, skeleton.dtype.itemsize),
         full=tuning is not None and tuning.rank is None,
-        short_attention_bytes_per_pair=transient_bytes_per_pair(
-            int(getattr(skeleton.config, "num_attention_heads", 0)), skeleton.dtype
-        ),
+        short_attention_heads=short_attention.heads_of(skeleton.config, skeleton.dtype),
     )
 
 

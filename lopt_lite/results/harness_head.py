@@ -25,7 +25,7 @@ class ScoringHead:
     Parameters
     ----------
     logit_elements:
-        Most float32 logits to make at once. (One token's are always made at once.)
+        Most logits to make at once. (One token's are always made at once.)
     slice_rows:
         Rows of the head (tokens of the vocabulary) on the device at once; None for all of them, kept there.
     """

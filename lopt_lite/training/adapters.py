@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.residency.rms_norm import fuse_norms
 from lopt_lite.seeds import derive_seed
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.low_rank import fuse
@@ -64,6 +65,7 @@ def attach_adapter(layer: nn.Module, index: int, *, skeleton: Skeleton, settings
     if skeleton.dtype != torch.float32:
         _compute_in_the_inputs_dtype(layer)
         fuse(layer, _ADAPTER)
+        fuse_norms(layer)
 
 
 class _CastLinear(nn.Linear):

@@ -24,7 +24,6 @@ from lopt_lite.residency.block_major import groups
 from lopt_lite.residency.head import AnswerHead, open_head
 from lopt_lite.residency.layers import open_layers
 from lopt_lite.residency.pool import LayerPool, MicroBatch
-from lopt_lite.residency.short_attention import short_attention
 from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_training
@@ -33,9 +32,9 @@ from lopt_lite.training.around import EMBEDDING, Around
 from lopt_lite.training.block_inputs import BlockInputs
 from lopt_lite.training.block_plan import Block, Stage
 from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_cursor, restore_checkpoint, save_lazily
+from lopt_lite.training.fast_layers import fast_layers
 from lopt_lite.training.full import has_eight_bit_moments, own_weights, write_layers
 from lopt_lite.training.job import other_rows
-from lopt_lite.training.low_rank import fused_adapters
 from lopt_lite.training.matching import Targets
 from lopt_lite.training.micro_batch_size import MicroBatchSize, describe
 from lopt_lite.training.objectives import ReconstructionHead, matching_loss, reconstruction_loss
@@ -420,7 +419,7 @@ class BlockTrainer:
                 kept.append(output.detach())
                 return local(part, output)
 
-            with short_attention(self._bench.device), fused_adapters():
+            with fast_layers(self._bench.device):
                 self._pool.accumulate(
                     entering if block is not self._stage.blocks[0] else inputs_of_step(),
                     # Nothing comes after the last block: its outputs need not stay.

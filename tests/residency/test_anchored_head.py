@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from lopt_lite.residency.anchors import Anchors, diverge, to_log_probabilities
+from lopt_lite.residency.anchors import Anchors, compare
 from lopt_lite.residency.head import AnswerHead, open_head, output_parameters, place_head
 from lopt_lite.residency.head_cost import HeadShapes, anchor_bytes, answer_bytes, logit_bytes
 from lopt_lite.residency.sliced_head import SlicedHead
@@ -273,10 +273,8 @@ def test_small_divergences_keep_their_digits() -> None:
         moved = logits + drift * torch.randn_like(logits)
         exact_p, exact_q = logits.double().log_softmax(1), moved.double().log_softmax(1)
         expected = functional.kl_div(exact_q, exact_p, reduction="none", log_target=True).sum(1)
-        base, tuned = logits.clone(), moved.clone()
-        to_log_probabilities(base)
-        to_log_probabilities(tuned)
-        got = diverge(base, tuned)
+        tuned = moved.clone()
+        got = compare(logits, tuned, 1.0)
         torch.testing.assert_close(got.double(), expected, rtol=2e-3 if drift == 1e-3 else 1e-4, atol=0)
         torch.testing.assert_close(tuned.double(), exact_q.exp() - exact_p.exp(), rtol=1e-2, atol=1e-8)
         assert (got > 0).all()
@@ -406,7 +404,7 @@ def test_two_models_logits_take_no_more_memory_than_ones(
 ) -> None:
     rig = rig_of(architecture, dtype)
     # Beside the chunks of a real model, the pieces that both are compared in are small; they are not counted.
-    monkeypatch.setattr("lopt_lite.residency.anchors._PIECE_ELEMENTS", 1)
+    monkeypatch.setattr("lopt_lite.residency.logits._CPU_PIECE", 1)
     tokens, columns = 16, rows or rig.skeleton.vocabulary_rows
     anchors = Anchors(
         mask=torch.ones(1, 4 * tokens, dtype=torch.bool),
@@ -421,7 +419,7 @@ def test_two_models_logits_take_no_more_memory_than_ones(
     with LiveBytes(half) as counted:
         head.anchored_loss_backward(output, no_answers, anchors, answer_tokens=0)
     head.close()
-    limit = logit_bytes(_shapes(rig), tokens * columns, gradient=True)
+    limit = logit_bytes(_shapes(rig), tokens * columns, rows, gradient=True)
     assert limit // 2 <= counted.peak <= limit
 
 

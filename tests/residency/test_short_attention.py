@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from lopt_lite import float32_products
 from lopt_lite.residency import short_attention
-from lopt_lite.residency.short_attention import transient_bytes_per_pair
+from lopt_lite.residency.short_attention import heads_of, transient_bytes
 from tests.residency.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
@@ -69,14 +71,40 @@ def test_a_token_does_not_see_those_behind_it():
     assert not torch.equal(before[:, :, 20:], after[:, :, 20:])
 
 
-def test_scores_of_all_pairs_exist_as_often_as_the_plan_says():
-    rows, heads, tokens = 2, 6, 40
-    tensors = _inputs(rows=rows, heads=heads, tokens=tokens)
-    live = LiveBytes(rows * heads * tokens * tokens)
+@pytest.mark.parametrize("rows_at_a_time", [1, 2, 3])
+def test_scores_exist_as_often_as_the_plan_says(rows_at_a_time, monkeypatch):
+    rows, heads, tokens = 3, 6, 40
+    tensors = _inputs(rows=rows, heads=heads, groups=1, tokens=tokens)
+    keys = 64  # the next multiple of 32
+    scores = heads * tokens * keys * rows_at_a_time
+    monkeypatch.setattr(short_attention, "_group_bytes", lambda: 2 * scores)
+    live = LiveBytes(scores)
     with short_attention.short_attention(CPU), live:
         _run(tensors)
-    assert live.peak == transient_bytes_per_pair(heads, torch.bfloat16) * rows * tokens * tokens
-    assert transient_bytes_per_pair(heads, torch.float32) == 0
+    mask = 2 * heads * tokens * keys
+    assert live.peak == transient_bytes(rows, tokens, heads) == 3 * 2 * scores + mask
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_how_many_heads_are_worked_on_at_once_changes_nothing(groups, monkeypatch):
+    tensors = _inputs(rows=3, groups=groups, tokens=33)
+    found = []
+    for size in (1, 2**14, 2**30):
+        monkeypatch.setattr(short_attention, "_group_bytes", lambda size=size: size)
+        with short_attention.short_attention(CPU):
+            found.append(_run(tensors))
+    for output, gradients in found[1:]:
+        assert torch.equal(output, found[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(gradients, found[0][1], strict=True))
+
+
+def test_the_plan_counts_no_scores_where_it_is_not_used(monkeypatch):
+    config = SimpleNamespace(num_attention_heads=4)
+    assert heads_of(config, torch.bfloat16) == 4
+    assert heads_of(config, torch.float32) == heads_of(SimpleNamespace(), torch.bfloat16) == 0
+    assert transient_bytes(8, 40, 0) == 0
+    monkeypatch.setattr(float32_products, "_cpu_multiplies_bfloat16", lambda: False)
+    assert heads_of(config, torch.bfloat16) == 0
 
 
 def _mask_of(tensors):
@@ -108,9 +136,7 @@ def test_an_error_leaves_pytorchs_attention_in_place():
 
 
 def test_where_products_are_made_in_float32_it_is_not_used(monkeypatch):
-    assert transient_bytes_per_pair(4, torch.bfloat16) > 0
     monkeypatch.setattr(float32_products, "_cpu_multiplies_bfloat16", lambda: False)
     fused = nn.functional.scaled_dot_product_attention
     with short_attention.short_attention(CPU):
         assert nn.functional.scaled_dot_product_attention is fused
-    assert transient_bytes_per_pair(4, torch.bfloat16) == 0
