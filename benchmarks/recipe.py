@@ -64,6 +64,7 @@ _ANCHORS: dict[str, dict[str, Any]] = {
     "-retain-0.3": {"retain": 0.3},
     "-retain": {"retain": 1.0},
     "-retain-3": {"retain": 3.0},
+    "-retain-6": {"retain": 6.0},
 }
 
 #: Ending of a recipe's name -> the passes over the data, for one of the others.
