@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from lopt_lite.residency import lora_cost
-from lopt_lite.residency.rms_norm import fuse_norms, fused_norms
+from lopt_lite.residency.fused import fused_modules
+from lopt_lite.residency.rms_norm import fuse_norms
 
 if TYPE_CHECKING:
     from lopt_lite.checkpoints.skeleton import Skeleton
@@ -135,7 +136,7 @@ def _saved_bytes(
     hidden = torch.empty(shape, dtype=skeleton.dtype, device="meta", requires_grad=True)
     with (
         _fused_attention(),
-        fused_norms(),
+        fused_modules(),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         lora_cost.noting_inputs(layer, kept, note),
     ):

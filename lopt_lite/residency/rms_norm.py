@@ -6,34 +6,22 @@ itself is kept, and one number per token; passes are made piece by piece on the 
 in the processor's cache.
 
 Forward it gives the module's own bits. Its gradients round in other places, so it is used while training alone
-(:func:`fused_norms`).
+(:mod:`lopt_lite.residency.fused`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
+from lopt_lite.residency import fused
+
 #: Values of a piece on the CPU: 256 KiB in each of a few float32 buffers.
 _PIECE = 2**16
-
-_in_use = False
-
-
-@contextmanager
-def fused_norms() -> Iterator[None]:
-    """Within the context, modules that :func:`fuse_norms` has made ready compute in one operation."""
-    global _in_use
-    before, _in_use = _in_use, True
-    try:
-        yield
-    finally:
-        _in_use = before
 
 
 def fuse_norms(layer: nn.Module) -> None:
@@ -80,7 +68,7 @@ class _Fused:
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """[..., width] -> the same. With a weight that is trained, and outside training, as the model does it."""
-        if not _in_use or self.weight.requires_grad or x.dtype != self.weight.dtype:
+        if not fused.in_use() or self.weight.requires_grad or x.dtype != self.weight.dtype:
             return super().forward(x)  # type: ignore[misc]
         output: torch.Tensor = _RmsNorm.apply(x, self.weight, _epsilon(self))
         return output

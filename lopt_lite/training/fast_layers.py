@@ -7,13 +7,12 @@ from contextlib import contextmanager
 
 import torch
 
-from lopt_lite.residency.rms_norm import fused_norms
+from lopt_lite.residency.fused import fused_modules
 from lopt_lite.residency.short_attention import short_attention
-from lopt_lite.training.low_rank import fused_adapters
 
 
 @contextmanager
 def fast_layers(device: torch.device) -> Iterator[None]:
     """Within the context, layers on ``device`` that have an adapter compute in fewer passes over memory."""
-    with short_attention(device), fused_norms(), fused_adapters():
+    with short_attention(device), fused_modules():
         yield

@@ -4,14 +4,12 @@ PEFT's modules compute the same in seven passes over [tokens, width] tensors (a 
 scaling, a sum; scaling and sums of gradients on the way back); here the adapter's products add to what is there
 already. With the small matrices of SmolLM2-135M the other passes were a tenth of a training step on the CPU.
 
-Sums round in other places then, so it is used while training alone (:func:`fused_adapters`): evaluation and generation
-give the bits that PEFT gives.
+Sums round in other places then, so it is used while training alone (:mod:`lopt_lite.residency.fused`): evaluation and
+generation give the bits that PEFT gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,20 +18,8 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lopt_lite.residency import fused
 from lopt_lite.residency.layer_loader import DequantizedLinear4bit, PackedLinear4bit
-
-_in_use = False
-
-
-@contextmanager
-def fused_adapters() -> Iterator[None]:
-    """Within the context, modules that :func:`fuse` has made ready compute with their adapter in one operation."""
-    global _in_use
-    before, _in_use = _in_use, True
-    try:
-        yield
-    finally:
-        _in_use = before
 
 
 def fuse(layer: nn.Module, adapter: str) -> None:
@@ -60,7 +46,7 @@ class _Fused:
         (name,) = self.active_adapters
         dropout = self.lora_dropout[name]
         drops = dropout.training and getattr(dropout, "p", 0) > 0
-        if not _in_use or self.disable_adapters or self.merged or drops:
+        if not fused.in_use() or self.disable_adapters or self.merged or drops:
             return super().forward(x)  # type: ignore[misc]
         a, b = (half[name].weight.to(x.dtype) for half in (self.lora_A, self.lora_B))
         output: torch.Tensor = _LowRankLinear.apply(x, a, b, self.base_layer, self.scaling[name])

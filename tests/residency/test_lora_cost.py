@@ -10,8 +10,9 @@ from torch import nn
 
 from lopt_lite.checkpoints.locate import describe_model
 from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.residency.fused import fused_modules
 from lopt_lite.residency.layer_cost import activation_cost
-from lopt_lite.residency.rms_norm import fuse_norms, fused_norms
+from lopt_lite.residency.rms_norm import fuse_norms
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_training
 from lopt_lite.training.targets import target_names
@@ -43,7 +44,7 @@ def kept_bytes(skeleton: Skeleton, layer: nn.Module) -> int:
         return tensor
 
     hidden = torch.empty(1, TOKENS, skeleton.hidden_size, dtype=skeleton.dtype, device="meta", requires_grad=True)
-    with fused_norms(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with fused_modules(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         note(meta_call.run(layer, hidden))
     return sum(storage.nbytes() for storage in kept.values()) // TOKENS
 

@@ -10,7 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lopt_lite.residency import rms_norm
-from lopt_lite.residency.rms_norm import fuse_norms, fused_norms
+from lopt_lite.residency.fused import fused_modules
+from lopt_lite.residency.rms_norm import fuse_norms
 
 
 def _norm(kind, width=48, dtype=torch.bfloat16, trained=False):
@@ -47,7 +48,7 @@ def test_forward_it_has_the_modules_bits_and_backward_its_gradient(kind, dtype):
     plain, plain_gradient = _run(layer, x)
     fuse_norms(layer)
     fuse_norms(layer)  # once more changes nothing
-    with fused_norms():
+    with fused_modules():
         fused, gradient = _run(layer, x)
     assert type(layer["norm"]) is not kind
     assert isinstance(layer["norm"], kind)
@@ -60,7 +61,7 @@ def test_forward_it_has_the_modules_bits_and_backward_its_gradient(kind, dtype):
 def test_its_gradient_is_the_exact_one_but_for_rounding():
     layer, x = _norm(LlamaRMSNorm), _input()
     fuse_norms(layer)
-    with fused_norms():
+    with fused_modules():
         gradient = _run(layer, x)[1].double()
     exact = _float64_gradient(layer["norm"].weight.double(), x.double())
     assert (gradient - exact).norm() / exact.norm() < 4e-3
@@ -76,7 +77,7 @@ def _float64_gradient(weight, x):
 def test_rows_that_do_not_lie_beside_each_other():
     layer, x = _norm(LlamaRMSNorm), _input()
     fuse_norms(layer)
-    with fused_norms():
+    with fused_modules():
         assert torch.equal(layer["norm"](x.transpose(1, 2)), layer["norm"](x).transpose(1, 2))
 
 
@@ -86,7 +87,7 @@ def test_a_norm_that_computes_otherwise_stays_as_it_is(kind):
     expected = _run(layer, _input())
     agrees = kind is nn.RMSNorm and type(layer["norm"]) is not kind
     fuse_norms(layer)
-    with fused_norms():
+    with fused_modules():
         found = _run(layer, _input())
     assert agrees or torch.equal(found[0], expected[0])
     if kind is Gemma2RMSNorm:  # multiplies by 1 + weight
@@ -101,7 +102,7 @@ def test_what_does_not_suit_is_left_to_the_module(why, monkeypatch):
     expected, expected_gradient = _run(layer, x)
     fuse_norms(layer)
     monkeypatch.setattr(rms_norm._RmsNorm, "apply", lambda *args: pytest.fail("used"))
-    with fused_norms():
+    with fused_modules():
         if why != "outside":
             found, gradient = _run(layer, x)
     if why == "outside":

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lopt_lite.residency.fused import fused_modules
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training import low_rank
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, enable_adapter, set_training
-from lopt_lite.training.low_rank import fused_adapters
 from tests.rig import open_rig
 from tests.tiny_models import make_model
 
@@ -53,7 +53,7 @@ def _error(found, expected):
 def test_it_gives_pefts_numbers_but_for_rounding(tmp_path, architecture, quantize, dequantize):
     layer, call, hidden = _layer(tmp_path, architecture, quantize, dequantize)
     expected, expected_gradients = _run(layer, call, hidden)
-    with fused_adapters():
+    with fused_modules():
         found, gradients = _run(layer, call, hidden)
     assert _error(found, expected) < 1e-2
     for name, gradient in expected_gradients.items():
@@ -71,7 +71,7 @@ def test_it_is_nearer_to_exact_numbers_than_peft_is(tmp_path, architecture, quan
     expected = x.double() @ (exact + module.scaling["default"] * (b @ a)).t()
     with torch.no_grad():
         peft = _error(module(x), expected)
-        with fused_adapters():
+        with fused_modules():
             fused = _error(module(x), expected)
     assert fused <= peft < 1e-2
 
@@ -80,7 +80,7 @@ def test_dequantised_or_not_it_gives_the_same_bits(tmp_path):
     results = []
     for dequantize in (False, True):
         layer, call, hidden = _layer(tmp_path / str(dequantize), "llama", "nf4", dequantize)
-        with fused_adapters():
+        with fused_modules():
             results.append(_run(layer, call, hidden))
     (one, one_gradients), (other, other_gradients) = results
     assert torch.equal(one, other)
@@ -97,7 +97,7 @@ def test_otherwise_it_is_peft(tmp_path, monkeypatch, why):
         if why == "outside":
             call.run(layer, hidden)
             return
-        with fused_adapters():
+        with fused_modules():
             torch.manual_seed(0)
             inside = call.run(layer, hidden)
         torch.manual_seed(0)
@@ -109,7 +109,7 @@ def test_what_does_not_train_gets_no_gradient(tmp_path):
     for name, parameter in adapter_parameters(layer).items():
         parameter.requires_grad_("lora_B" in name)
     before = copy.deepcopy(adapter_parameters(layer))
-    with fused_adapters():
+    with fused_modules():
         call.run(layer, hidden).float().sum().backward()
     for name, parameter in adapter_parameters(layer).items():
         assert (parameter.grad is not None) == ("lora_B" in name)
