@@ -243,6 +243,22 @@ class Draft:
             return (f"{said} That many (--batch-size {batch_size}) do not fit this budget.",)
         return (f"{said} --batch-size {batch_size} would keep the device busy (and take fewer, larger steps).",)
 
+    def whole_model_advice(self, residence: Residence) -> tuple[str, ...]:
+        """A sentence where the whole model can stay on the device as its blocks do: cutting it then has little use."""
+        settings = self.settings
+        if settings.blocks == 1 or settings.tune != "lora" or settings.schedule != "sequential":
+            return ()
+        try:
+            whole = self.with_settings(blocks=1, objective="none").residence()
+        except DoesNotFitError:
+            return ()
+        if whole.resident_layers < whole.layers or whole.recompute or whole.mode != residence.mode:
+            return ()
+        return (
+            "All layers fit this budget at once: --blocks 1 learns more of a task in the same time "
+            "(and with --retain keeps what the model knew); see docs/recipe.md.",
+        )
+
 
 def counted(lengths: torch.Tensor, target_counts: torch.Tensor) -> DataEstimate:
     """Examples that are tokenised: int64 [examples], tokens and tokens to be predicted of each."""

@@ -261,7 +261,7 @@ def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: 
             for block, seconds in zip(draft.blocks, times.blocks, strict=True)
         ),
         total_s=times.total_s,
-        advice=draft.advice(residence),
+        advice=(*draft.advice(residence), *draft.whole_model_advice(residence)),
         alternatives=_alternatives(draft, residence),
     )
 

@@ -268,8 +268,22 @@ def test_slow_loading_is_told_with_the_batch_size_that_would_hide_it(bare, tmp_p
     assert "--batch-size" in advice and f"{outcome.hiding_tokens:,}" in advice
     (advice,) = tight(make_data(tmp_path / "few.jsonl", 4)).advice
     assert "no --batch-size" in advice
-    resident = run_plan(bare, data)
+    resident = run_plan(bare, data, blocks=1)
     assert resident.hiding_tokens is None and resident.advice == ()
+
+
+def test_whoever_has_room_for_the_whole_model_hears_of_it(bare, data):
+    def advice(**options) -> tuple[str, ...]:
+        return run_plan(bare, data, **options).advice
+
+    (sentence,) = advice()
+    assert "--blocks 1" in sentence and "docs/recipe.md" in sentence
+    assert (sentence,) == advice(objective="reconstruct") == advice(blocks=4)
+    assert advice(blocks=1) == advice(schedule="joint") == advice(tune="full") == ()
+    # Half of the model still stays dequantised, the whole of it would not.
+    half_bytes = run_plan(bare, data).memory.predicted_bytes
+    tight = run_plan(bare, data, memory=f"{half_bytes // MIB + 16}MiB")
+    assert tight.memory.mode == "dequantised" and tight.advice == ()
 
 
 def test_the_command_shown_asks_for_the_same(bare, data):
