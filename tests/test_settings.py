@@ -182,23 +182,24 @@ def test_early_blocks_learn_at_a_tenth_unless_told():
 
 
 @pytest.mark.parametrize(
-    ("options", "narrow", "wide", "early"),
+    ("options", "expected", "early"),
     [
-        ({}, 8e-4, 4e-4, 0.1),
-        ({"blocks": 1}, 4e-4, 4e-4, 0.1),
-        ({"schedule": "joint"}, 4e-4, 4e-4, 0.1),
-        ({"tune": "full"}, 2e-5, 2e-5, 0.1),
-        ({"preset": "paper"}, 2e-5, 2e-5, 1.0),
-        ({"preset": "paper", "tune": "lora"}, 4e-4, 4e-4, 1.0),
-        ({"preset": "paper", "tune": "lora", "schedule": "sequential"}, 8e-4, 4e-4, 1.0),
-        ({"lr": 1e-3}, 1e-3, 1e-3, 0.1),
+        ({}, None, 0.1),
+        ({"blocks": 1}, None, 0.1),
+        ({"preset": "paper", "tune": "lora", "schedule": "sequential"}, None, 1.0),
+        ({"schedule": "joint"}, 4e-4, 0.1),
+        ({"preset": "paper", "tune": "lora"}, 4e-4, 1.0),
+        ({"tune": "full"}, 2e-5, 0.1),
+        ({"preset": "paper"}, 2e-5, 1.0),
+        ({"lr": 1e-3}, 1e-3, 0.1),
     ],
 )
-def test_the_rate_follows_from_the_recipe_and_the_models_width(options, narrow, wide, early):
-    for hidden_size, expected in ((64, narrow), (1024, narrow), (1025, wide), (8192, wide)):
+def test_the_rate_follows_from_the_recipe_and_the_models_width(options, expected, early):
+    """``expected``: None for the law of widths."""
+    for hidden_size, by_width in ((64, 1.4e-3), (512, 1.4e-3), (576, 1.3e-3), (2000, 5e-4), (4096, 2.9e-4)):
         settings = _train(**options).settle(has_prompts=True, hidden_size=hidden_size)
-        assert settings.peak_lr == expected
-        assert settings.early_lr == pytest.approx(early * expected)
+        assert settings.peak_lr == (by_width if expected is None else expected)
+        assert settings.early_lr == pytest.approx(early * settings.peak_lr)
 
 
 def test_a_rate_that_is_not_settled_is_no_number():

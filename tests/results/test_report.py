@@ -173,7 +173,7 @@ def test_a_finished_run_tells_what_was_run_what_came_of_it_and_how_to_use_it(tmp
         "after epoch 1 1.5000 4.482 -0.2500",
         "700MiB 600 MiB 512 MiB",
         "all 3 layers of a block are streamed from disk",
-        "--lr 0.001 0.0008",
+        "--lr 0.001 0.0014",
         "--memory 700MiB auto",
         "80 (8 per step, 10 steps per epoch)",
         "a LoRA adapter, 2 blocks, sequential schedule",
