@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +20,13 @@ from lopt_lite.data.dataset import Batch, collate
 from lopt_lite.errors import DivergedError, DoesNotFitError, is_out_of_memory
 from lopt_lite.events import BlockDone, BlockStarted, CheckpointSaved, Notice, Progress, Step, Validation
 from lopt_lite.residency.block_major import groups
-from lopt_lite.residency.head import AnswerHead, open_head
 from lopt_lite.residency.layers import open_layers
 from lopt_lite.residency.pool import LayerPool, MicroBatch
 from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_training
 from lopt_lite.training.anchors import AnchorReader
-from lopt_lite.training.around import EMBEDDING, Around
+from lopt_lite.training.around import EMBEDDING
 from lopt_lite.training.block_inputs import BlockInputs
 from lopt_lite.training.block_plan import Block, Stage
 from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_cursor, restore_checkpoint, save_lazily
@@ -37,8 +35,8 @@ from lopt_lite.training.full import has_eight_bit_moments, own_weights, write_la
 from lopt_lite.training.job import other_rows
 from lopt_lite.training.matching import Targets
 from lopt_lite.training.micro_batch_size import MicroBatchSize, describe
-from lopt_lite.training.objectives import ReconstructionHead, matching_loss, reconstruction_loss
 from lopt_lite.training.optimisation import learning_rate
+from lopt_lite.training.stage_losses import Local, StageLosses, StepLosses
 from lopt_lite.training.stopping import stopped
 from lopt_lite.training.trained import TrainedParameters
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
@@ -47,9 +45,6 @@ PHASES = ("head-fit", "train")
 HEAD_FIT_LR = 1e-3
 _STEPS_WITHOUT_FINITE_LOSS = 5
 
-#: Given a micro-batch's number and a block's output: its share of the block's loss, whose gradient it sends back.
-_Local = Callable[[int, torch.Tensor], float]
-
 
 @dataclass(frozen=True)
 class _Phase:
@@ -57,15 +52,6 @@ class _Phase:
 
     name: str
     epochs: int
-
-
-@dataclass
-class _Losses:
-    """Of one step: of the task, the squared errors of early blocks, and the divergence at anchored tokens."""
-
-    task: float
-    squared: dict[int, float]
-    kl: float = 0.0
 
 
 class BlockTrainer:
@@ -95,7 +81,7 @@ class BlockTrainer:
         targets: Targets | None = None,
     ) -> None:
         self._bench, self._stage, self._inputs = bench, stage, inputs
-        self._anchors, self._targets = anchors, targets
+        self._anchors = anchors
         self._is_last = stage.blocks[-1].index == len(bench.blocks) - 1
         self._checkpoints = CheckpointDirectory(bench.paths.checkpoint(stage.index))
         self._peak = devices.PeakMemory(bench.device)
@@ -112,9 +98,6 @@ class BlockTrainer:
             lengths=bench.dataset.lengths,
             device=bench.device,
         )
-        self._heads: dict[int, ReconstructionHead] = {}
-        self._answers: AnswerHead | None = None
-        self._around: Around | None = None
         # On the CPU what is put aside goes to a file, elsewhere to host memory.
         self._storage = Spill(SpillLimits(0, 1 << 62), bench.paths.root, bench.device)
         self._trained = TrainedParameters(
@@ -122,6 +105,7 @@ class BlockTrainer:
             per_layer=bench.settings.tune == "full" and bench.settings.schedule == "sequential",
             eight_bit=has_eight_bit_moments(bench.settings, bench.device),
         )
+        self._losses = StageLosses(bench, stage, self._trained, anchors=anchors, targets=targets)
 
     def run(self) -> None:
         """Train the blocks, from the last checkpoint if there is one, until their results are durable.
@@ -147,44 +131,17 @@ class BlockTrainer:
             on_pass=self._report_pass,
         )
         try:
-            self._open_heads()
+            self._losses.open()
             digests = self._train(pool)
         finally:
             pool.close()
             # The pool tells us of its progress, and so refers back: nothing of it would go before this does.
             vars(self).pop("_pool", None)
             self._storage.close()
-            if self._around is not None:
-                self._around.close()
-            if self._answers is not None:
-                self._answers.close()
+            self._losses.close()
         for block, digest in digests.items():
             bench.journal.add("block", block=block, sha256=digest)
         bench.on_event(BlockDone(block=stage.index, blocks=len(bench.stages)))
-
-    def _open_heads(self) -> None:
-        """Put in place what makes the losses: the LM head, and a reconstruction head for each block that needs one."""
-        bench, settings = self._bench, self._bench.settings
-        for block in self._stage.blocks:
-            if block.objective == "reconstruct":
-                seed = derive_seed(settings.seed, "block", block.index)
-                head = ReconstructionHead(bench.skeleton.hidden_size, seed=seed).to(bench.device)
-                self._heads[block.index] = head
-                name = f"head-{block.index}"
-                parameters = {f"{name}.{part}": parameter for part, parameter in head.named_parameters()}
-                self._trained.add(name, parameters, scaffolding=True)
-        if not any(block.objective == "task" for block in self._stage.blocks):
-            return
-        self._answers = open_head(
-            bench.skeleton,
-            bench.store,
-            device=bench.device,
-            logit_elements=bench.residence.logit_elements,
-            slice_rows=bench.residence.head_slice_rows,
-        )
-        if settings.trains_around:
-            self._around = Around(bench.store, bench.skeleton, self._trained)
-            self._answers.train(tuple(self._around.output.values()))
 
     def _train(self, pool: LayerPool) -> dict[int, str]:
         """Go through the phases and write what was trained; returns a sha256 of each block's result."""
@@ -202,8 +159,8 @@ class BlockTrainer:
         if bench.settings.tune == "full":
             shards = bench.paths.block_layers(block.index, layers)
             digest = write_layers(self._trained, shards, store=bench.store, skeleton=bench.skeleton)
-            if self._around is not None and block is self._stage.blocks[-1]:
-                digest += self._around.write(bench.paths.around(block.index))
+            if self._losses.around is not None and block is self._stage.blocks[-1]:
+                digest += self._losses.around.write(bench.paths.around(block.index))
             return digest
         tensors = {tensor.name: tensor for tensor in self._trained.parameters(lambda group: group in layers)}
         return save_lazily(bench.paths.block_adapter(block.index), tensors)
@@ -230,7 +187,7 @@ class BlockTrainer:
 
     def _plan_phases(self) -> list[_Phase]:
         settings = self._bench.settings
-        fits = settings.head_fit_epochs if self._heads else 0
+        fits = settings.head_fit_epochs if self._losses.reconstruction_heads else 0
         train = _Phase("train", settings.epochs)
         return [_Phase("head-fit", fits), train] if fits else [train]
 
@@ -340,7 +297,7 @@ class BlockTrainer:
                 self._halve_micro_batches(phase, number, indices, error)
             # Here nothing refers any more to the tensors of what failed.
             devices.release_everything(bench.device)
-        squared = sum(losses.squared.values()) / max(1, len(losses.squared))
+        squared = losses.mean_squared
         is_task = phase.name == "train" and self._stage.blocks[-1].objective == "task"
         loss = losses.task if is_task else squared
         finite = all(map(math.isfinite, (loss, squared, losses.kl)))
@@ -362,7 +319,7 @@ class BlockTrainer:
             device_peak_bytes=self._peak.read(),
             host_rss_bytes=devices.host_rss_bytes(),
             time=time.time(),
-            reconstruction_loss=squared if is_task and self._heads else None,
+            reconstruction_loss=squared if is_task and self._losses.reconstruction_heads else None,
             retain_kl=losses.kl if is_task and self._anchors is not None else None,
         )
         bench.metrics.add(step)
@@ -387,10 +344,10 @@ class BlockTrainer:
         self._trained.abandon_step()
         self._bench.on_event(Notice(text=f"{self._stage.name}: {text}"))
 
-    def _accumulate(self, phase: _Phase, batches: list[Batch], number: int, following: list[list[int]]) -> _Losses:
+    def _accumulate(self, phase: _Phase, batches: list[Batch], number: int, following: list[list[int]]) -> StepLosses:
         """The gradients of one step: all micro-batches through each block; what comes out enters the next one."""
         settings = self._bench.settings
-        losses = _Losses(0.0, {})
+        losses = StepLosses()
         entering: list[MicroBatch] = []
 
         def inputs_of_step():  # type: ignore[no-untyped-def]
@@ -400,8 +357,7 @@ class BlockTrainer:
                     coming = [self._micro_batches(phase, number + 1, part) for part in following]
                     ahead = [batch for part in coming for batch in part]
                     self._inputs.read_ahead(ahead)
-                    if self._targets is not None:
-                        self._targets.read_ahead(ahead)
+                    self._losses.read_ahead(ahead)
                 yield entering[-1]
 
         def dropout_seed(layer: int, part: int) -> int:
@@ -411,10 +367,10 @@ class BlockTrainer:
             self._working_on = block.index
             outputs: list[torch.Tensor] = []
             is_last = block is self._stage.blocks[-1]
-            local = self._local_loss(phase, block, batches, entering, losses)
+            local = self._losses.of_block(block, batches, entering, losses, fits_heads=phase.name == "head-fit")
 
             def loss_and_keep(
-                part: int, output: torch.Tensor, local: _Local = local, kept: list[torch.Tensor] = outputs
+                part: int, output: torch.Tensor, local: Local = local, kept: list[torch.Tensor] = outputs
             ) -> float:
                 kept.append(output.detach())
                 return local(part, output)
@@ -436,62 +392,7 @@ class BlockTrainer:
         """All blocks of the stage; to fit heads, those up to the last one with a head."""
         if phase.name == "train":
             return list(self._stage.blocks)
-        return [block for block in self._stage.blocks if block.index <= max(self._heads)]
-
-    def _local_loss(
-        self, phase: _Phase, block: Block, batches: list[Batch], entering: list[MicroBatch], losses: _Losses
-    ) -> _Local:
-        """The loss of a block at its outputs: makes its share of a micro-batch, and sends its gradient back."""
-        device, settings = self._bench.device, self._bench.settings
-        if block.index in self._heads or self._targets is not None:
-            learnt = [self._learnt(batch) for batch in batches]
-            tokens = sum(int(mask.sum()) for mask in learnt)
-            # A block that is trained alone by Adam does not feel a weight.
-            together = settings.schedule == "joint" and phase.name == "train"
-            weight = settings.reconstruction_weight / len(self._heads) if together else 1.0
-            losses.squared[block.index] = 0.0
-
-            def reconstruct_or_match(part: int, output: torch.Tensor) -> float:
-                real = learnt[part].to(device)
-                if self._targets is not None:
-                    loss = matching_loss(output, self._targets.of(batches[part]), real, tokens=tokens)
-                else:
-                    head = self._heads[block.index]
-                    loss = reconstruction_loss(head, output, entering[part].hidden, real, tokens=tokens)
-                (weight * loss).backward()
-                losses.squared[block.index] += float(loss.detach())
-                return weight * float(loss.detach())
-
-            return reconstruct_or_match
-        if block.objective != "task" or phase.name != "train":
-            return lambda part, output: 0.0
-        answers = self._answers
-        assert answers is not None
-        answer_tokens = sum(batch.answer_tokens for batch in batches)
-        is_last = self._is_last and block is self._stage.blocks[-1]
-        anchors = self._anchors if is_last else None
-        anchored_tokens = 0
-        if anchors is not None:
-            anchored_tokens = sum(int(anchors.sample.counts[batch.examples].sum()) for batch in batches)
-
-        def learn(part: int, output: torch.Tensor) -> float:
-            batch = batches[part]
-            targets = batch.targets.to(device)
-            if anchors is None:
-                value = answers.loss_backward(output, targets, answer_tokens=answer_tokens)
-            else:
-                held = anchors.anchors(batch, tokens=anchored_tokens)
-                value, kl = answers.anchored_loss_backward(output, targets, held, answer_tokens=answer_tokens)
-                losses.kl += kl
-            if block is self._stage.blocks[-1]:
-                losses.task += value
-            return value
-
-        return learn
-
-    def _learnt(self, batch: Batch) -> torch.Tensor:
-        """bool [rows, longest]: real tokens of training examples."""
-        return batch.real & (batch.examples < self._bench.train_count)[:, None]
+        return [block for block in self._stage.blocks if block.index <= max(self._losses.reconstruction_heads)]
 
     def _watch_for_divergence(self, finite: bool, step: int) -> None:
         if finite:
@@ -556,8 +457,8 @@ class BlockTrainer:
                 nonlocal total, answer_tokens, done
                 bench.stop.check()
                 targets = parts[number].targets.to(bench.device)
-                assert self._answers is not None
-                total += self._answers.loss_sum(output, targets)
+                assert self._losses.answers is not None
+                total += self._losses.answers.loss_sum(output, targets)
                 answer_tokens += parts[number].answer_tokens
                 done += 1
                 bench.on_event(Progress(task="held-out loss", done=done, total=len(batches), unit="batches"))
