@@ -83,6 +83,13 @@ class TokenizedDataset:
         positions = torch.arange(int(offsets[-1])) + (self.offsets[chosen] - offsets[:-1]).repeat_interleave(lengths)
         return TokenizedDataset(self.tokens[positions], self.is_target[positions], offsets)
 
+    def beginnings(self, lengths: torch.Tensor) -> TokenizedDataset:
+        """The first tokens of every example: int64 [examples], so many, at most all."""
+        offsets = torch.zeros(len(self) + 1, dtype=torch.int64)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        positions = torch.arange(int(offsets[-1])) + (self.offsets[:-1] - offsets[:-1]).repeat_interleave(lengths)
+        return TokenizedDataset(self.tokens[positions], self.is_target[positions], offsets)
+
     @staticmethod
     def concat(a: TokenizedDataset, b: TokenizedDataset) -> TokenizedDataset:
         """The examples of ``a``, then those of ``b``."""

@@ -289,9 +289,11 @@ class TimeModel:
         if amounts.anchored_tokens:
             # Where no block before the last is trained, its inputs are there already.
             untouched = together or any(objective != "none" for objective in objectives[:-1])
+            # Examples pass as far as they are anchored: about their prompts.
+            prompts = amounts.tokens - amounts.answer_tokens + amounts.other_tokens
+            mean_length = amounts.mean_length * prompts / (amounts.tokens + amounts.other_tokens)
             anchor = sum(
-                self.put_in_place_s(block)
-                + self.forward_all_s(block, amounts.tokens + amounts.other_tokens, amounts.mean_length)
+                self.put_in_place_s(block) + self.forward_all_s(block, prompts, mean_length)
                 for block in (ranges if untouched else ranges[-1:])
             )
         return RunTimes(store_s=store_s, held_out_before_s=before, anchor_s=anchor, blocks=blocks)

@@ -285,13 +285,13 @@ class ActivationCache:
         self._keeping = threading.Lock()
 
     def read(self, examples: Sequence[int], longest: int) -> torch.Tensor:
-        """Activations [rows, longest, hidden] on the CPU, zeros at padding."""
+        """Activations [rows, longest, hidden] on the CPU, zeros at padding; of longer examples the beginning."""
         layout = self._layout
         parts = [spec.name for spec in layout.format.specs(0)]
         hidden = torch.zeros(len(examples), longest, layout.format.hidden_size, dtype=layout.format.dtype)
         for row, example in enumerate(examples):
             shard, start = layout.place(example)
-            length = layout.length(example)
+            length = min(layout.length(example), longest)
             stored = {part: self._rows(_tensor_name(part, shard), start, start + length) for part in parts}
             hidden[row, :length] = layout.format.decode(stored)
         return hidden

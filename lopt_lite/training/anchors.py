@@ -68,6 +68,18 @@ class AnchorSample:
             eligible = eligible[np.sort(chosen)]
         return torch.from_numpy(eligible)
 
+    @functools.cached_property
+    def reach(self) -> torch.Tensor:
+        """int64 [examples]: tokens of each example up to its last anchored one, 0 where none is.
+
+        What comes after them, its answer for the most part, changes nothing at them.
+        """
+        reach = torch.zeros(len(self._dataset), dtype=torch.int64)
+        for example in self.examples:
+            if self.counts[example]:
+                reach[example] = self.positions(example)[-1] + 1
+        return reach
+
     def mask(self, batch: Batch) -> torch.Tensor:
         """bool [rows, longest]: True at anchored positions of a batch."""
         mask = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
@@ -87,7 +99,7 @@ class AnchorSample:
 def anchor_layout(bench: Workbench, sample: AnchorSample) -> CacheLayout:
     """Where the untouched model's final hidden states at anchored tokens lie."""
     return CacheLayout(
-        bench.dataset.lengths,
+        sample.reach,
         hidden_size=bench.skeleton.hidden_size,
         dtype=bench.skeleton.dtype,
         max_tokens=bench.residence.forward_tokens,
@@ -156,7 +168,7 @@ def needs_untouched_pass(blocks: Sequence[Block]) -> bool:
 def write_anchors(bench: Workbench, sample: AnchorSample, blocks: Sequence[Block], inputs: BlockInputs) -> None:
     """Pass all anchored examples through the untouched ``blocks``, up to the last, and cache what is anchored on.
 
-    Of a cache that was finished before, damaged shards are written again.
+    Each passes only as far as it is anchored. Of a cache that was finished before, damaged shards are written again.
 
     Parameters
     ----------
@@ -175,6 +187,7 @@ def write_anchors(bench: Workbench, sample: AnchorSample, blocks: Sequence[Block
         fact="anchors",
         shard_fact="anchor-shard",
         what="what the untouched model says",
+        dataset=bench.dataset.beginnings(sample.reach),
     )
     if not untouched.stands():
         untouched.write(

@@ -43,6 +43,7 @@ def write_targets(bench: Workbench, block: Block, inputs: BlockInputs) -> None:
         fact="targets",
         shard_fact="target-shard",
         what=f"what the unquantised layers of block {number} make",
+        dataset=bench.dataset,
         block=block.index,
     )
     if not untouched.stands():

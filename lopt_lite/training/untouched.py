@@ -10,7 +10,7 @@ import torch
 
 from lopt_lite import files
 from lopt_lite.checkpoints.store import Store
-from lopt_lite.data.dataset import Batch, collate
+from lopt_lite.data.dataset import Batch, TokenizedDataset, collate
 from lopt_lite.events import Progress
 from lopt_lite.residency.block_major import WAITING, pass_blocks
 from lopt_lite.residency.choices import Residence
@@ -36,6 +36,8 @@ class UntouchedPass:
         Names of the facts, and what else is in them.
     what:
         What the cache holds, for the user.
+    dataset:
+        The examples, or beginnings of them.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class UntouchedPass:
         fact: str,
         shard_fact: str,
         what: str,
+        dataset: TokenizedDataset,
         **keys: Any,
     ) -> None:
-        self._bench, self._directory, self._layout = bench, directory, layout
+        self._bench, self._directory, self._layout, self._dataset = bench, directory, layout, dataset
         self._fact, self._shard_fact, self._keys, self._what = fact, shard_fact, keys, what
         self._finished_before = bench.journal.last(fact, **keys) is not None
 
@@ -107,7 +110,7 @@ class UntouchedPass:
 
         def run_batches(batches: list[list[int]], on_output: Callable[[int, torch.Tensor], None]) -> None:
             for begin, end in _portions(batches, layout.lengths):
-                collated = [collate(bench.dataset, batch, bench.pad_token_id) for batch in batches[begin:end]]
+                collated = [collate(self._dataset, batch, bench.pad_token_id) for batch in batches[begin:end]]
 
                 def take(
                     number: int, output: torch.Tensor, begin: int = begin, collated: list[Batch] = collated

@@ -47,6 +47,17 @@ def test_select_and_concat() -> None:
     assert len(data.select([])) == 0
 
 
+def test_beginnings() -> None:
+    data = random_dataset(6)
+    lengths = torch.tensor([2, 0, 1, 2, 0, int(data.lengths[5])])
+    begun = data.beginnings(lengths)
+    assert torch.equal(begun.lengths, lengths)
+    for i, length in enumerate(lengths.tolist()):
+        for part, whole in zip(begun.example(i), data.example(i), strict=True):
+            assert torch.equal(part, whole[:length])
+    assert data.beginnings(data.lengths).fingerprint() == data.fingerprint()
+
+
 def test_the_fingerprint_sees_every_part() -> None:
     data = random_dataset(3)
     prints = {data.fingerprint(), data.select([0, 2, 1]).fingerprint(), data.select([0, 1]).fingerprint()}

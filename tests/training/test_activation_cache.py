@@ -137,6 +137,20 @@ def test_any_examples_in_any_order_come_back_bit_by_bit(tmp_path, dtype, cache):
 
 
 @_FORMATS
+def test_of_longer_examples_the_beginning_is_read(tmp_path, cache):
+    layout, block = _layout(_LENGTHS, cache=cache), _Block(_LENGTHS)
+    write_cache(tmp_path, layout, one_by_one(block), done=(), on_shard=ignore)
+    opened = ActivationCache(tmp_path, layout)
+    for longest in (1, 2, max(_LENGTHS)):
+        hidden = opened.read(range(len(_LENGTHS)), longest)
+        for row, length in enumerate(_LENGTHS):
+            there = min(length, longest)
+            assert torch.equal(hidden[row, :there], _stored(layout, block.outputs[row])[:there])
+            assert not hidden[row, there:].any()
+    opened.close()
+
+
+@_FORMATS
 def test_the_files_hold_no_padding_and_are_as_large_as_announced(tmp_path, cache):
     layout, block = _layout(_LENGTHS, cache=cache), _Block(_LENGTHS)
     write_cache(tmp_path, layout, one_by_one(block), done=(), on_shard=ignore)

@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lopt_lite
 from lopt_lite import TrainSettings
-from lopt_lite.data.dataset import TokenizedDataset, collate
+from lopt_lite.data.dataset import Batch, TokenizedDataset, collate
 from lopt_lite.data.load import load_dataset
 from lopt_lite.errors import DataError, SettingsError, StoppedError
 from lopt_lite.events import Event, Progress, Step, ignore
+from lopt_lite.residency.anchors import Anchors
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training import memory_choice, stopping
-from lopt_lite.training.anchors import AnchorSample
+from lopt_lite.training.anchors import AnchorReader, AnchorSample
 from lopt_lite.training.job import other_rows
 from tests.rig import residence
 from tests.tiny_models import make_data, make_model
@@ -64,6 +65,14 @@ def test_held_out_examples_are_not_anchored():
     assert sample.counts.tolist() == [4, 0, 8]
     batch = collate(dataset, [2, 0, 1], 0)
     assert sample.mask(batch).sum(1).tolist() == [8, 4, 0]
+
+
+def test_an_example_reaches_to_its_last_anchored_token():
+    dataset = _dataset((5, 3), (1, 4), (40, 6), (9, 0))
+    sample = _sample(dataset, 3, range(3, 4), most=4)
+    assert sample.reach[:2].tolist() == [4, 0]
+    for example in (2, 3):
+        assert sample.reach[example] == sample.positions(example).max() + 1
 
 
 def test_other_text_comes_round_again_and_again():
@@ -146,6 +155,40 @@ def test_what_a_run_says_of_its_divergence_is_so(tmp_path, inputs):
     assert steps[-1].lr < 0.05 * steps[1].lr
     # The last step hardly changes anything any more.
     assert steps[-1].retain_kl == pytest.approx(_divergence(run, inputs, 6), rel=0.03)
+
+
+@pytest.mark.parametrize("changes", [{"blocks": 1}, {"objective": "none"}, {"objective": "reconstruct"}])
+def test_what_is_anchored_on_is_what_the_untouched_model_makes_of_whole_examples(
+    tmp_path, inputs, changes, monkeypatch
+):
+    """Answers come after what is anchored on: the pass that leaves them out must not be felt."""
+    cached: dict[int, torch.Tensor] = {}
+    counts: list[int] = []
+    reader = AnchorReader.anchors
+
+    def anchors(self: AnchorReader, batch: Batch, *, tokens: int) -> Anchors:
+        found = reader(self, batch, tokens=tokens)
+        sizes = [int(self.sample.counts[example]) for example in batch.examples]
+        cached.update(zip(batch.examples.tolist(), found.base.split(sizes), strict=True))
+        counts.extend(sizes)
+        return found
+
+    monkeypatch.setattr(AnchorReader, "anchors", anchors)
+    _train(tmp_path, inputs, retain=1.0, epochs=1, **changes)
+    assert len(cached) == 12 and min(counts) > 0
+    model, data = inputs
+    dataset, _ = load_dataset(
+        str(data), AutoTokenizer.from_pretrained(model), max_length=1024, skip_bad_lines=False, on_event=ignore
+    )
+    sample = AnchorSample(dataset, len(dataset), range(0), most=6, seed=derive_seed(0, "anchor"))
+    assert (sample.reach < dataset.lengths).all()
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    final: list[torch.Tensor] = []
+    base.model.layers[-1].register_forward_hook(lambda module, given, output: final.append(output))
+    for example, found in cached.items():
+        with torch.no_grad():
+            base(dataset.example(example)[0][None].long())
+        torch.testing.assert_close(found, final.pop()[0, sample.positions(example)], rtol=1e-4, atol=1e-5)
 
 
 def test_an_anchor_without_weight_changes_nothing(tmp_path, inputs):
