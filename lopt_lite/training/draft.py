@@ -255,8 +255,8 @@ class Draft:
         if whole.resident_layers < whole.layers or whole.recompute or whole.mode != residence.mode:
             return ()
         return (
-            "All layers fit this budget at once: --blocks 1 trains them together, which learns some tasks better in the "
-            "same time (with --retain 3 it keeps what the model knew); see docs/recipe.md.",
+            "All layers fit this budget at once: --blocks 1 trains them together, which learns some tasks better in "
+            "the same time (with --retain 3 it keeps what the model knew); see docs/recipe.md.",
         )
 
 
