@@ -188,6 +188,8 @@ def write_anchors(bench: Workbench, sample: AnchorSample, blocks: Sequence[Block
         shard_fact="anchor-shard",
         what="what the untouched model says",
         dataset=bench.dataset.beginnings(sample.reach),
+        # Earlier versions passed whole examples, and put them in another order.
+        of="prompts",
     )
     if not untouched.stands():
         untouched.write(
