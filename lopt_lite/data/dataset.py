@@ -77,17 +77,17 @@ class TokenizedDataset:
         """The examples named, in that order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         # Only of these: a batch must not cost a pass over the lengths of the whole data set.
-        lengths = self.offsets[chosen + 1] - self.offsets[chosen]
-        offsets = torch.zeros(chosen.numel() + 1, dtype=torch.int64)
-        torch.cumsum(lengths, 0, out=offsets[1:])
-        positions = torch.arange(int(offsets[-1])) + (self.offsets[chosen] - offsets[:-1]).repeat_interleave(lengths)
-        return TokenizedDataset(self.tokens[positions], self.is_target[positions], offsets)
+        return self._stretches(self.offsets[chosen], self.offsets[chosen + 1] - self.offsets[chosen])
 
     def beginnings(self, lengths: torch.Tensor) -> TokenizedDataset:
         """The first tokens of every example: int64 [examples], so many, at most all."""
-        offsets = torch.zeros(len(self) + 1, dtype=torch.int64)
+        return self._stretches(self.offsets[:-1], lengths)
+
+    def _stretches(self, starts: torch.Tensor, lengths: torch.Tensor) -> TokenizedDataset:
+        """Examples of ``lengths`` tokens from ``starts`` on, both int64 [examples]."""
+        offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64)
         torch.cumsum(lengths, 0, out=offsets[1:])
-        positions = torch.arange(int(offsets[-1])) + (self.offsets[:-1] - offsets[:-1]).repeat_interleave(lengths)
+        positions = torch.arange(int(offsets[-1])) + (starts - offsets[:-1]).repeat_interleave(lengths)
         return TokenizedDataset(self.tokens[positions], self.is_target[positions], offsets)
 
     @staticmethod

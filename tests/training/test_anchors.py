@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -194,8 +196,6 @@ def test_what_is_anchored_on_is_what_the_untouched_model_makes_of_whole_examples
 def test_an_anchor_without_weight_changes_nothing(tmp_path, inputs):
     plain, _ = _train(tmp_path, inputs, "plain", epochs=1, retain=0.0)
     tiny, _ = _train(tmp_path, inputs, "tiny", epochs=1, retain=1e-30)
-    from safetensors.torch import load_file
-
     one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (plain, tiny))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
@@ -228,6 +228,35 @@ def test_other_text_is_held_and_not_learnt(tmp_path, inputs):
     assert _weights(run) != _weights(without)
     settings = json.loads((run / "settings.json").read_text())
     assert settings["retain"]["fingerprint"]
+
+
+def test_what_an_earlier_version_cached_in_another_order_is_made_again(tmp_path, inputs):
+    changes = {"retain": 1.0, "epochs": 2, "checkpoint_every": "0s"}
+    whole, _ = _train(tmp_path, inputs, "whole", **changes)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Step) and event.block == 1 and event.step == 1:
+            raise stopping.stopped("the test")
+
+    model, data = inputs
+    values = {"dtype": "float32", "quantize": "none", "batch_size": 4, "lr": 5e-3, "retain_tokens": 6}
+    cut = tmp_path / "cut"
+    settings = TrainSettings(model=str(model), data=str(data), output=str(cut), **values, **changes)
+    with pytest.raises(StoppedError):
+        lopt_lite.train(settings, stop)
+    (shard,) = (cut / "cache" / "anchors").iterdir()
+    save_file({name: tensor.flip(0).contiguous() for name, tensor in load_file(shard).items()}, shard)
+    facts = [json.loads(line) for line in (cut / "journal.jsonl").read_text().splitlines()]
+    changed = 0
+    for fact in facts:
+        if fact["fact"] in ("anchors", "anchor-shard"):
+            changed += fact.pop("of") == "prompts"
+            if "sha256" in fact:
+                fact["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
+    assert changed == 2
+    (cut / "journal.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    lopt_lite.train(settings)
+    assert _weights(cut) == _weights(whole)
 
 
 @pytest.mark.parametrize("stop_in", ["what the untouched model says", "train"])
