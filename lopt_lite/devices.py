@@ -11,16 +11,17 @@ import torch
 from lopt_lite import host_memory
 from lopt_lite.backends import DeviceBackend, Event, backend
 from lopt_lite.errors import SettingsError
+from lopt_lite.freed_memory import FreedMemory
 
 __all__ = [
     "CopyStream",
     "DeviceBackend",
     "PeakMemory",
     "backend",
-    "bound_host_memory",
     "choose_device",
     "free_bytes",
     "host_rss_bytes",
+    "keep_few_kernels",
     "memory_limited",
     "release_cached_memory",
     "set_memory_limit",
@@ -91,16 +92,22 @@ def set_memory_limit(device: torch.device, limit_bytes: int | None) -> bool:
 
 
 @contextmanager
-def memory_limited(device: torch.device, limit_bytes: int | None) -> Iterator[None]:
-    """Keep a budget within the context, where the device can; None sets no limit. The limit is lifted afterwards."""
-    if limit_bytes is None:
-        yield
-        return
-    set_memory_limit(device, limit_bytes)
-    try:
-        yield
-    finally:
-        set_memory_limit(device, None)
+def memory_limited(device: torch.device, limit_bytes: int | None) -> Iterator[FreedMemory]:
+    """Keep a budget within the context, where the device can; None sets no limit. The limit is lifted afterwards.
+
+    What it yields may be told on the way that less is enough. It keeps the process at that on the CPU, where the device
+    is the process and no limit can be set.
+    """
+    with FreedMemory(watches=device.type == "cpu") as freed:
+        if limit_bytes is None:
+            yield freed
+            return
+        freed.keep_below(limit_bytes)
+        set_memory_limit(device, limit_bytes)
+        try:
+            yield freed
+        finally:
+            set_memory_limit(device, None)
 
 
 def release_cached_memory(device: torch.device) -> None:
@@ -118,19 +125,10 @@ def release_everything(device: torch.device) -> None:
     backend(device).empty_cache()
 
 
-#: Compiled kernels that are kept on the CPU: see :func:`host_memory.keep_few_kernels`.
-_KERNELS, _KERNELS_WITH_BUDGET = 256, 16
-
-
-def bound_host_memory(device: torch.device, *, budget: bool) -> None:
-    """On the CPU: keep few compiled kernels; where there is a budget to keep, give freed memory back at once.
-
-    See :mod:`lopt_lite.host_memory`.
-    """
+def keep_few_kernels(device: torch.device) -> None:
+    """On the CPU, keep few compiled kernels. See :func:`host_memory.keep_few_kernels`."""
     if device.type == "cpu":
-        host_memory.keep_few_kernels(_KERNELS_WITH_BUDGET if budget else _KERNELS)
-        if budget:
-            host_memory.return_freed_memory()
+        host_memory.keep_few_kernels()
 
 
 def synchronize(device: torch.device) -> None:

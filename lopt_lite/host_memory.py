@@ -36,39 +36,28 @@ def forget_peak() -> None:
         _CLEAR_REFS.write_text("5")  # proc(5): reset the peak resident set size
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEEP_BYTES = 1 << 18
 _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+_KERNELS = 24
 
 
-def keep_few_kernels(count: int) -> None:
-    """Let oneDNN, and PyTorch's bridge to it, keep at most ``count`` compiled kernels each.
+def keep_few_kernels() -> None:
+    """Let oneDNN, and PyTorch's bridge to it, keep at most 24 compiled kernels each.
 
     They keep one for every shape of a product, 1,024 by default, of up to 1 MiB: batches of ever new lengths took
-    SmolLM2-135M's demo to 1.6 GiB, not 0.7. As many as a layer has kinds of products do: with 16 a step took no longer
-    than with all of them (with one, half as long again). Values that the user has set stay. It counts for products
-    after the first one only if called before that.
+    SmolLM2-135M's demo to 1.6 GiB, not 0.7. There are about as many as a layer has kinds of products, forward and
+    backward, with its adapter: with 16 a step took 9 % longer than with all of them, with 24 it took 2 %. Values that
+    the user has set stay. It counts for products after the first one only if called before that.
     """
     for variable in _KERNEL_CACHES:
-        os.environ.setdefault(variable, str(count))
+        os.environ.setdefault(variable, str(_KERNELS))
 
 
-def return_freed_memory() -> None:
-    """With glibc, make the allocator give freed memory back to the system at once.
-
-    By default glibc keeps freed blocks of up to 32 MiB in its heap, where activations of ever new sizes leave holes: a
-    process that needs 0.8 GiB at any time grew to 1.4 GiB in ``benchmarks/depth.py``. (With a limit of 1 MiB instead of
-    256 KiB, small layers' matrices still left 70 to 100 MiB of holes.) Giving memory back costs page faults (up to 40 %
-    of the time with small layers), so it is done only for runs that have a budget to keep.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
-    libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+def has_glibc() -> bool:
+    """Whether the C library, and so the allocator, is glibc."""
+    return platform.libc_ver()[0] == "glibc"
 
 
 def trim() -> None:
-    """With glibc: give what is free at the heap's pages back to the system."""
-    if platform.libc_ver()[0] == "glibc":
+    """With glibc: give whole pages that are free anywhere in its heaps back to the system."""
+    if has_glibc():
         ctypes.CDLL(None).malloc_trim(0)

@@ -163,16 +163,11 @@ def test_a_device_that_is_not_there_is_refused_and_auto_does_without(name: str, 
     assert choose_device("auto") == CPU
 
 
-@pytest.mark.parametrize(("budget", "kept"), [(True, "16"), (False, "256")])
-def test_the_cpu_keeps_few_kernels_unless_the_user_says_otherwise(budget, kept, monkeypatch):
+def test_the_cpu_keeps_few_kernels_unless_the_user_says_otherwise(monkeypatch):
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-    returned = []
-    monkeypatch.setattr(host_memory, "return_freed_memory", lambda: returned.append(True))
     monkeypatch.setenv(names[0], "7")
     monkeypatch.delenv(names[1], raising=False)
-    devices.bound_host_memory(torch.device("cpu"), budget=budget)
-    assert [os.environ[name] for name in names] == ["7", kept]
-    assert bool(returned) == budget
-    monkeypatch.setenv(names[1], "5")
-    devices.bound_host_memory(torch.device("cuda"), budget=budget)
-    assert os.environ[names[1]] == "5"
+    devices.keep_few_kernels(torch.device("cuda"))
+    assert names[1] not in os.environ
+    devices.keep_few_kernels(CPU)
+    assert [os.environ[name] for name in names] == ["7", "24"]

@@ -37,7 +37,7 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
         A task is not known, or lm-eval is not installed.
     """
     device = devices.choose_device(settings.device)
-    devices.bound_host_memory(device, budget=settings.memory != "auto")
+    devices.keep_few_kernels(device)
     peak = devices.PeakMemory(device)
     run = open_run(settings.run, device)
     outcome = EvaluateOutcome(run=settings.run)

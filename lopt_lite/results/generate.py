@@ -38,7 +38,7 @@ def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> Generate
         The prompt has a token that the model has not.
     """
     device = devices.choose_device(settings.device)
-    devices.bound_host_memory(device, budget=settings.memory != "auto")
+    devices.keep_few_kernels(device)
     run = open_run(settings.run, device)
     try:
         with devices.memory_limited(device, parse_memory(settings.memory)), float32_products(device):

@@ -33,6 +33,12 @@ class Decision:
     memory: Memory
     facts: ModelFacts
 
+    @property
+    def predicted_bytes(self) -> int:
+        """Predicted peak of device memory (on the CPU: of the process) in the whole run."""
+        found = (self.residence, self.matching_residence)
+        return max(residence.predicted_bytes for residence in found if residence is not None)
+
     def note(self, journal: Journal, device: torch.device) -> None:
         """Write it down, unless it is there already."""
         if journal.last(_TRAINING, device=device.type) is not None:

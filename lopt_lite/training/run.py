@@ -67,10 +67,10 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
     """See :func:`lopt_lite.training.start.train`, the door."""
     started = time.monotonic()
     device = devices.choose_device(settings.device)
-    devices.bound_host_memory(device, budget=settings.memory != "auto")
+    devices.keep_few_kernels(device)
     with (
         Stopper(max_hours=settings.max_hours, deadline=settings.deadline) as stop,
-        devices.memory_limited(device, settings.memory_bytes()),
+        devices.memory_limited(device, settings.memory_bytes()) as memory,
         float32_products(device),
     ):
         given = _read_inputs(settings, stop, on_event)
@@ -83,6 +83,7 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
             # What cannot work is refused before anything of an earlier run is deleted, and before this one is known.
             known = [] if settings.fresh or not paths.settings.is_file() else read_facts(paths.journal)[0]
             decided = _decide(known, given, settings, device)
+            memory.keep_below(decided.predicted_bytes)
             draft = None
             if not any(last_fact(known, fact) for fact in RESULT_FACTS):
                 draft = _draft(given, settings, decided, paths, store_directory, device)
