@@ -1,7 +1,7 @@
 """lopt-lite beside the usual ways of tuning an adapter on 4-bit weights end to end.
 
 (a) TRL's SFTTrainer with PEFT's QLoRA and gradient checkpointing, as TRL's documentation shows it; (b) a plain PEFT
-loop, tuned for speed: batches of similar length, nothing recomputed, loss at answer tokens only; (c) lopt-lite.
+loop, tuned for speed: parts of similar length, nothing recomputed, loss at answer tokens only; (c) lopt-lite.
 
 All get the same token ids, batch size, epochs, adapter (rank 16, alpha 32, all linear layers), cosine schedule with 3 %
 warm-up and clipping, and the loss of answer tokens. (a) and (b) are run with every learning rate of the grid and shown

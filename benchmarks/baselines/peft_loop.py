@@ -1,8 +1,8 @@
 """A plain loop around a PEFT adapter on NF4 weights, tuned for speed where memory is no object.
 
-Batches of similar length (the same as lopt-lite's), nothing recomputed, no attention mask (rows are padded on the
-right, so that no real token sees padding and attention keeps its fast path), LM head and loss at answer tokens only,
-adapter in float32 with bfloat16 products (where the CPU has them), fused AdamW.
+Batches and their parts of similar length are lopt-lite's, nothing is recomputed, there is no attention mask (rows are
+padded on the right, so that no real token sees padding and attention keeps its fast path), LM head and loss at answer
+tokens only, adapter in float32 with bfloat16 products (where the CPU has them), fused AdamW.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ import torch
 
 from benchmarks.baselines.common import Clock, Job, compute_dtype, load_nf4, lora, read_tokens
 from lopt_lite import host_memory
-from lopt_lite.data.batches import epoch_batches
+from lopt_lite.data.batches import epoch_batches, micro_batches
 from lopt_lite.data.dataset import IGNORED, Batch, collate
+from lopt_lite.training.micro_batch_size import group_cost_tokens
+
+#: Memory is no object.
+_ENOUGH_TOKENS = 1 << 30
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -39,6 +43,7 @@ def train(job: Job) -> dict[str, Any]:
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+    cost_tokens = group_cost_tokens(torch.device("cpu"))
     steps_per_epoch = math.ceil(len(dataset) / job.batch_size)
     steps, step = job.epochs * steps_per_epoch, 0
     loaded_s = time.monotonic() - began
@@ -49,8 +54,11 @@ def train(job: Job) -> dict[str, Any]:
         for indices in epoch_batches(dataset.lengths, batch_size=job.batch_size, seed=seed):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, job.lr)
-            loss_sum, count = answer_loss(model.get_base_model(), collate(dataset, indices, 0))
-            (loss_sum / count).backward()
+            parts = micro_batches(indices, dataset.lengths, max_tokens=_ENOUGH_TOKENS, cost_tokens=cost_tokens)
+            batches = [collate(dataset, part, 0) for part in parts]
+            answer_tokens = sum(batch.answer_tokens for batch in batches)
+            for batch in batches:
+                (answer_loss(model.get_base_model(), batch) / answer_tokens).backward()
             torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
             optimizer.step()
             optimizer.zero_grad()
@@ -65,8 +73,8 @@ def train(job: Job) -> dict[str, Any]:
     }
 
 
-def answer_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
-    """Summed cross-entropy at the answer tokens of a batch, float32 [], and their number.
+def answer_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """Summed cross-entropy at the answer tokens of a batch, float32 [].
 
     Parameters
     ----------
@@ -77,5 +85,4 @@ def answer_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
         hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         wanted = batch.targets != IGNORED
         logits = model.get_output_embeddings()(hidden[wanted])
-    loss = torch.nn.functional.cross_entropy(logits.float(), batch.targets[wanted], reduction="sum")
-    return loss, int(wanted.sum())
+    return torch.nn.functional.cross_entropy(logits.float(), batch.targets[wanted], reduction="sum")

@@ -9,32 +9,36 @@ import torch
 
 from lopt_lite.data.seeding import SeedParts, permutation
 
-#: Examples are sorted by length within this many batches: little padding, and still nearly random batches.
+#: Examples are sorted by length within this many batches: little padding, and still nearly random neighbours.
 BUCKET_BATCHES = 32
 
 Lengths: TypeAlias = torch.Tensor | Sequence[int]
 
 
 def epoch_batches(lengths: Lengths, *, batch_size: int, seed: SeedParts) -> list[list[int]]:
-    """One epoch in a shuffled order, every example exactly once, examples of similar length together.
+    """One epoch in a shuffled order, every example exactly once. A batch is two halves, each of similar lengths.
+
+    So there is little padding, as the halves need not pass through the model together, and yet most batches have long
+    and short examples: with a single length in each, training needs more steps to the same loss (docs/recipe.md).
 
     Parameters
     ----------
     lengths:
         Tokens of every example: int64 [examples].
     batch_size:
-        Examples per batch; one batch of the epoch may have fewer.
+        Examples per batch; the last batch of the epoch may have fewer.
     seed:
         Numbers and words that name the epoch, e.g. ``(seed, "block", 0, "epoch", 1)``.
     """
     sizes = _as_list(lengths)
     shuffled = permutation(len(sizes), (*seed, "examples")).tolist()
-    batches: list[list[int]] = []
-    bucket_size = batch_size * BUCKET_BATCHES
+    half_size, bucket_size = -(-batch_size // 2), batch_size * BUCKET_BATCHES
+    halves: list[list[int]] = []
     for begin in range(0, len(shuffled), bucket_size):
         bucket = sorted(shuffled[begin : begin + bucket_size], key=sizes.__getitem__)
-        batches.extend(bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size))
-    return [batches[i] for i in permutation(len(batches), (*seed, "batches")).tolist()]
+        halves.extend(bucket[i : i + half_size] for i in range(0, len(bucket), half_size))
+    order = [i for half in permutation(len(halves), (*seed, "halves")).tolist() for i in halves[half]]
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def length_sorted_batches(lengths: Lengths, *, max_tokens: int, max_rows: int) -> list[list[int]]:
