@@ -6,7 +6,7 @@ which it is not shown, and on unrelated instructions.
 
 Losses are nats per answer token of held-out examples, as 'lopt-lite evaluate' measures them. Several seeds give mean ±
 standard deviation. Seconds are those of training, without loading and preparing weights. "frozen" leaves the first half
-of the layers as it is. A name that ends in "longer" has half as many passes again over the data (rounded down), and one
+of the layers as it is, "larger" all but the last 22. A name that ends in "longer" has half as many passes again over the data (rounded down), and one
 that ends in "retain" has the anchor (--retain 1, or the weight that follows).
 """
 
@@ -49,6 +49,7 @@ _PLAIN: dict[str, dict[str, Any]] = {
     "frozen-8e-4": {"objective": "none", "lr": 8e-4},
     "frozen-13e-4": {"objective": "none", "lr": 13e-4},
     "frozen-16e-4": {"objective": "none", "lr": 16e-4},
+    "larger-13e-4": {"objective": "none", "lr": 13e-4, "last_layers": 22},
     "reconstruct-4e-4": {"objective": "reconstruct", "lr": 4e-4},
     "reconstruct-8e-4": {"objective": "reconstruct", "lr": 8e-4},
     "match-4e-4": {"objective": "match", "lr": 4e-4, "lr_early": 4e-4},

@@ -82,6 +82,11 @@ class TrainSettings:
     blocks: int = option(
         2, "Number of blocks between gradient boundaries. 1 is ordinary end-to-end tuning; more need less memory."
     )
+    last_layers: int | None = option(
+        None,
+        "Layers of the last block, the one that learns the task; the blocks before it share the others. More of them "
+        "learn more, in more memory and time (docs/recipe.md). Default: as many as in any other block.",
+    )
     schedule: Schedule = option(
         None,
         "sequential: train block after block on cached activations. joint: every block steps on every batch, as in the "
@@ -199,7 +204,12 @@ class TrainSettings:
             _check_full_tuning(self)
         _check_schedule(self)
         _check_anchor(self)
-        _at_least(self, 1, "blocks", "epochs", "batch_size", "lora_r", "retain_tokens")
+        _at_least(self, 1, "blocks", "epochs", "batch_size", "lora_r", "retain_tokens", "last_layers")
+        if self.last_layers is not None and self.blocks == 1:
+            raise SettingsError(
+                "--last-layers cuts off the last block, and with --blocks 1 there is no other",
+                fix="leave one of them out",
+            )
         _at_least(self, 0, "head_fit_epochs")
         _at_least(self, 2, "max_length")
         _positive(self, "lr", "lr_early", "lora_alpha", "max_hours")

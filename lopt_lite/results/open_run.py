@@ -154,7 +154,7 @@ def open_run(run: str, device: torch.device) -> OpenRun:
         skeleton=skeleton,
         tuned_skeleton=_skeleton_of(tuned_store, settings, device) if full else skeleton,
         tokenizer=_tokenizer(paths, store, settings),
-        blocks=plan_blocks(skeleton.layer_count, settings.objectives()),
+        blocks=plan_blocks(skeleton.layer_count, settings.objectives(), settings.last_layers),
         adapters={} if full else StoredAdapter(paths.adapter, skeleton),
         device=device,
     )

@@ -154,7 +154,8 @@ def _layer_ranges(record: RunRecord) -> list[tuple[int, int]] | None:
     layers = sum(1 for _ in record.store.glob("layer-*.safetensors")) if record.status.store_done else 0
     if layers < len(objectives):
         return None
-    return [(block.first, block.end) for block in plan_blocks(layers, objectives)]
+    last_layers = record.settings.get("last_layers")
+    return [(block.first, block.end) for block in plan_blocks(layers, objectives, last_layers)]
 
 
 def _held_out(losses: dict[int, float]) -> Rows:

@@ -18,25 +18,39 @@ class Block:
     objective: str
 
 
-def plan_blocks(layers: int, objectives: tuple[str, ...]) -> list[Block]:
+def plan_blocks(layers: int, objectives: tuple[str, ...], last_layers: int | None = None) -> list[Block]:
     """Cut ``layers`` layers into ``len(objectives)`` blocks.
 
-    Each block gets ``layers // blocks`` layers and the first ``layers % blocks`` one more, as in LoPT's official code.
+    Each block gets ``layers // blocks`` layers and the first ``layers % blocks`` one more, as in LoPT's official code;
+    or the last one gets ``last_layers``, and the others share what is left in this way.
 
     Raises
     ------
     SettingsError
-        There are more blocks than layers.
+        There are more blocks than layers, or the last one leaves too few for the others.
     """
     count = len(objectives)
     if count > layers:
         raise SettingsError(f"--blocks is {count}, and the model has {layers} layers", expected=f"at most {layers}")
+    sizes = _shares(layers, count)
+    if last_layers is not None and count > 1:
+        most = layers - (count - 1)
+        if last_layers > most:
+            raise SettingsError(
+                f"--last-layers is {last_layers}, and the model has {layers} layers in {count} blocks",
+                expected=f"at most {most}",
+            )
+        sizes = [*_shares(layers - last_layers, count - 1), last_layers]
     blocks, first = [], 0
-    for index, objective in enumerate(objectives):
-        end = first + layers // count + (1 if index < layers % count else 0)
-        blocks.append(Block(index, first, end, objective))
-        first = end
+    for index, (size, objective) in enumerate(zip(sizes, objectives, strict=True)):
+        blocks.append(Block(index, first, first + size, objective))
+        first += size
     return blocks
+
+
+def _shares(layers: int, count: int) -> list[int]:
+    """``count`` numbers that add up to ``layers``, the first ones larger by one where they cannot be the same."""
+    return [layers // count + (1 if index < layers % count else 0) for index in range(count)]
 
 
 @dataclass(frozen=True)

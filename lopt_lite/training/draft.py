@@ -61,9 +61,9 @@ class Draft:
         Raises
         ------
         SettingsError
-            There are more blocks than layers.
+            There are more blocks than layers, or the last one leaves too few for the others.
         """
-        return plan_blocks(len(self.facts.shapes.layers), self.settings.objectives())
+        return plan_blocks(len(self.facts.shapes.layers), self.settings.objectives(), self.settings.last_layers)
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -249,7 +249,7 @@ class Draft:
         if settings.blocks == 1 or settings.tune != "lora" or settings.schedule != "sequential":
             return ()
         try:
-            whole = self.with_settings(blocks=1, objective="none").residence()
+            whole = self.with_settings(blocks=1, objective="none", last_layers=None).residence()
         except DoesNotFitError:
             return ()
         if whole.resident_layers < whole.layers or whole.recompute or whole.mode != residence.mode:

@@ -305,7 +305,7 @@ def _alternatives(draft: Draft, chosen: Residence) -> tuple[PlanAlternative, ...
         return tuple(rows)
     for count in _OTHER_BLOCKS:
         if count != draft.settings.blocks and count <= len(draft.facts.shapes.layers):
-            rows.append(_alternative(draft.with_settings(blocks=count), f"--blocks {count}"))
+            rows.append(_alternative(draft.with_settings(blocks=count, last_layers=None), f"--blocks {count}"))
     return tuple(rows)
 
 

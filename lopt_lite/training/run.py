@@ -143,7 +143,7 @@ def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _
     """Read everything that can be wrong with the model and the data before anything is written."""
     model = locate_model(settings.model, config_dirs=settings.config, on_event=on_event)
     skeleton = Skeleton(model, dtype=DTYPES[settings.dtype])
-    blocks = plan_blocks(skeleton.layer_count, settings.objectives())
+    blocks = plan_blocks(skeleton.layer_count, settings.objectives(), settings.last_layers)
     check_unquantised(model, blocks)
     if settings.tune == "lora" and not any(
         target_names(skeleton, index, settings) for index in range(skeleton.layer_count)

@@ -159,6 +159,16 @@ def more_blocks_than_layers(place):
     return place.train("--blocks", "3")
 
 
+@bad(SETTINGS, "--last-layers is 2", "the model has 2 layers in 2 blocks", "at most 1")
+def a_last_block_that_leaves_nothing(place):
+    return place.train("--last-layers", "2")
+
+
+@bad(SETTINGS, "--last-layers cuts off the last block", "leave one of them out")
+def a_last_block_that_is_the_only_one(place):
+    return place.train("--blocks", "1", "--last-layers", "1")
+
+
 @bad(SETTINGS, "--objective names 'distil'", "reconstruct, task, match, none")
 def unknown_objective(place):
     return place.train("--objective", "distil")

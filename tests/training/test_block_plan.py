@@ -32,6 +32,25 @@ def test_every_layer_is_in_exactly_one_block_and_sizes_differ_by_one_at_most(dat
     assert blocks[-1].objective == "task"
 
 
+def test_the_last_block_may_be_larger_or_smaller_than_the_others():
+    blocks = plan_blocks(30, ("none", "task"), 22)
+    assert [(b.first, b.end) for b in blocks] == [(0, 8), (8, 30)]
+    blocks = plan_blocks(30, ("none", "match", "none", "task"), 2)
+    assert [(b.first, b.end, b.objective) for b in blocks[:-1]] == [
+        (0, 10, "none"),
+        (10, 19, "match"),
+        (19, 28, "none"),
+    ]
+    assert (blocks[-1].first, blocks[-1].end) == (28, 30)
+
+
+@pytest.mark.parametrize("last_layers", [29, 30, 31])
+def test_a_last_block_that_leaves_no_layer_for_each_other_block_is_refused(last_layers):
+    with pytest.raises(SettingsError, match=f"--last-layers is {last_layers}, and the model has 30 layers") as caught:
+        plan_blocks(30, ("none", "none", "task"), last_layers)
+    assert caught.value.expected == "at most 28"
+
+
 def test_more_blocks_than_layers_are_refused():
     with pytest.raises(SettingsError, match="--blocks is 3, and the model has 2 layers") as caught:
         plan_blocks(2, ("none", "none", "task"))
