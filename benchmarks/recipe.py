@@ -6,8 +6,8 @@ which it is not shown, and on unrelated instructions.
 
 Losses are nats per answer token of held-out examples, as 'lopt-lite evaluate' measures them. Several seeds give mean ±
 standard deviation. Seconds are those of training, without loading and preparing weights. "frozen" leaves the first half
-of the layers as it is, "larger" all but the last 22. A name that ends in "longer" has half as many passes again over the
-data (rounded down), and one that ends in "retain" has the anchor (--retain 1, or the weight that follows).
+of the layers as it is, "larger" all but the last 22. A name that ends in "longer" has half as many passes again over
+the data (rounded down), and one that ends in "retain" has the anchor (--retain 1, or the weight that follows).
 """
 
 from __future__ import annotations
