@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +22,8 @@ import psutil
 from lopt_lite import host_memory
 
 _INTERVAL_S = 0.003
+#: Giving back takes a fifth of the time at most, however much a process has that is not ours to give back.
+_PAUSES = 4
 #: Above the line, what is given back must have been worth it, or the process must grow by more before the next try.
 _STEP_BYTES, _LARGEST_STEP_BYTES = 4 << 20, 8 << 20
 #: The line is a little below what the process may have: it passes it by what it takes in an interval.
@@ -73,14 +76,17 @@ class FreedMemory:
 
     def _watch(self) -> None:
         size = ResidentSize()
-        next_bytes, step_bytes = 0.0, _STEP_BYTES
+        next_bytes, step_bytes, pause_s = 0.0, _STEP_BYTES, _INTERVAL_S
         try:
-            while not self._left.wait(_INTERVAL_S):
+            while not self._left.wait(pause_s):
+                pause_s = _INTERVAL_S
                 now_bytes = size.read()
                 if now_bytes <= self._line_bytes:
                     next_bytes, step_bytes = 0.0, _STEP_BYTES
                 elif now_bytes > next_bytes:
+                    began_s = time.monotonic()
                     host_memory.trim()
+                    pause_s = max(_INTERVAL_S, _PAUSES * (time.monotonic() - began_s))
                     self.given_back += 1
                     left_bytes = size.read()
                     was_worth_it = now_bytes - left_bytes >= _STEP_BYTES

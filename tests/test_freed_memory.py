@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -92,6 +93,24 @@ def test_a_line_that_cannot_be_kept_is_not_fought_for_at_every_look(monkeypatch:
         while len(looks) < 20:
             time.sleep(0.001)
     assert freed.given_back == 1
+
+
+@needs_glibc
+def test_giving_back_slowly_leaves_most_of_the_time_to_others(monkeypatch: pytest.MonkeyPatch):
+    began: list[float] = []
+    sizes = iter(range(1 << 30, 1 << 40, 64 << 20))
+
+    def slowly() -> None:
+        began.append(time.monotonic())
+        time.sleep(0.02)
+
+    monkeypatch.setattr(host_memory, "trim", slowly)
+    monkeypatch.setattr(freed_memory.ResidentSize, "read", lambda size: next(sizes))
+    with FreedMemory() as freed:
+        freed.keep_below(1 << 20)
+        while len(began) < 4:
+            time.sleep(0.001)
+    assert min(later - earlier for earlier, later in itertools.pairwise(began)) > 0.09
 
 
 def test_a_line_is_only_ever_lowered(monkeypatch: pytest.MonkeyPatch):
