@@ -15,31 +15,32 @@ from lopt_lite import freed_memory, host_memory
 from lopt_lite.freed_memory import FreedMemory
 from lopt_lite.host_memory import has_glibc
 
-#: Allocates and frees 8 MiB blocks with a small one that stays after each, so that the freed ones are holes; prints by
-#: how many MiB the process has grown at most, and whether holes were given back.
+#: Frees 128 MiB in holes, and takes 128 MiB in blocks that do not fit into them. Prints by how many MiB the process
+#: has grown at most, and how many times holes were given back.
 _PROGRAM = """
-import sys, time
-import torch
+import ctypes, sys
 from lopt_lite import host_memory
 from lopt_lite.freed_memory import FreedMemory
 
-def grow():
-    before, stay = host_memory.rss_bytes(), []
-    host_memory.forget_peak()
-    for round in range(8):
-        blocks = []
-        for number in range(8):
-            blocks.append(torch.ones(2 << 20))
-            stay.append(torch.ones(1000 + round))
-        del blocks
-        # Blocks of the next round are larger than the holes of this one.
-        stay += [torch.ones(8000) for _ in range(3)]
-        time.sleep(0.02)
-    return (host_memory.peak_rss_bytes() - before) >> 20
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 
+def take(size_mib):
+    block = libc.malloc(size_mib << 20)
+    libc.memset(block, 1, size_mib << 20)
+    libc.malloc(200_000)  # stays, so that the block does not join its neighbours when it is freed
+    return block
+
+before = host_memory.rss_bytes()
 with FreedMemory(watches=sys.argv[2] == "watches") as freed:
-    freed.keep_below(host_memory.rss_bytes() + (int(sys.argv[1]) << 20))
-    print(grow(), freed.given_back)
+    freed.keep_below(before + (int(sys.argv[1]) << 20))
+    host_memory.forget_peak()
+    for block in [take(4) for _ in range(32)]:
+        libc.free(block)
+    for _ in range(8):
+        take(16)
+    print((host_memory.peak_rss_bytes() - before) >> 20, freed.given_back)
 """
 
 
@@ -55,13 +56,12 @@ needs_glibc = pytest.mark.skipif(not has_glibc(), reason="the allocator is not g
 
 @needs_glibc
 def test_holes_are_given_back_above_the_line_and_only_there():
-    roomy_mib, given_back = _grown(2000)
+    grown_mib, given_back = _grown(2000)
     assert given_back == 0
-    # Two rounds live at once are 128 MiB.
-    assert roomy_mib > 300
-    tight_mib, given_back = _grown(150)
+    assert grown_mib > 240
+    grown_mib, given_back = _grown(160)
     assert given_back >= 1
-    assert tight_mib < 180
+    assert grown_mib < 200
 
 
 def test_where_it_does_not_watch_nothing_is_given_back():
@@ -113,18 +113,19 @@ def test_giving_back_slowly_leaves_most_of_the_time_to_others(monkeypatch: pytes
     assert min(later - earlier for earlier, later in itertools.pairwise(began)) > 0.09
 
 
+@needs_glibc
 def test_a_line_is_only_ever_lowered(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(freed_memory.ResidentSize, "read", lambda size: 1 << 30)
+    looks: list[int] = []
+    monkeypatch.setattr(freed_memory.ResidentSize, "read", lambda size: looks.append(1) or 1 << 30)
     monkeypatch.setattr(host_memory, "trim", lambda: None)
     with FreedMemory() as freed:
-        freed.keep_below(1 << 31)
-        freed.keep_below(1 << 32)
-        time.sleep(0.05)
-        assert freed.given_back == 0
-        freed.keep_below(1 << 29)
-        freed.keep_below(1 << 32)
-        time.sleep(0.05)
-    assert freed.given_back == (1 if has_glibc() else 0)
+        for higher, lower, expected in ((1 << 32, 1 << 31, 0), (1 << 33, 1 << 29, 1)):
+            freed.keep_below(lower)
+            freed.keep_below(higher)
+            looks.clear()
+            while len(looks) < 5:
+                time.sleep(0.001)
+            assert freed.given_back == expected
 
 
 def test_the_resident_size_is_that_which_psutil_reads():
