@@ -2,7 +2,7 @@
 
 glibc's heap keeps freed blocks, where activations of ever new sizes leave holes: a process that needs 0.8 GiB at any
 time grew to 1.4 GiB in ``benchmarks/depth.py``. Giving every freed block back at once keeps it small, but each is then
-paid for in page faults when it is taken again: up to half of the time of a run. So blocks stay in the heap, and a
+paid for in page faults when it is taken again: two fifths of the time of a run. So blocks stay in the heap, and a
 thread looks at the process's size every few milliseconds: above a line, it has the C library give back the pages of all
 holes (``malloc_trim``). A step of SmolLM2 does that once or never, and as page faults limit how fast a process grows,
 it passes the line by a few MiB.
@@ -42,12 +42,14 @@ class FreedMemory:
 
     Attributes
     ----------
+    watches:
+        Whether it does anything.
     given_back:
         How many times holes were given back.
     """
 
     def __init__(self, *, watches: bool = True) -> None:
-        self._watches = watches and host_memory.has_glibc()
+        self.watches = watches and host_memory.has_glibc()
         self._line_bytes: float = float("inf")
         self.given_back = 0
         self._left = threading.Event()
@@ -56,7 +58,7 @@ class FreedMemory:
     def keep_below(self, most_bytes: int) -> None:
         """The process may have ``most_bytes``, or what it was told before if that is less."""
         self._line_bytes = min(self._line_bytes, _SHARE * most_bytes)
-        if self._watches and self._thread is None:
+        if self.watches and self._thread is None:
             libc = ctypes.CDLL(None)
             libc.mallopt(_M_MMAP_THRESHOLD, _FROM_HEAP_BYTES)
             libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)

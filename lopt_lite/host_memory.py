@@ -45,7 +45,7 @@ def keep_few_kernels() -> None:
 
     They keep one for every shape of a product, 1,024 by default, of up to 1 MiB: batches of ever new lengths took
     SmolLM2-135M's demo to 1.6 GiB, not 0.7. There are about as many as a layer has kinds of products, forward and
-    backward, with its adapter: with 16 a step took 9 % longer than with all of them, with 24 it took 2 %. Values that
+    backward, with its adapter: with 16 a run took 9 % longer than with 256, with 24 it took 2 %. Values that
     the user has set stay. It counts for products after the first one only if called before that.
     """
     for variable in _KERNEL_CACHES:

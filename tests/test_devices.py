@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lopt_lite import devices, host_memory
+from lopt_lite import devices, freed_memory, host_memory
 from lopt_lite.backends import CudaBackend, MpsBackend, backend
 from lopt_lite.devices import PeakMemory, choose_device, host_rss_bytes
 from lopt_lite.errors import SettingsError
@@ -110,6 +110,17 @@ def test_a_limit_is_lifted_at_the_end_also_after_an_error(cuda: dict[str, Any]):
     with devices.memory_limited(device, None):
         pass
     assert not cuda
+
+
+@pytest.mark.parametrize(("name", "limit", "told"), [("cpu", 250, [250]), ("cpu", None, []), ("cuda", 250, [])])
+def test_on_the_cpu_the_process_is_kept_at_the_limit(name, limit, told, cuda, monkeypatch: pytest.MonkeyPatch):
+    lines: list[int] = []
+    monkeypatch.setattr(
+        freed_memory.FreedMemory, "keep_below", lambda freed, most: lines.append(most) if freed.watches else None
+    )
+    monkeypatch.setattr(host_memory, "has_glibc", lambda: True)
+    with devices.memory_limited(torch.device(name), limit):
+        assert lines == told
 
 
 def test_the_cuda_peak_is_what_its_limit_counts(cuda: dict[str, Any]):

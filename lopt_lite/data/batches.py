@@ -19,7 +19,7 @@ def epoch_batches(lengths: Lengths, *, batch_size: int, seed: SeedParts) -> list
     """One epoch in a shuffled order, every example exactly once. A batch is two halves, each of similar lengths.
 
     So there is little padding, as the halves need not pass through the model together, and yet most batches have long
-    and short examples: with a single length in each, training needs more steps to the same loss (docs/recipe.md).
+    and short examples: with a single length in each, training end to end ended with a higher loss (docs/recipe.md).
 
     Parameters
     ----------

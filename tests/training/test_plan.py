@@ -20,6 +20,7 @@ from lopt_lite.checkpoints.header import read_header
 from lopt_lite.checkpoints.locate import describe_model, locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.errors import DataError, DoesNotFitError, ModelError, SettingsError
+from lopt_lite.freed_memory import FreedMemory
 from lopt_lite.journal import read_facts
 from lopt_lite.residency import machine
 from lopt_lite.residency.choices import Memory, Residence
@@ -159,6 +160,27 @@ def test_the_plan_says_what_training_then_does(model, data, tmp_path):
     assert outcome.disk.result == "adapter"
     predicted = outcome.disk.blocks_bytes + outcome.disk.result_bytes
     assert predicted <= written <= predicted + 3 * 16_384
+
+
+def test_a_process_is_kept_at_what_its_run_was_predicted_to_need(model, data, tmp_path, monkeypatch):
+    lines: list[int] = []
+    monkeypatch.setattr(FreedMemory, "keep_below", lambda freed, most_bytes: lines.append(most_bytes))
+    run = tmp_path / "run"
+    lopt_lite.train(TrainSettings(model=str(model), data=str(data), device="cpu", output=str(run)))
+    facts, _ = read_facts(run / "journal.jsonl")
+    assert lines == [fact["predicted_bytes"] for fact in facts if fact["fact"] == "residence"]
+
+
+def test_a_larger_last_block_is_planned_beside_equal_ones(bare, data):
+    outcome = run_plan(bare, data, last_layers=9)
+    assert [(block.first_layer, block.end_layer) for block in outcome.blocks] == [(0, 3), (3, 12)]
+    assert outcome.memory.layers == 9
+    assert "--last-layers 9" in outcome.command
+    equal = run_plan(bare, data)
+    assert outcome.memory.predicted_bytes > equal.memory.predicted_bytes
+    others = {row.options: row for row in outcome.alternatives if row.options.startswith("--blocks")}
+    assert others == {row.options: row for row in equal.alternatives if row.options in others}
+    assert "--blocks 1" in others
 
 
 @pytest.mark.parametrize("changes", [{}, {"objective": "none"}, {"dtype": "float32"}])
