@@ -6,14 +6,16 @@ which it is not shown, and on unrelated instructions.
 
 Losses are nats per answer token of held-out examples, as 'lopt-lite evaluate' measures them. Several seeds give mean ±
 standard deviation. Seconds are those of training, without loading and preparing weights. "frozen" leaves the first half
-of the layers as it is, "larger" all but the last 22. A name that ends in "longer" has half as many passes again over
-the data (rounded down), and one that ends in "retain" has the anchor (--retain 1, or the weight that follows).
+of the layers as it is, "larger" the first quarter, as lopt-lite does by default. A name that ends in "longer" has half
+as many passes again over the data (rounded down), and one that ends in "retain" has the anchor (--retain 1, or the
+weight that follows).
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -45,17 +47,17 @@ _PLAIN: dict[str, dict[str, Any]] = {
     "end-to-end-8e-4": {"blocks": 1, "lr": 8e-4},
     "end-to-end-13e-4": {"blocks": 1, "lr": 13e-4},
     "end-to-end-16e-4": {"blocks": 1, "lr": 16e-4},
-    "frozen-4e-4": {"objective": "none", "lr": 4e-4},
-    "frozen-8e-4": {"objective": "none", "lr": 8e-4},
-    "frozen-13e-4": {"objective": "none", "lr": 13e-4},
-    "frozen-16e-4": {"objective": "none", "lr": 16e-4},
-    "larger-13e-4": {"objective": "none", "lr": 13e-4, "last_layers": 22},
+    "frozen-4e-4": {"objective": "none", "lr": 4e-4, "last_layers": 1 / 2},
+    "frozen-8e-4": {"objective": "none", "lr": 8e-4, "last_layers": 1 / 2},
+    "frozen-13e-4": {"objective": "none", "lr": 13e-4, "last_layers": 1 / 2},
+    "frozen-16e-4": {"objective": "none", "lr": 16e-4, "last_layers": 1 / 2},
+    "larger-13e-4": {"objective": "none", "lr": 13e-4, "last_layers": 3 / 4},
     "reconstruct-4e-4": {"objective": "reconstruct", "lr": 4e-4},
     "reconstruct-8e-4": {"objective": "reconstruct", "lr": 8e-4},
     "match-4e-4": {"objective": "match", "lr": 4e-4, "lr_early": 4e-4},
     "joint-2e-4": {"schedule": "joint", "objective": "reconstruct", "lr": 2e-4},
     "full-end-to-end": {"blocks": 1, **_FULL},
-    "full-frozen": {"objective": "none", **_FULL},
+    "full-frozen": {"objective": "none", "last_layers": 1 / 2, **_FULL},
     "full-reconstruct": {"objective": "reconstruct", **_FULL},
     "full-joint": {"schedule": "joint", "objective": "reconstruct", **_FULL},
 }
@@ -73,7 +75,7 @@ _ANCHORS: dict[str, dict[str, Any]] = {
 #: Ending of a recipe's name -> the passes over the data, for one of the others.
 _PASSES = {"": 1.0, "-longer": 1.5}
 
-#: Name -> options of ``lopt-lite train``, and ``passes``.
+#: Name -> options of ``lopt-lite train``, of which ``last_layers`` is a share of the layers; and ``passes``.
 RECIPES: dict[str, dict[str, Any]] = {
     f"{name}{longer}{anchor}": {**options, **weight, "passes": passes}
     for longer, passes in _PASSES.items()
@@ -162,6 +164,7 @@ class _Grid:
             options.model, options.epochs = tiny_model(bench.directory / "model"), 1
             options.data, options.held_out, options.instructions = data, data, data
         require_model(options.model)
+        self._layers = int(json.loads((Path(options.model) / "config.json").read_text())["num_hidden_layers"])
         self._data, self._same = self._write_data()
 
     def _write_data(self) -> tuple[dict[str, Path], str]:
@@ -204,6 +207,8 @@ class _Grid:
         """One recipe on one probe with one seed: ``before`` and ``after`` by column, and ``seconds``."""
         options, recipe = self._options, dict(RECIPES[name])
         epochs = int(epochs * recipe.pop("passes"))
+        if "last_layers" in recipe:
+            recipe["last_layers"] = int(self._layers * recipe["last_layers"])
         settings: dict[str, Any] = {
             "model": options.model,
             "data": str(self._data[probe.train]),

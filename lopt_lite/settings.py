@@ -85,7 +85,8 @@ class TrainSettings:
     last_layers: int | None = option(
         None,
         "Layers of the last block, the one that learns the task; the blocks before it share the others. More of them "
-        "learn more, in more memory and time (docs/recipe.md). Default: as many as in any other block.",
+        "learn more and forget less, in more memory and time. Default: three quarters with --blocks 2 when the first "
+        "block is left as it is (why: docs/recipe.md); otherwise as many as in any other block.",
     )
     schedule: Schedule = option(
         None,
@@ -191,7 +192,7 @@ class TrainSettings:
     quiet: bool = option(False, "Only warnings, errors and the final summary.", environment=True)
 
     def __post_init__(self) -> None:
-        # Defaults that depend on another option. Those of --retain and --lr depend on data and model too: see settle.
+        # Defaults that depend on another option. Some depend on data and model too: see settle.
         _fill(self, _PRESETS.get(str(self.preset), {}))
         _fill(self, _DEFAULTS)
         _fill(self, _DEFAULTS_OF_TUNE["full" if self.tune == "full" else "lora"])
@@ -267,21 +268,31 @@ class TrainSettings:
             raise SettingsError(f"--validation is {self.validation}", expected="a file, or a fraction between 0 and 1")
         return fraction
 
-    def settle(self, *, has_prompts: bool, hidden_size: int) -> TrainSettings:
+    def last_block_layers(self, layers: int) -> int | None:
+        """Layers of the last block of a model with ``layers`` of them; None: the blocks are alike.
+
+        Where the only other block learns nothing, the last one is larger than it, a choice of docs/recipe.md.
+        """
+        if self.last_layers is None and self.objectives() == ("none", "task"):
+            return max(1, 3 * layers // 4)
+        return self.last_layers
+
+    def settle(self, *, has_prompts: bool, hidden_size: int, layers: int) -> TrainSettings:
         """These settings with the defaults that depend on data and model, where nothing was asked for.
 
         Parameters
         ----------
         has_prompts:
             There is something to anchor on: tokens that are not to be learnt.
-        hidden_size:
-            Width of the model's hidden states.
+        hidden_size, layers:
+            Width of the model's hidden states, and how many layers it has.
         """
         retain, lr = _RETAIN if has_prompts else 0.0, _lora_rate(hidden_size)
         return dataclasses.replace(
             self,
             retain=retain if self.retain is None else self.retain,
             lr=lr if self.lr is None else self.lr,
+            last_layers=self.last_block_layers(layers),
         )
 
     @property

@@ -16,8 +16,12 @@ from lopt_lite.training.run_directory import RunPaths
 def changed_settings(content: dict[str, Any]) -> list[tuple[str, ...]]:
     """(option, value, default) of a run's settings that are not what they are by default."""
     settings: dict[str, Any] = content["settings"]
-    # Runs that do not say how wide their model is come from a release with the same rate for all: it is named here.
-    defaults = default_settings(settings, hidden_size=int(content["model"].get("hidden_size", 0)))
+    # Runs that do not say how wide and deep their model is come from releases with the same rate for all and blocks of
+    # the same size: what differs from today's defaults is named.
+    model = content["model"]
+    defaults = default_settings(
+        settings, hidden_size=int(model.get("hidden_size", 0)), layers=int(model.get("layers", 0))
+    )
     return [
         (_flag(name), str(value), str(defaults[name]))
         for name, value in settings.items()
@@ -25,20 +29,22 @@ def changed_settings(content: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def default_settings(settings: dict[str, Any], *, hidden_size: int) -> dict[str, Any]:
+def default_settings(settings: dict[str, Any], *, hidden_size: int, layers: int) -> dict[str, Any]:
     """What the run's settings would be by default, those that follow from others given the ones that the run has."""
-    own = _by_default(hidden_size)
+    own = _by_default(hidden_size, layers)
     decisive = {name: settings.get(name, own[name]) for name in ("tune", "schedule", "blocks")}
-    defaults = _by_default(hidden_size, **decisive)
+    defaults = _by_default(hidden_size, layers, **decisive)
     defaults.update({name: own[name] for name in decisive})
+    if settings.get("objective") != "none":
+        defaults["last_layers"] = None
     if isinstance(settings.get("lr"), float):
         defaults["lr_early"] = settings["lr"] / 10
     return defaults
 
 
-def _by_default(hidden_size: int, **decisive: Any) -> dict[str, Any]:
+def _by_default(hidden_size: int, layers: int, **decisive: Any) -> dict[str, Any]:
     settings = TrainSettings(model="", data="", **decisive)
-    return settings.settle(has_prompts=True, hidden_size=hidden_size).result_settings()
+    return settings.settle(has_prompts=True, hidden_size=hidden_size, layers=layers).result_settings()
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ class Draft:
         SettingsError
             There are more blocks than layers, or the last one leaves too few for the others.
         """
-        return plan_blocks(len(self.facts.shapes.layers), self.settings.objectives(), self.settings.last_layers)
+        layers = len(self.facts.shapes.layers)
+        return plan_blocks(layers, self.settings.objectives(), self.settings.last_block_layers(layers))
 
     @property
     def ranges(self) -> list[tuple[int, int]]:

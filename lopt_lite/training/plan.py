@@ -24,6 +24,7 @@ from lopt_lite.events import Notice, OnEvent, Planned, ignore
 from lopt_lite.outcomes import PlanAlternative, PlanBlock, PlanDisk, PlanMemory, PlanOutcome
 from lopt_lite.residency.choices import Memory, Residence
 from lopt_lite.residency.machine import machine_speeds
+from lopt_lite.residency.shapes import ModelShapes
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.data_facts import known_estimate
 from lopt_lite.training.disk_plan import require_disk
@@ -59,7 +60,11 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
     model = describe_model(settings.model, config_dirs=settings.config, on_event=on_event)
     facts = model_facts(model, settings)
     training, held_out, other = _estimate(settings, model, facts.most_positions, on_event)
-    settings = settings.settle(has_prompts=training.has_prompts or other is not None, hidden_size=facts.shapes.hidden)
+    settings = settings.settle(
+        has_prompts=training.has_prompts or other is not None,
+        hidden_size=facts.shapes.hidden,
+        layers=len(facts.shapes.layers),
+    )
     draft = Draft(
         facts=facts,
         settings=settings,
@@ -210,7 +215,7 @@ def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: 
     block = max(draft.ranges, key=lambda r: draft.facts.shapes.stored_bytes(*r))
     boundaries = draft.job.boundary_bytes(draft.facts.shapes, block) if residence.recompute else 0
     return PlanOutcome(
-        command=_command(draft.settings, draft.facts.shapes.hidden),
+        command=_command(draft.settings, draft.facts.shapes),
         run=str(draft.paths.run),
         model=model.name,
         architecture=draft.facts.architecture,
@@ -266,7 +271,7 @@ def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: 
     )
 
 
-def _command(settings: TrainSettings, hidden_size: int) -> str:
+def _command(settings: TrainSettings, shapes: ModelShapes) -> str:
     """The command line that runs the plan."""
     words = ["lopt-lite", "train", settings.model, settings.data]
     # Other options' defaults depend on these, and all of theirs on the preset.
@@ -274,7 +279,8 @@ def _command(settings: TrainSettings, hidden_size: int) -> str:
     defaults = {"preset": None} | {name: getattr(preset, name) for name in _DECISIVE}
     decided = {name: getattr(settings, name) for name in ("preset", *_DECISIVE)}
     plain = TrainSettings(model=settings.model, data=settings.data, **decided)
-    plain = plain.settle(has_prompts=True, hidden_size=hidden_size)
+    plain = plain.settle(has_prompts=True, hidden_size=shapes.hidden, layers=len(shapes.layers))
+    defaults["last_layers"] = dataclasses.replace(settings, last_layers=None).last_block_layers(len(shapes.layers))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         default = defaults[field.name] if field.name in defaults else getattr(plain, field.name)
@@ -287,7 +293,10 @@ def _command(settings: TrainSettings, hidden_size: int) -> str:
 
 
 def _alternatives(draft: Draft, chosen: Residence) -> tuple[PlanAlternative, ...]:
-    """The smallest budget, the one asked for, a middle one and one that leaves nothing to wish; other blocks."""
+    """The smallest budget, the one asked for, a middle one and one that leaves nothing to wish; other blocks.
+
+    Where the last of two blocks is larger than the first, they may be halves as well, which takes less memory and time.
+    """
     smallest = draft.smallest_budget()
     # A small model's prediction may lie below the smallest budget, which has a margin.
     most = max(smallest, -(-draft.with_budget(1 << 62).residence().predicted_bytes // MIB) * MIB)
@@ -303,8 +312,11 @@ def _alternatives(draft: Draft, chosen: Residence) -> tuple[PlanAlternative, ...
     ]
     if "," in draft.settings.objective:
         return tuple(rows)
+    layers = len(draft.facts.shapes.layers)
+    if len(draft.blocks) == 2 and draft.blocks[-1].end - draft.blocks[-1].first > layers // 2:
+        rows.append(_alternative(draft.with_settings(last_layers=layers // 2), f"--last-layers {layers // 2}"))
     for count in _OTHER_BLOCKS:
-        if count != draft.settings.blocks and count <= len(draft.facts.shapes.layers):
+        if count != draft.settings.blocks and count <= layers:
             rows.append(_alternative(draft.with_settings(blocks=count, last_layers=None), f"--blocks {count}"))
     return tuple(rows)
 

@@ -74,7 +74,11 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
         float32_products(device),
     ):
         given = _read_inputs(settings, stop, on_event)
-        settings = settings.settle(has_prompts=given.sample is not None, hidden_size=given.skeleton.hidden_size)
+        settings = settings.settle(
+            has_prompts=given.sample is not None,
+            hidden_size=given.skeleton.hidden_size,
+            layers=given.skeleton.layer_count,
+        )
         paths = RunPaths(run_directory(settings, given.model.name))
         store_directory = _store_directory(settings, given.model, paths)
         builder = _store_builder(settings, given.model, store_directory, device, stop, on_event)
@@ -131,6 +135,7 @@ class _Given:
             model_origin=self.model.origin,
             model_fingerprint=self.model.fingerprint(),
             hidden_size=self.skeleton.hidden_size,
+            layers=self.skeleton.layer_count,
             data_fingerprint=self.train.fingerprint(),
             validation_fingerprint=None if self.held_out is None else self.held_out.fingerprint(),
             retain_fingerprint=None if self.other is None else self.other.fingerprint(),
@@ -143,7 +148,8 @@ def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _
     """Read everything that can be wrong with the model and the data before anything is written."""
     model = locate_model(settings.model, config_dirs=settings.config, on_event=on_event)
     skeleton = Skeleton(model, dtype=DTYPES[settings.dtype])
-    blocks = plan_blocks(skeleton.layer_count, settings.objectives(), settings.last_layers)
+    last_layers = settings.last_block_layers(skeleton.layer_count)
+    blocks = plan_blocks(skeleton.layer_count, settings.objectives(), last_layers)
     check_unquantised(model, blocks)
     if settings.tune == "lora" and not any(
         target_names(skeleton, index, settings) for index in range(skeleton.layer_count)

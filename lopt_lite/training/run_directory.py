@@ -132,6 +132,7 @@ class RunIdentity:
     model_origin: str
     model_fingerprint: str
     hidden_size: int
+    layers: int
     data_fingerprint: str
     validation_fingerprint: str | None
     store: str
@@ -147,6 +148,7 @@ class RunIdentity:
                 "origin": self.model_origin,
                 "fingerprint": self.model_fingerprint,
                 "hidden_size": self.hidden_size,
+                "layers": self.layers,
             },
             "data": {"given": self.settings.data, "fingerprint": self.data_fingerprint},
             "validation": {"given": self.settings.validation, "fingerprint": self.validation_fingerprint},
@@ -264,6 +266,12 @@ def current_store(paths: RunPaths, content: dict[str, Any]) -> Path:
     return paths.store if (paths.store / _STORE_INDEX).is_file() else Path(str(content["store"]))
 
 
+def _last_layers(settings: dict[str, Any], layers: int) -> int:
+    """Layers of the last block, also of a run that only says into how many blocks of the same size it cuts."""
+    stated = settings.get("last_layers")
+    return layers // int(settings["blocks"]) if stated is None else int(stated)
+
+
 def _differences(found: dict[str, Any], wanted: dict[str, Any], *, done: bool) -> list[str]:
     """What tells a run from the one that is wanted, for the user; the budget of one that is done does not."""
     differences = []
@@ -272,6 +280,9 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], *, done: bool) -
     defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
     for name, value in wanted["settings"].items():
         old = found["settings"].get(name, defaults[name])
+        if name == "last_layers":
+            layers = wanted["model"]["layers"]
+            old, value = (_last_layers(content["settings"], layers) for content in (found, wanted))
         if isinstance(value, (tuple, list)):
             value = list(value)
         if old != value and not (done and name == "memory"):

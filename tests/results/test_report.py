@@ -83,10 +83,10 @@ class Run:
         root.mkdir(parents=True, exist_ok=True)
         options = {"epochs": 2, "objective": "reconstruct", **options}
         settings = TrainSettings(model=model, data=data, validation=validation, **options)
-        self.settings = settings.settle(has_prompts=True, hidden_size=64)
+        self.settings = settings.settle(has_prompts=True, hidden_size=64, layers=5)
         content = {
             "settings": self.settings.result_settings(),
-            "model": {"given": model, "origin": model, "fingerprint": "m1", "hidden_size": 64},
+            "model": {"given": model, "origin": model, "fingerprint": "m1", "hidden_size": 64, "layers": 5},
             "data": {"given": data, "fingerprint": "d1"},
             "validation": {"given": validation, "fingerprint": "v1" if validation else None},
             "retain": {"given": self.settings.retain_data, "fingerprint": None},
@@ -255,7 +255,8 @@ def test_the_command_that_goes_on_gives_the_run_its_own_settings(tmp_path, monke
     assert arguments[0] == "lopt-lite"
     main(arguments[1:])
     (settings,) = calls
-    assert settings.settle(has_prompts=True, hidden_size=64).result_settings() == run.settings.result_settings()
+    settled = settings.settle(has_prompts=True, hidden_size=64, layers=5)
+    assert settled.result_settings() == run.settings.result_settings()
     names = ("model", "data", "validation", "retain_data")
     assert [getattr(settings, n) for n in names] == [getattr(run.settings, n) for n in names]
     assert (settings.output, settings.store) == (str(run.root.absolute()), None)
@@ -375,7 +376,8 @@ def test_blocks_that_are_left_as_they_are_take_no_steps(tmp_path):
     run = Run(tmp_path / "run", objective="none").started().note("block", block=0).note("cache", block=1)
     run.steps(1, "train", [1.0])
     _, page = run.report()
-    assert "block 1 of 2 none 1–3 none: left as it is done" in page.text
+    assert "block 1 of 2 none 1–2 none: left as it is done" in page.text
+    assert "--last-layers" not in page.text
 
 
 def test_full_tuning_leads_to_the_model(tmp_path):

@@ -341,8 +341,9 @@ def test_a_weight_that_is_not_settled_is_not_taken_for_none():
     assert settings.retain is None
     with pytest.raises(ValueError, match="depends on the data"):
         settings.anchor_weight  # noqa: B018
-    assert settings.settle(has_prompts=False, hidden_size=64).anchor_weight == 0
-    assert TrainSettings(model="m", data="d", retain=0.5).settle(has_prompts=False, hidden_size=64).anchor_weight == 0.5
+    asked = TrainSettings(model="m", data="d", retain=0.5)
+    for unsettled, weight in ((settings, 0), (asked, 0.5)):
+        assert unsettled.settle(has_prompts=False, hidden_size=64, layers=4).anchor_weight == weight
 
 
 def test_what_makes_no_sense_is_refused():

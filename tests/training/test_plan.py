@@ -171,16 +171,35 @@ def test_a_process_is_kept_at_what_its_run_was_predicted_to_need(model, data, tm
     assert lines == [fact["predicted_bytes"] for fact in facts if fact["fact"] == "residence"]
 
 
-def test_a_larger_last_block_is_planned_beside_equal_ones(bare, data):
-    outcome = run_plan(bare, data, last_layers=9)
-    assert [(block.first_layer, block.end_layer) for block in outcome.blocks] == [(0, 3), (3, 12)]
+def _layers(outcome):
+    return [(block.first_layer, block.end_layer) for block in outcome.blocks]
+
+
+def test_the_last_of_two_blocks_is_larger_where_the_first_learns_nothing(bare, data):
+    outcome = run_plan(bare, data)
+    assert _layers(outcome) == [(0, 3), (3, 12)]
     assert outcome.memory.layers == 9
-    assert "--last-layers 9" in outcome.command
-    equal = run_plan(bare, data)
-    assert outcome.memory.predicted_bytes > equal.memory.predicted_bytes
+    assert "--last-layers" not in outcome.command
+    assert "--last-layers" not in run_plan(bare, data, last_layers=9).command
+    for options in ({"objective": "reconstruct"}, {"objective": "match"}, {"schedule": "joint"}):
+        assert _layers(run_plan(bare, data, **options)) == [(0, 6), (6, 12)]
+    assert _layers(run_plan(bare, data, blocks=3)) == [(0, 4), (4, 8), (8, 12)]
+
+
+def test_a_last_block_of_another_size_is_planned_beside_the_usual_ones(bare, data):
+    outcome = run_plan(bare, data, last_layers=6)
+    assert _layers(outcome) == [(0, 6), (6, 12)]
+    assert "--last-layers 6" in outcome.command
+    usual = run_plan(bare, data)
+    assert outcome.memory.predicted_bytes < usual.memory.predicted_bytes
+    (halves,) = (row for row in usual.alternatives if row.options == "--last-layers 6")
+    assert (halves.predicted_bytes, halves.disk_bytes) == (outcome.memory.predicted_bytes, outcome.disk.total_bytes)
     others = {row.options: row for row in outcome.alternatives if row.options.startswith("--blocks")}
-    assert others == {row.options: row for row in equal.alternatives if row.options in others}
+    assert others == {row.options: row for row in usual.alternatives if row.options in others}
     assert "--blocks 1" in others
+    of_four = {row.options: row for row in run_plan(bare, data, blocks=4).alternatives}
+    chosen = next(row for row in usual.alternatives if row.chosen)
+    assert of_four["--blocks 2"].predicted_bytes == chosen.predicted_bytes
 
 
 @pytest.mark.parametrize("changes", [{}, {"objective": "none"}, {"dtype": "float32"}])
@@ -343,7 +362,9 @@ def test_mistakes_are_told_as_training_tells_them(bare, data, tmp_path):
 
 
 def test_the_first_lines_of_a_run_say_the_same(model, data):
-    settings = TrainSettings(model=str(model), data=str(data), device="cpu").settle(has_prompts=True, hidden_size=32)
+    settings = TrainSettings(model=str(model), data=str(data), device="cpu").settle(
+        has_prompts=True, hidden_size=32, layers=4
+    )
     outcome = lopt_lite.plan(PlanSettings(model=str(model), data=str(data), device="cpu"))
     facts = facts_of(Skeleton(locate_model(str(model)), dtype=torch.bfloat16), settings)
     lengths = torch.full((24,), outcome.tokens // 24)
@@ -407,7 +428,7 @@ def test_full_tuning_is_planned_too(bare, data):
     assert outcome.disk.result_bytes == 2 * outcome.parameters
     assert outcome.disk.blocks_bytes == 2 * (outcome.parameters - 2 * 32_000 * 1024 - 1024)
     left = run_plan(bare, data, tune="full", objective="none").disk
-    assert left.blocks_bytes == outcome.disk.blocks_bytes // 2
+    assert left.blocks_bytes == outcome.disk.blocks_bytes * 3 // 4
     assert outcome.memory.predicted_bytes > adapters.memory.predicted_bytes
 
 

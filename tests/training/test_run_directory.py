@@ -19,10 +19,11 @@ def _identity(**changes: object) -> RunIdentity:
     own = {name: changes.pop(name) for name in names if name in changes}
     values = {"model": "model.safetensors", "data": "data.jsonl", **changes}
     identity = RunIdentity(
-        settings=TrainSettings(**values).settle(has_prompts=True, hidden_size=2048),
+        settings=TrainSettings(**values).settle(has_prompts=True, hidden_size=2048, layers=4),
         model_origin="models/tiny",
         model_fingerprint="m1",
         hidden_size=2048,
+        layers=4,
         data_fingerprint="d1",
         validation_fingerprint=None,
         store="store",
@@ -55,6 +56,7 @@ def test_settings_say_what_was_given_and_with_which_versions(claimed):
         "origin": "models/tiny",
         "fingerprint": "m1",
         "hidden_size": 2048,
+        "layers": 4,
     }
     assert content["data"] == {"given": "data.jsonl", "fingerprint": "d1"}
     assert content["settings"]["blocks"] == 2
@@ -86,8 +88,19 @@ def test_what_would_change_the_result_is_refused_by_name_with_the_ways_on(claime
     assert claimed.settings.read_bytes() == before
 
 
+def test_a_run_whose_blocks_are_all_alike_goes_on_with_blocks_of_that_size(paths):
+    """As runs of earlier versions are, which said nothing of the last one."""
+    assert claim(paths, _identity()) == []
+    content = read_settings(paths)
+    del content["settings"]["last_layers"]
+    files.write_json(paths.settings, content)
+    with pytest.raises(RunDirectoryError, match="was started with --last-layers 2, not 3"):
+        claim(paths, _identity())
+    assert claim(paths, _identity(last_layers=2)) == []
+
+
 def test_all_differences_are_named(claimed):
-    with pytest.raises(RunDirectoryError, match=r"--blocks 2, not 4; --seed 0, not 3"):
+    with pytest.raises(RunDirectoryError, match=r"--blocks 2, not 4; --last-layers 3, not 1; --seed 0, not 3"):
         claim(claimed, _identity(blocks=4, seed=3))
 
 
