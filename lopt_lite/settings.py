@@ -155,6 +155,12 @@ class TrainSettings:
         "Default: 3; 0 with --blocks 1, --schedule joint or --preset paper, and for data without prompts.",
     )
     retain_tokens: int = option(32, "Most anchored tokens of one example.")
+    retain_answers: int = option(
+        0,
+        "Anchor on the untouched model's own answers instead of on the prompts of DATA: it first writes so many tokens "
+        "in answer to up to 64 of them, and each step takes one of these for every four examples. Forgets less, takes "
+        "more time (docs/recipe.md). 0: anchor on the prompts.",
+    )
     retain_data: str | None = option(
         None,
         "Other text to anchor on as well: a JSON Lines file in any form that DATA may have; answers in it are not "
@@ -211,7 +217,7 @@ class TrainSettings:
                 "--last-layers cuts off the last block, and with --blocks 1 there is no other",
                 fix="leave one of them out",
             )
-        _at_least(self, 0, "head_fit_epochs")
+        _at_least(self, 0, "head_fit_epochs", "retain_answers")
         _at_least(self, 2, "max_length")
         _positive(self, "lr", "lr_early", "lora_alpha", "max_hours")
         if not 0 <= self.lora_dropout < 1:

@@ -49,6 +49,17 @@ class DataEstimate:
         """Whether examples have tokens, beside the first, that are not to be learnt."""
         return self.tokens - self.answer_tokens > self.examples
 
+    def and_also(self, more: DataEstimate) -> DataEstimate:
+        """Both together; how they were found out is that of the first."""
+        return DataEstimate(
+            examples=self.examples + more.examples,
+            tokens=self.tokens + more.tokens,
+            answer_tokens=self.answer_tokens + more.answer_tokens,
+            longest=max(self.longest, more.longest),
+            lengths=self.lengths + more.lengths,
+            how=self.how,
+        )
+
     def part(self, fraction: float) -> DataEstimate:
         """A random part of the examples; at least one."""
         count = max(1, round(self.examples * fraction))

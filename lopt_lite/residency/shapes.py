@@ -84,6 +84,8 @@ class ModelShapes:
         Value, gradient and optimiser state of a trained parameter; 0 without training.
     short_attention_heads:
         Query heads whose scores exist for a moment on the CPU, where rows are short; 0: they never do.
+    cache_bytes_per_token:
+        Keys and values of one token in all layers, where what follows it is generated.
     """
 
     hidden: int
@@ -99,6 +101,7 @@ class ModelShapes:
     state_bytes_per_parameter: float
     full: bool
     short_attention_heads: int = 0
+    cache_bytes_per_token: int = 0
 
     @property
     def largest_shard(self) -> int:
@@ -165,7 +168,16 @@ def model_shapes(
         state_bytes_per_parameter=_state_bytes(tuning, skeleton.dtype.itemsize),
         full=tuning is not None and tuning.rank is None,
         short_attention_heads=short_attention.heads_of(skeleton.config, skeleton.dtype),
+        cache_bytes_per_token=_cache_bytes_per_token(skeleton),
     )
+
+
+def _cache_bytes_per_token(skeleton: Skeleton) -> int:
+    config = skeleton.config
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * kept * width * skeleton.layer_count * skeleton.dtype.itemsize)
 
 
 def _state_bytes(tuning: Tuning | None, itemsize: int) -> float:

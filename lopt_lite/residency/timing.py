@@ -28,6 +28,8 @@ _OPERATIONS = 120
 _DEQUANTISE_SHARE, _QUANTISE_BYTES_PER_THREAD, _QUANTISE_BYTES_ON_GPU = 0.2, 2.2e7, 2e10
 #: Setting up a block: modules, adapters, opening files.
 _SET_UP_S_PER_LAYER = 0.02
+#: A layer's modules on a few tokens take so long whatever they compute: a guess from the CPU.
+_SHORT_PASS_S_PER_LAYER = 0.004
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Amounts:
         Passes over the data.
     other_tokens, anchored_tokens:
         Of one epoch: tokens of examples that are only there to anchor on, and anchored tokens; 0 without an anchor.
+    anchored_prompts:
+        Whether prompts of the training examples are anchored.
+    answers:
+        Of the untouched model: passes in which they are written, and how many at once.
     """
 
     tokens: int
@@ -61,6 +67,8 @@ class Amounts:
     head_fit_epochs: int
     other_tokens: int = 0
     anchored_tokens: int = 0
+    anchored_prompts: bool = True
+    answers: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -290,13 +298,22 @@ class TimeModel:
             # Where no block before the last is trained, its inputs are there already.
             untouched = together or any(objective != "none" for objective in objectives[:-1])
             # Examples pass as far as they are anchored: about their prompts.
-            prompts = amounts.tokens - amounts.answer_tokens + amounts.other_tokens
+            prompts = amounts.other_tokens
+            prompts += amounts.tokens - amounts.answer_tokens if amounts.anchored_prompts else 0
             mean_length = amounts.mean_length * prompts / (amounts.tokens + amounts.other_tokens)
             anchor = sum(
                 self.put_in_place_s(block) + self.forward_all_s(block, prompts, mean_length)
                 for block in (ranges if untouched else ranges[-1:])
-            )
+            ) + self._answers_s(*amounts.answers)
         return RunTimes(store_s=store_s, held_out_before_s=before, anchor_s=anchor, blocks=blocks)
+
+    def _answers_s(self, passes: int, rows: int) -> float:
+        """Letting the untouched model write: each token of ``rows`` answers is a pass through all layers."""
+        streamed = self._residence.resident_layers < self._residence.layers
+        return passes * sum(
+            max(self.load_s(i) if streamed else 0.0, self.forward_s(i, rows, rows) + _SHORT_PASS_S_PER_LAYER)
+            for i in range(len(self._shapes.layers))
+        )
 
     def _targets_s(self, block: tuple[int, int], tokens: float, mean_length: float) -> float:
         """Reading a block's unquantised layers, writing and using them, and writing what comes out."""

@@ -28,7 +28,8 @@ class AnchorSample:
     """The anchored tokens of every example: training examples and those that are only there to anchor on.
 
     A token counts as anchored at the position that predicts the token after it. Positions that predict an answer are
-    the task's.
+    the task's. Where the untouched model has answered some prompts itself, these answers are anchored, whole, and not
+    the prompts of the training examples.
 
     Parameters
     ----------
@@ -38,16 +39,29 @@ class AnchorSample:
         Tokens of one example.
     seed:
         Decides the sample.
+    answered, answer_tokens:
+        The last of ``others``: those that end with an answer of the untouched model, and its tokens.
     """
 
-    def __init__(self, dataset: TokenizedDataset, train_count: int, others: range, *, most: int, seed: int) -> None:
-        self.examples = [*range(train_count), *others]
-        self.others = others
+    def __init__(
+        self,
+        dataset: TokenizedDataset,
+        train_count: int,
+        others: range,
+        *,
+        most: int,
+        seed: int,
+        answered: range = range(0),
+        answer_tokens: int = 0,
+    ) -> None:
+        self.examples = [*others] if answered else [*range(train_count), *others]
+        self.others, self.answered, self.answer_tokens = others, answered, answer_tokens
         self._seed = seed
         self._dataset, self._most = dataset, most
         self.counts = torch.zeros(len(dataset), dtype=torch.int64)
         for example in self.examples:
-            self.counts[example] = min(most, len(self._eligible(example)))
+            most_here = answer_tokens if example in answered else min(most, len(self._eligible(example)))
+            self.counts[example] = most_here
 
     @property
     def holds_anything(self) -> bool:
@@ -62,6 +76,9 @@ class AnchorSample:
         """Anchored positions of an example, ascending: int64 [count]."""
         if not self.counts[example]:
             return torch.empty(0, dtype=torch.int64)
+        if example in self.answered:
+            last = len(self._dataset.example(example)[0]) - 1
+            return torch.arange(last - self.answer_tokens, last)
         eligible = self._eligible(example)
         if len(eligible) > self._most:
             chosen = permutation(len(eligible), (self._seed, "anchor", example))[: self._most]

@@ -14,39 +14,38 @@ from lopt_lite.residency.process_size import steady_size
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Block, plan_stages
 from lopt_lite.training.job import make_job
-from lopt_lite.training.memory_choice import Demand
+from lopt_lite.training.memory_choice import Answering, Demand, Residences
 from lopt_lite.training.model_facts import ModelFacts
 
 #: The journal's facts.
-_TRAINING, _MATCHING = "residence", "matching-residence"
+_TRAINING, _MATCHING, _ANSWERING = "residence", "matching-residence", "answering-residence"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided, and what it follows from.
+    """What was decided, and what it follows from."""
 
-    ``matching_residence``: where unquantised layers are while targets are made of them; None where no block needs any.
-    """
-
-    residence: Residence
-    matching_residence: Residence | None
+    chosen: Residences
     memory: Memory
     facts: ModelFacts
 
     @property
-    def predicted_bytes(self) -> int:
-        """Predicted peak of device memory (on the CPU: of the process) in the whole run."""
-        found = (self.residence, self.matching_residence)
-        return max(residence.predicted_bytes for residence in found if residence is not None)
+    def residence(self) -> Residence:
+        """Where layers are while they are trained."""
+        return self.chosen.training
 
     def note(self, journal: Journal, device: torch.device) -> None:
         """Write it down, unless it is there already."""
         if journal.last(_TRAINING, device=device.type) is not None:
             return
         # The one that every run has goes last: with it, the decision stands.
-        for name, residence in ((_MATCHING, self.matching_residence), (_TRAINING, self.residence)):
-            if residence is not None:
-                journal.add(name, device=device.type, **residence.to_json())
+        chosen = self.chosen
+        if chosen.answering is not None:
+            answering = chosen.answering
+            journal.add(_ANSWERING, device=device.type, rows=answering.rows, **answering.residence.to_json())
+        if chosen.matching is not None:
+            journal.add(_MATCHING, device=device.type, **chosen.matching.to_json())
+        journal.add(_TRAINING, device=device.type, **chosen.training.to_json())
 
 
 def decide(
@@ -60,6 +59,8 @@ def decide(
     other_examples: int,
     most_answers: int | None,
     most_anchors: int,
+    answered: int,
+    longest_answered: int,
     device: torch.device,
 ) -> Decision:
     """What the journal says of this kind of device, or what fits now.
@@ -72,6 +73,8 @@ def decide(
         int64 [examples], tokens of each example of any kind.
     train_examples, other_examples, most_answers, most_anchors:
         See :func:`make_job`.
+    answered, longest_answered:
+        See :class:`Demand`.
 
     Raises
     ------
@@ -81,10 +84,16 @@ def decide(
     memory = Memory.now(device, settings.memory_bytes())
     if device.type == "cpu":
         memory = dataclasses.replace(memory, used_bytes=steady_size(memory.used_bytes))
-    training, matching = (last_fact(known, name, device=device.type) for name in (_TRAINING, _MATCHING))
+    training, matching, answering = (
+        last_fact(known, name, device=device.type) for name in (_TRAINING, _MATCHING, _ANSWERING)
+    )
     if training is not None:
-        of_matching = None if matching is None else Residence.from_json(matching)
-        return Decision(Residence.from_json(training), of_matching, memory, facts)
+        decided = Residences(
+            Residence.from_json(training),
+            None if matching is None else Residence.from_json(matching),
+            None if answering is None else Answering(Residence.from_json(answering), int(answering["rows"])),
+        )
+        return Decision(decided, memory, facts)
     job = make_job(
         settings,
         facts.shapes,
@@ -104,7 +113,9 @@ def decide(
         stages=stages,
         job=job,
         train_examples=train_examples,
+        answered=answered,
+        longest_answered=longest_answered,
         device=device,
         memory=memory,
     ).residences()
-    return Decision(*chosen, memory, facts)
+    return Decision(chosen, memory, facts)

@@ -25,6 +25,7 @@ from lopt_lite.training.job import make_job, other_rows
 from lopt_lite.training.memory_choice import Demand
 from lopt_lite.training.micro_batch_size import group_cost_tokens
 from lopt_lite.training.model_facts import ModelFacts, compute_dtype
+from lopt_lite.training.own_prompts import ANSWERED_AT_ONCE, LONGEST_PROMPT, MOST_PROMPTS
 
 #: Waiting for layers is worth a word from this share of a block's steps on.
 _WORTH_A_WORD = 0.1
@@ -85,7 +86,7 @@ class Draft:
             longest=max(part.longest for part in everything),
             all_tokens=self.cached_tokens,
             most_answers=None,
-            most_anchors=self.settings.retain_tokens if self.settings.anchor_weight else 0,
+            most_anchors=self._most_anchors,
         )
 
     @property
@@ -122,7 +123,7 @@ class Draft:
 
     def residence(self) -> Residence:
         """See :meth:`Demand.residences`."""
-        return self._demand.residences()[0]
+        return self._demand.residences().training
 
     def smallest_budget(self) -> int:
         """See :meth:`Demand.smallest_budget`."""
@@ -136,6 +137,8 @@ class Draft:
             stages=self.ranges,
             job=self.job,
             train_examples=self.training.examples,
+            answered=self._answered,
+            longest_answered=min(LONGEST_PROMPT, self.training.longest) + self.settings.retain_answers,
             device=self.device,
             memory=self.memory,
         )
@@ -186,6 +189,8 @@ class Draft:
             head_fit_epochs=self.settings.head_fit_epochs,
             other_tokens=self._other_tokens_per_epoch,
             anchored_tokens=self._anchored_tokens,
+            anchored_prompts=self._anchored_examples > 0,
+            answers=self._answer_passes,
         )
         return model.run_times(
             [(block.first, block.end) for block in self.blocks],
@@ -204,18 +209,43 @@ class Draft:
         return round(rows * self.other.tokens / self.other.examples)
 
     @property
+    def _most_anchors(self) -> int:
+        """Anchored tokens of one example, at most."""
+        settings = self.settings
+        if not settings.anchor_weight:
+            return 0
+        if not settings.retain_answers:
+            return settings.retain_tokens
+        of_other_text = 0 if settings.retain_data is None else settings.retain_tokens
+        return max(settings.retain_answers, of_other_text)
+
+    @property
+    def _answer_passes(self) -> tuple[int, int]:
+        """Passes in which the untouched model writes its answers, and how many of them at once."""
+        prompts = self._answered
+        return -(-prompts // ANSWERED_AT_ONCE) * self.settings.retain_answers, min(prompts, ANSWERED_AT_ONCE)
+
+    @property
+    def _answered(self) -> int:
+        """Prompts that the untouched model answers."""
+        asked = self.settings.anchor_weight > 0 and self.settings.retain_answers > 0
+        return min(MOST_PROMPTS, self.training.examples) if asked else 0
+
+    @property
+    def _anchored_examples(self) -> int:
+        """Training examples whose prompts are anchored."""
+        return 0 if self.settings.retain_answers else self.training.examples
+
+    @property
     def _all_anchored_tokens(self) -> int:
         """Anchored tokens of all examples, at most."""
-        examples = self.training.examples + (0 if self.other is None else self.other.examples)
-        return self.settings.retain_tokens * examples if self.settings.anchor_weight else 0
+        return self._most_anchors * (self._anchored_examples + (0 if self.other is None else self.other.examples))
 
     @property
     def _anchored_tokens(self) -> int:
         """Anchored tokens of one epoch: at most so many, as most prompts are longer than what is sampled of them."""
-        if not self.settings.anchor_weight:
-            return 0
         others = 0 if self.other is None else other_rows(self.settings.batch_size, self.other.examples)
-        return self.settings.retain_tokens * (self.training.examples + others * self.steps_per_epoch)
+        return self._most_anchors * (self._anchored_examples + others * self.steps_per_epoch)
 
     def hiding_tokens(self, residence: Residence) -> int | None:
         """Tokens of a step from which on loading hides behind computing; None where nothing is streamed."""

@@ -46,11 +46,12 @@ def make_job(
     """
     together = settings.schedule == "joint"
     rows = min(settings.batch_size, train_examples)
-    anchored_rows = rows + other_rows(settings.batch_size, other_examples)
+    others = other_rows(settings.batch_size, other_examples)
+    anchored_rows = others if settings.retain_answers else rows + others
     row_bytes = shapes.hidden * shapes.itemsize
     cached_tokens = all_tokens if len(blocks) > 1 and not together else 0
     return Job(
-        step_tokens=anchored_rows * longest,
+        step_tokens=(rows + others) * longest,
         longest=longest,
         answer_tokens=None if most_answers is None else rows * most_answers,
         all_tokens=all_examples * longest,

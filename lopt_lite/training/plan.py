@@ -31,6 +31,7 @@ from lopt_lite.training.disk_plan import require_disk
 from lopt_lite.training.draft import Draft, Places, counted
 from lopt_lite.training.memory_choice import check_unquantised
 from lopt_lite.training.model_facts import ModelFacts, model_facts, stored_dtype
+from lopt_lite.training.own_prompts import LONGEST_PROMPT, MOST_PROMPTS
 from lopt_lite.training.run_directory import RunPaths, run_directory
 
 MIB = 2**20
@@ -70,7 +71,7 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
         settings=settings,
         training=training,
         held_out=held_out,
-        other=other,
+        other=_with_answers(other, training, settings),
         device=device,
         memory=_memory_when_training(device, settings.memory_bytes()),
         speeds=machine_speeds(device),
@@ -169,6 +170,24 @@ def _estimate(
             check_can_be_split(training.examples)
         return training.part(1 - fraction), training.part(fraction), other
     return training, validation, other
+
+
+def _with_answers(other: DataEstimate | None, training: DataEstimate, settings: TrainSettings) -> DataEstimate | None:
+    """``other`` and the prompts that the untouched model answers, if it is to be held to its answers."""
+    tokens = settings.retain_answers
+    if not settings.anchor_weight or not tokens or not training.has_prompts:
+        return other
+    count = min(MOST_PROMPTS, training.examples)
+    prompt = min(LONGEST_PROMPT, round((training.tokens - training.answer_tokens) / training.examples))
+    own = DataEstimate(
+        examples=count,
+        tokens=count * (prompt + tokens),
+        answer_tokens=0,
+        longest=min(LONGEST_PROMPT, training.longest) + tokens,
+        lengths=(prompt + tokens,) * count,
+        how=training.how,
+    )
+    return own if other is None else other.and_also(own)
 
 
 def _split(values: torch.Tensor, counts: tuple[int, int]) -> tuple[torch.Tensor, ...]:

@@ -47,6 +47,8 @@ from lopt_lite.training.memory_choice import check_unquantised
 from lopt_lite.training.metrics import Metrics, read_metrics
 from lopt_lite.training.model_facts import facts_of
 from lopt_lite.training.model_result import write_model
+from lopt_lite.training.own_answers import write_answers
+from lopt_lite.training.own_prompts import answered_prompts
 from lopt_lite.training.plan import draft_of_run, planned
 from lopt_lite.training.run_directory import (
     RESULT_FACTS,
@@ -87,7 +89,7 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
             # What cannot work is refused before anything of an earlier run is deleted, and before this one is known.
             known = [] if settings.fresh or not paths.settings.is_file() else read_facts(paths.journal)[0]
             decided = _decide(known, given, settings, device)
-            memory.keep_below(decided.predicted_bytes)
+            memory.keep_below(decided.chosen.predicted_bytes)
             draft = None
             if not any(last_fact(known, fact) for fact in RESULT_FACTS):
                 draft = _draft(given, settings, decided, paths, store_directory, device)
@@ -121,12 +123,13 @@ class _Given:
     train: TokenizedDataset
     held_out: TokenizedDataset | None
     other: TokenizedDataset | None
+    answered: TokenizedDataset | None
     sample: AnchorSample | None
 
-    @property
+    @functools.cached_property
     def dataset(self) -> TokenizedDataset:
-        """Training examples, held-out ones, and those that are only there to anchor on."""
-        parts = [part for part in (self.held_out, self.other) if part is not None]
+        """Training examples, held-out ones, and those that are only there to anchor on, own answers last."""
+        parts = [part for part in (self.held_out, self.other, self.answered) if part is not None]
         return functools.reduce(TokenizedDataset.concat, parts, self.train)
 
     def identity(self, settings: TrainSettings, store: Path, device: torch.device) -> RunIdentity:
@@ -181,17 +184,34 @@ def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _
     other = None if settings.retain_data is None else load(settings.retain_data).without_targets()
     if other is not None:
         other = _used(other, settings, len(training))
-    given = _Given(model, skeleton, blocks, tokenizer, training, held_out, other, None)
+    answered = _answered(settings, training, skeleton)
+    given = _Given(model, skeleton, blocks, tokenizer, training, held_out, other, answered, None)
     if settings.retain == 0:
         return given
-    others = range(len(given.dataset) - (0 if other is None else len(other)), len(given.dataset))
+    count, own = len(given.dataset), 0 if answered is None else len(answered)
     sample = AnchorSample(
-        given.dataset, len(training), others, most=settings.retain_tokens, seed=derive_seed(settings.seed, "anchor")
+        given.dataset,
+        len(training),
+        range(count - own - (0 if other is None else len(other)), count),
+        most=settings.retain_tokens,
+        seed=derive_seed(settings.seed, "anchor"),
+        answered=range(count - own, count),
+        answer_tokens=settings.retain_answers,
     )
     if settings.retain is None and not sample.holds_anything:
         return given
     check_anchored(sample)
     return dataclasses.replace(given, sample=sample)
+
+
+def _answered(settings: TrainSettings, training: TokenizedDataset, skeleton: Skeleton) -> TokenizedDataset | None:
+    """Prompts with places for the untouched model's answers, if it is to be held to those."""
+    if settings.retain == 0 or not settings.retain_answers:
+        return None
+    most = min(settings.max_length, skeleton.most_positions or settings.max_length)
+    seed = derive_seed(settings.seed, "own answers")
+    found = answered_prompts(training, tokens=settings.retain_answers, most_tokens=most, seed=seed)
+    return found if len(found) else None
 
 
 def _used(other: TokenizedDataset, settings: TrainSettings, train_count: int) -> TokenizedDataset:
@@ -288,7 +308,8 @@ def _open_bench(
             blocks=given.blocks,
             device=device,
             residence=decided.residence,
-            matching_residence=decided.matching_residence,
+            matching_residence=decided.chosen.matching,
+            answering=decided.chosen.answering,
             stop=stop,
             on_event=on_event,
         )
@@ -303,9 +324,11 @@ def _decide(known: Sequence[Fact], given: _Given, settings: TrainSettings, devic
         given.blocks,
         lengths=given.dataset.lengths,
         train_examples=len(given.train),
-        other_examples=0 if given.other is None else len(given.other),
+        other_examples=sum(len(part) for part in (given.other, given.answered) if part is not None),
         most_answers=int(given.train.target_counts.max()) if given.held_out is None else None,
         most_anchors=0 if sample is None else int(sample.counts.max()),
+        answered=0 if given.answered is None else len(given.answered),
+        longest_answered=0 if given.answered is None else int(given.answered.lengths.max()),
         device=device,
     )
 
@@ -361,6 +384,8 @@ def _work(bench: Workbench, given: _Given) -> None:
         bench.on_event(Notice(text=remark))
     _measure_untouched_model(bench)
     bench.release_memory()
+    if given.sample is not None and given.sample.answered and not _all_trained(bench):
+        write_answers(bench, given.sample.answered, given.sample.answer_tokens)
     if bench.settings.schedule == "joint":
         train_jointly(bench, given.sample)
     else:
@@ -379,6 +404,10 @@ def _work(bench: Workbench, given: _Given) -> None:
         tokenizer=bench.tokenizer,
     )
     bench.journal.add("adapter", sha256=digest)
+
+
+def _all_trained(bench: Workbench) -> bool:
+    return bench.journal.last("block", block=bench.blocks[-1].index) is not None
 
 
 def _measure_untouched_model(bench: Workbench) -> None:

@@ -17,6 +17,7 @@ from lopt_lite.journal import Journal
 from lopt_lite.residency.choices import Residence
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Block, Stage, plan_stages
+from lopt_lite.training.memory_choice import Answering
 from lopt_lite.training.metrics import Metrics
 from lopt_lite.training.run_directory import RunPaths
 from lopt_lite.training.stopping import Stopper
@@ -30,8 +31,9 @@ class Workbench:
     """The parts of one run that do not change while it works.
 
     ``dataset`` holds the training examples first (``train_count`` of them), then the held-out ones, then those that are
-    only there to anchor on (``--retain-data``), of which no token is to be predicted. ``matching_residence`` says where
-    unquantised layers are while a block's targets are made of them; None where no block needs any.
+    only there to anchor on (``--retain-data``, ``--retain-answers``), of which no token is to be predicted.
+    ``matching_residence`` says where unquantised layers are while a block's targets are made of them, ``answering``
+    where all are while the untouched model answers prompts; None where nothing is to be matched or answered.
     """
 
     settings: TrainSettings
@@ -50,6 +52,7 @@ class Workbench:
     device: torch.device
     residence: Residence
     matching_residence: Residence | None
+    answering: Answering | None
     stop: Stopper
     on_event: OnEvent
 

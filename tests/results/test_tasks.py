@@ -20,6 +20,7 @@ from lopt_lite import EvaluateSettings, TrainSettings
 from lopt_lite.errors import DataError, SettingsError
 from lopt_lite.events import Event, Progress
 from lopt_lite.outcomes import EvaluateOutcome, TaskScore, TrainOutcome
+from lopt_lite.residency import answer_places
 from lopt_lite.results import harness_generate, harness_scores
 from lopt_lite.results.harness_head import ScoringHead
 from lopt_lite.results.open_run import open_run
@@ -188,7 +189,7 @@ def test_every_sample_is_answered_as_by_lm_evals_own_class(
         return residence(mode, layers=layers, micro_batch_tokens=32, head_slice_rows=slice_rows, logit_elements=2000)
 
     monkeypatch.setattr(harness_scores, "choose_residence", chosen)
-    monkeypatch.setattr(harness_generate, "choose_residence", chosen)
+    monkeypatch.setattr(answer_places, "choose_residence", chosen)
     samples = []
     original = lm_eval.evaluate
 
@@ -319,19 +320,6 @@ def test_a_group_is_reported_beside_its_tasks(trained: Path, tasks: Path) -> Non
     outcome = _evaluate(trained / "run", tasks, limit=3)
     groups = {(score.task, score.group) for score in outcome.tasks if score.metric == "acc"}
     assert groups == {("tiny_group", None), ("tiny_choices", "tiny_group")}
-
-
-def test_fewer_prompts_are_answered_at_once_where_keys_and_values_would_not_fit(trained: Path) -> None:
-    run = open_run(str(trained / "run"), CPU)
-    try:
-        budget = harness_generate.Memory.now(CPU, None).used_bytes + 2**29
-        _, many = harness_generate._place(run, 100, 64, budget)
-        monstrous = 2**29 // harness_generate._cache_bytes_per_token(run) // 10
-        _, few = harness_generate._place(run, monstrous, 64, budget)
-    finally:
-        run.close()
-    assert many == 64
-    assert 1 <= few < 10
 
 
 @pytest.mark.parametrize(
