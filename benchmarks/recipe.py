@@ -7,8 +7,8 @@ which it is not shown, and on unrelated instructions.
 Losses are nats per answer token of held-out examples, as 'lopt-lite evaluate' measures them. Several seeds give mean ±
 standard deviation. Seconds are those of training, without loading and preparing weights. "frozen" leaves the first half
 of the layers as it is, "larger" the first quarter, as lopt-lite does by default. A name that ends in "longer" has half
-as many passes again over the data (rounded down), and one that ends in "retain" has the anchor (--retain 1, or the
-weight that follows).
+as many passes again over the data (rounded down), one that ends in "retain" has the anchor (--retain 1, or the weight
+that follows), and one that ends in "answers" has it on the untouched model's own answers.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ _ANCHORS: dict[str, dict[str, Any]] = {
     "-retain": {"retain": 1.0},
     "-retain-3": {"retain": 3.0},
     "-retain-6": {"retain": 6.0},
+    "-answers-0.3": {"retain": 0.3, "retain_answers": 64},
+    "-answers": {"retain": 1.0, "retain_answers": 64},
 }
 
 #: Ending of a recipe's name -> the passes over the data, for one of the others.
