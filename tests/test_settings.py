@@ -33,7 +33,7 @@ def _train(**changes: object) -> TrainSettings:
 _BAD = [
     *[(TrainSettings, name, value) for name in ("blocks", "epochs", "batch_size", "lora_r") for value in (0, -1)],
     *[(TrainSettings, "last_layers", value) for value in (0, -1)],
-    *[(TrainSettings, name, -1) for name in ("head_fit_epochs", "seed")],
+    *[(TrainSettings, name, -1) for name in ("head_fit_epochs", "seed", "retain_answers")],
     *[(TrainSettings, "max_length", value) for value in (1, 0, -5)],
     *[
         (TrainSettings, name, value)
