@@ -21,11 +21,11 @@ from lopt_lite.residency.timing import Amounts, RunTimes, TimeModel
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Block, plan_blocks, plan_stages
 from lopt_lite.training.disk_plan import disk_plan
-from lopt_lite.training.job import make_job, other_rows
+from lopt_lite.training.job import answered_count, make_job, other_rows
 from lopt_lite.training.memory_choice import Demand
 from lopt_lite.training.micro_batch_size import group_cost_tokens
 from lopt_lite.training.model_facts import ModelFacts, compute_dtype
-from lopt_lite.training.own_prompts import ANSWERED_AT_ONCE, LONGEST_PROMPT, MOST_PROMPTS
+from lopt_lite.training.own_prompts import ANSWERED_AT_ONCE, LONGEST_PROMPT
 
 #: Waiting for layers is worth a word from this share of a block's steps on.
 _WORTH_A_WORD = 0.1
@@ -228,8 +228,7 @@ class Draft:
     @property
     def _answered(self) -> int:
         """Prompts that the untouched model answers."""
-        asked = self.settings.anchor_weight > 0 and self.settings.retain_answers > 0
-        return min(MOST_PROMPTS, self.training.examples) if asked else 0
+        return answered_count(self.settings, self.training.examples)
 
     @property
     def _anchored_examples(self) -> int:

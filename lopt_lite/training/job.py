@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lopt_lite.residency.memory_model import Job, around_state_bytes
 from lopt_lite.residency.shapes import ModelShapes
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Block
+from lopt_lite.training.own_prompts import MOST_PROMPTS
 
 #: Examples of ``--retain-data`` in a step, for each example of DATA.
 _OTHERS_PER_EXAMPLE = 0.25
@@ -16,6 +18,15 @@ _OTHERS_PER_EXAMPLE = 0.25
 def other_rows(batch_size: int, others: int) -> int:
     """How many of ``others`` examples that are only there to anchor on are in each step."""
     return min(others, max(1, round(_OTHERS_PER_EXAMPLE * batch_size))) if others else 0
+
+
+def answered_count(settings: TrainSettings, train_examples: int) -> int:
+    """Prompts that the untouched model answers, at most: no more than the steps take, 0 unless it is asked to."""
+    if settings.retain == 0 or not settings.retain_answers:
+        return 0
+    steps = settings.epochs * math.ceil(train_examples / settings.batch_size)
+    taken = steps * other_rows(settings.batch_size, MOST_PROMPTS)
+    return min(MOST_PROMPTS, taken, train_examples)
 
 
 def make_job(

@@ -15,13 +15,17 @@ MOST_PROMPTS, LONGEST_PROMPT = 64, 256
 ANSWERED_AT_ONCE = 32
 
 
-def answered_prompts(train: TokenizedDataset, *, tokens: int, most_tokens: int, seed: int) -> TokenizedDataset:
+def answered_prompts(
+    train: TokenizedDataset, *, most: int, tokens: int, most_tokens: int, seed: int
+) -> TokenizedDataset:
     """A sample of the prompts, short ones first, each with a place for an answer of ``tokens`` tokens.
 
     Parameters
     ----------
     train:
         The training examples. What is before the first token to be learnt is a prompt; a single token is none.
+    most:
+        How many prompts.
     most_tokens:
         Longest example. Of longer prompts the end is taken.
     seed:
@@ -45,7 +49,7 @@ def answered_prompts(train: TokenizedDataset, *, tokens: int, most_tokens: int, 
         end = int(targets[0]) if len(targets) else len(ids)
         if end > 1:
             prompts.append(ids[max(0, end - room) : end])
-        if len(prompts) == MOST_PROMPTS:
+        if len(prompts) == most:
             break
     prompts.sort(key=len)
     place = torch.zeros(tokens, dtype=torch.int32)

@@ -29,9 +29,10 @@ from lopt_lite.settings import TrainSettings
 from lopt_lite.training.data_facts import known_estimate
 from lopt_lite.training.disk_plan import require_disk
 from lopt_lite.training.draft import Draft, Places, counted
+from lopt_lite.training.job import answered_count
 from lopt_lite.training.memory_choice import check_unquantised
 from lopt_lite.training.model_facts import ModelFacts, model_facts, stored_dtype
-from lopt_lite.training.own_prompts import LONGEST_PROMPT, MOST_PROMPTS
+from lopt_lite.training.own_prompts import LONGEST_PROMPT
 from lopt_lite.training.run_directory import RunPaths, run_directory
 
 MIB = 2**20
@@ -174,10 +175,9 @@ def _estimate(
 
 def _with_answers(other: DataEstimate | None, training: DataEstimate, settings: TrainSettings) -> DataEstimate | None:
     """``other`` and the prompts that the untouched model answers, if it is to be held to its answers."""
-    tokens = settings.retain_answers
-    if not settings.anchor_weight or not tokens or not training.has_prompts:
+    count, tokens = answered_count(settings, training.examples), settings.retain_answers
+    if not count or not training.has_prompts:
         return other
-    count = min(MOST_PROMPTS, training.examples)
     prompt = min(LONGEST_PROMPT, round((training.tokens - training.answer_tokens) / training.examples))
     own = DataEstimate(
         examples=count,

@@ -41,7 +41,7 @@ from lopt_lite.training.decision import Decision, decide
 from lopt_lite.training.disk_plan import require_disk
 from lopt_lite.training.draft import Draft
 from lopt_lite.training.full import remarks
-from lopt_lite.training.job import other_rows
+from lopt_lite.training.job import answered_count, other_rows
 from lopt_lite.training.joint import train_jointly
 from lopt_lite.training.memory_choice import check_unquantised
 from lopt_lite.training.metrics import Metrics, read_metrics
@@ -206,11 +206,16 @@ def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _
 
 def _answered(settings: TrainSettings, training: TokenizedDataset, skeleton: Skeleton) -> TokenizedDataset | None:
     """Prompts with places for the untouched model's answers, if it is to be held to those."""
-    if settings.retain == 0 or not settings.retain_answers:
+    count = answered_count(settings, len(training))
+    if not count:
         return None
-    most = min(settings.max_length, skeleton.most_positions or settings.max_length)
-    seed = derive_seed(settings.seed, "own answers")
-    found = answered_prompts(training, tokens=settings.retain_answers, most_tokens=most, seed=seed)
+    found = answered_prompts(
+        training,
+        most=count,
+        tokens=settings.retain_answers,
+        most_tokens=min(settings.max_length, skeleton.most_positions or settings.max_length),
+        seed=derive_seed(settings.seed, "own answers"),
+    )
     return found if len(found) else None
 
 

@@ -25,6 +25,7 @@ from lopt_lite.residency.shapes import ModelShapes, model_shapes
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training import memory_choice
 from lopt_lite.training.anchors import AnchorSample
+from lopt_lite.training.job import answered_count
 from lopt_lite.training.own_prompts import answered_prompts
 from tests.tiny_models import make_data, make_model
 from tests.training.same_runs import assert_same
@@ -42,7 +43,7 @@ def _dataset(*examples: tuple[int, int]) -> TokenizedDataset:
 
 
 def _prompts(dataset: TokenizedDataset, tokens: int = 2, most_tokens: int = 100) -> list[list[int]]:
-    found = answered_prompts(dataset, tokens=tokens, most_tokens=most_tokens, seed=7)
+    found = answered_prompts(dataset, most=64, tokens=tokens, most_tokens=most_tokens, seed=7)
     assert not found.is_target.any()
     return [found.example(index)[0].tolist() for index in range(len(found))]
 
@@ -74,10 +75,22 @@ def test_of_a_long_prompt_the_end_is_taken():
 
 def test_of_many_prompts_a_sample_is_answered_always_the_same():
     dataset = _dataset(*[(3 + number % 5, 2) for number in range(200)])
-    one, other = (answered_prompts(dataset, tokens=1, most_tokens=50, seed=seed) for seed in (1, 2))
+    one, other = (answered_prompts(dataset, most=64, tokens=1, most_tokens=50, seed=seed) for seed in (1, 2))
     assert len(one) == len(other) == 64
-    assert one.fingerprint() == answered_prompts(dataset, tokens=1, most_tokens=50, seed=1).fingerprint()
+    assert one.fingerprint() == answered_prompts(dataset, most=64, tokens=1, most_tokens=50, seed=1).fingerprint()
     assert one.fingerprint() != other.fingerprint()
+
+
+def test_no_more_prompts_are_answered_than_the_steps_take():
+    def count(examples: int, **changes: Any) -> int:
+        return answered_count(TrainSettings(model="m", data="d", retain_answers=8, **changes), examples)
+
+    assert count(320) == 64
+    assert count(24) == 6, "3 steps, and 2 in each"
+    assert count(24, epochs=2, batch_size=4) == 12
+    assert count(1, epochs=5) == 1
+    assert count(320, retain=0.0) == 0
+    assert answered_count(TrainSettings(model="m", data="d"), 320) == 0
 
 
 def test_answers_are_anchored_whole_and_prompts_are_not():
@@ -105,7 +118,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _settings(run: Path, inputs: tuple[Path, Path], **changes: Any) -> TrainSettings:
     model, data = inputs
-    values: dict[str, Any] = {"dtype": "float32", "quantize": "none", "epochs": 2, "batch_size": 4, "lr": 5e-3}
+    values: dict[str, Any] = {"dtype": "float32", "quantize": "none", "epochs": 4, "batch_size": 4, "lr": 5e-3}
     values = {**values, "retain_answers": 6, "device": "cpu", **changes}
     return TrainSettings(model=str(model), data=str(data), output=str(run), **values)
 
@@ -146,7 +159,7 @@ def _prompts_of(inputs: tuple[Path, Path]) -> list[list[int]]:
 
     tokenizer = AutoTokenizer.from_pretrained(inputs[0])
     dataset, _ = load_dataset(inputs[1], tokenizer, max_length=1024, skip_bad_lines=False, on_event=lambda event: None)
-    found = answered_prompts(dataset, tokens=6, most_tokens=1024, seed=derive_seed(0, "own answers"))
+    found = answered_prompts(dataset, most=12, tokens=6, most_tokens=1024, seed=derive_seed(0, "own answers"))
     return [found.example(index)[0][:-6].tolist() for index in range(len(found))]
 
 
