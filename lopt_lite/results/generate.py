@@ -18,8 +18,7 @@ from lopt_lite.events import OnEvent, ignore
 from lopt_lite.float32_products import float32_products
 from lopt_lite.outcomes import GenerateOutcome
 from lopt_lite.residency.choices import Memory, choose_residence
-from lopt_lite.residency.head import open_head
-from lopt_lite.residency.layers import open_layers
+from lopt_lite.residency.continuation import continuing_model
 from lopt_lite.residency.memory_model import Job
 from lopt_lite.results.open_run import OpenRun, open_run
 from lopt_lite.settings import GenerateSettings, parse_memory
@@ -64,29 +63,19 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
         device=run.device,
         memory=Memory.now(run.device, parse_memory(settings.memory)),
     )
-    stack = contextlib.ExitStack()
-    state = stack.enter_context(run.put_aside(residence))
-    pool = open_layers(
-        residence,
-        store,
-        skeleton,
-        0,
-        skeleton.layer_count,
-        device=run.device,
-        scratch=run.paths.root,
-        on_layer=None if settings.base else partial(run.on_layer, state=state),
-        state=state,
-    )
-    head = open_head(
-        skeleton,
-        store,
-        device=run.device,
-        logit_elements=residence.logit_elements,
-        slice_rows=residence.head_slice_rows,
-    )
-    try:
-        head.place_for_generation()
-        model = skeleton.with_layers(pool.modules())
+    with contextlib.ExitStack() as stack:
+        state = stack.enter_context(run.put_aside(residence))
+        model = stack.enter_context(
+            continuing_model(
+                skeleton,
+                store,
+                residence,
+                device=run.device,
+                scratch=run.paths.root,
+                on_layer=None if settings.base else partial(run.on_layer, state=state),
+                state=state,
+            )
+        )
         ends = _end_tokens(run)
         choices = GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
@@ -102,10 +91,6 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=choices)
         devices.synchronize(run.device)
         seconds = time.monotonic() - started
-    finally:
-        pool.close()
-        head.close()
-        stack.close()
     new = output[0, ids.shape[1] :].tolist()
     finished = bool(new) and new[-1] in ends
     return GenerateOutcome(
