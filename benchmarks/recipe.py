@@ -47,17 +47,17 @@ _PLAIN: dict[str, dict[str, Any]] = {
     "end-to-end-8e-4": {"blocks": 1, "lr": 8e-4},
     "end-to-end-13e-4": {"blocks": 1, "lr": 13e-4},
     "end-to-end-16e-4": {"blocks": 1, "lr": 16e-4},
-    "frozen-4e-4": {"objective": "none", "lr": 4e-4, "last_layers": 1 / 2},
-    "frozen-8e-4": {"objective": "none", "lr": 8e-4, "last_layers": 1 / 2},
-    "frozen-13e-4": {"objective": "none", "lr": 13e-4, "last_layers": 1 / 2},
-    "frozen-16e-4": {"objective": "none", "lr": 16e-4, "last_layers": 1 / 2},
-    "larger-13e-4": {"objective": "none", "lr": 13e-4, "last_layers": 3 / 4},
+    "frozen-4e-4": {"objective": "none", "lr": 4e-4, "last_share": 1 / 2},
+    "frozen-8e-4": {"objective": "none", "lr": 8e-4, "last_share": 1 / 2},
+    "frozen-13e-4": {"objective": "none", "lr": 13e-4, "last_share": 1 / 2},
+    "frozen-16e-4": {"objective": "none", "lr": 16e-4, "last_share": 1 / 2},
+    "larger-13e-4": {"objective": "none", "lr": 13e-4, "last_share": 3 / 4},
     "reconstruct-4e-4": {"objective": "reconstruct", "lr": 4e-4},
     "reconstruct-8e-4": {"objective": "reconstruct", "lr": 8e-4},
     "match-4e-4": {"objective": "match", "lr": 4e-4, "lr_early": 4e-4},
     "joint-2e-4": {"schedule": "joint", "objective": "reconstruct", "lr": 2e-4},
     "full-end-to-end": {"blocks": 1, **_FULL},
-    "full-frozen": {"objective": "none", "last_layers": 1 / 2, **_FULL},
+    "full-frozen": {"objective": "none", "last_share": 1 / 2, **_FULL},
     "full-reconstruct": {"objective": "reconstruct", **_FULL},
     "full-joint": {"schedule": "joint", "objective": "reconstruct", **_FULL},
 }
@@ -77,7 +77,7 @@ _ANCHORS: dict[str, dict[str, Any]] = {
 #: Ending of a recipe's name -> the passes over the data, for one of the others.
 _PASSES = {"": 1.0, "-longer": 1.5}
 
-#: Name -> options of ``lopt-lite train``, of which ``last_layers`` is a share of the layers; and ``passes``.
+#: Name -> options of ``lopt-lite train``, and ``passes``; ``last_share`` is the last block's share of the layers.
 RECIPES: dict[str, dict[str, Any]] = {
     f"{name}{longer}{anchor}": {**options, **weight, "passes": passes}
     for longer, passes in _PASSES.items()
@@ -209,8 +209,8 @@ class _Grid:
         """One recipe on one probe with one seed: ``before`` and ``after`` by column, and ``seconds``."""
         options, recipe = self._options, dict(RECIPES[name])
         epochs = int(epochs * recipe.pop("passes"))
-        if "last_layers" in recipe:
-            recipe["last_layers"] = int(self._layers * recipe["last_layers"])
+        if "last_share" in recipe:
+            recipe["last_layers"] = int(self._layers * recipe.pop("last_share"))
         settings: dict[str, Any] = {
             "model": options.model,
             "data": str(self._data[probe.train]),

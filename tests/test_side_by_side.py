@@ -176,4 +176,5 @@ def test_every_recipe_that_is_run_unasked_is_there():
 def test_every_recipe_is_one_that_train_accepts(name):
     options = dict(RECIPES[name])
     assert options.pop("passes") >= 1
+    assert 0 < options.pop("last_share", 1 / 2) < 1
     TrainSettings(model="model", data="data", **options)

@@ -89,9 +89,9 @@ def _plain_loop(
     ("changes", "trained", "block"),
     [
         ({"blocks": 1}, range(4), 0),
-        ({"blocks": 2, "objective": "none"}, range(2, 4), 1),
+        ({"blocks": 2, "objective": "none"}, range(1, 4), 1),
     ],
-    ids=["one block", "the upper of two blocks"],
+    ids=["one block", "the last of two blocks"],
 )
 @pytest.mark.parametrize("mode", ["resident", "streamed"])
 def test_it_equals_a_plain_loop_over_the_whole_model(changes, trained, block, mode, tmp_path, monkeypatch):

@@ -269,9 +269,10 @@ def test_where_not_even_one_prompt_fits_the_smallest_budget_is_named(inputs):
 
 def test_a_budget_that_has_no_room_for_answering_is_refused_at_the_start(tmp_path, inputs, monkeypatch):
     find = shapes_module._cache_bytes_per_token
-    monkeypatch.setattr(shapes_module, "_cache_bytes_per_token", lambda skeleton: 2**14 * find(skeleton))
+    monkeypatch.setattr(shapes_module, "_cache_bytes_per_token", lambda skeleton: 2**20 * find(skeleton))
+    budget = (Memory.now(CPU, None).used_bytes >> 20) + 1024
     with pytest.raises(DoesNotFitError, match="too small to answer prompts") as caught:
-        lopt_lite.train(_settings(tmp_path / "run", inputs, memory="900MiB"))
+        lopt_lite.train(_settings(tmp_path / "run", inputs, memory=f"{budget}MiB"))
     assert "--retain-answers" in (caught.value.fix or "")
     assert not (tmp_path / "run" / "store").exists()
 
