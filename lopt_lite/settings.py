@@ -449,6 +449,8 @@ def _check_anchor(settings: TrainSettings) -> None:
         raise SettingsError(f"--retain is {settings.retain}", expected="0 or more")
     if settings.retain_data is not None and not settings.retain:
         raise SettingsError("--retain-data names text to anchor on, and --retain is 0", fix="add --retain 3")
+    if settings.retain_answers and not settings.retain:
+        raise SettingsError("--retain-answers asks for an anchor, and --retain is 0", fix="add --retain 1")
     if settings.retain and settings.trains_around:
         raise SettingsError(
             "--retain compares with the untouched model through its LM head, which --schedule joint --tune full trains",

@@ -198,7 +198,7 @@ def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _
         answered=range(count - own, count),
         answer_tokens=settings.retain_answers,
     )
-    if settings.retain is None and not sample.holds_anything:
+    if settings.retain is None and not settings.retain_answers and not sample.holds_anything:
         return given
     check_anchored(sample)
     return dataclasses.replace(given, sample=sample)

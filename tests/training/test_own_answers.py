@@ -89,7 +89,6 @@ def test_no_more_prompts_are_answered_than_the_steps_take():
     assert count(24) == 6, "3 steps, and 2 in each"
     assert count(24, epochs=2, batch_size=4) == 12
     assert count(1, epochs=5) == 1
-    assert count(320, retain=0.0) == 0
     assert answered_count(TrainSettings(model="m", data="d"), 320) == 0
 
 
@@ -233,10 +232,13 @@ def test_other_text_is_anchored_beside_them(tmp_path, inputs):
 def test_without_prompts_there_is_nothing_to_answer(tmp_path, inputs):
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "nothing but text to learn"}\n' * 6, encoding="utf-8")
-    lopt_lite.train(_settings(tmp_path / "run", (inputs[0], text)))
-    assert not _answers(tmp_path / "run")
-    with pytest.raises(DataError, match="nothing to hold on to"):
-        lopt_lite.train(_settings(tmp_path / "asked", (inputs[0], text), retain=1.0))
+    for changes in ({}, {"retain": 1.0}):
+        with pytest.raises(DataError, match="nothing to hold on to"):
+            lopt_lite.train(_settings(tmp_path / "run", (inputs[0], text), **changes))
+    assert not (tmp_path / "run").exists()
+    for changes in ({"retain": 0.0}, {"blocks": 1}, {"schedule": "joint"}):
+        with pytest.raises(SettingsError, match="--retain-answers asks for an anchor"):
+            _settings(tmp_path / "run", inputs, **changes)
 
 
 def _shapes(inputs: tuple[Path, Path], cache_bytes_per_token: int) -> ModelShapes:
