@@ -89,7 +89,7 @@ def _own_skeleton(bench: Workbench) -> Skeleton:
 
 
 class _Progress(StoppingCriteria):
-    """Shows how far a batch is; stops when the run is to stop, and no row before it has all its tokens."""
+    """Shows how far a batch is, and stops when the run is to stop; no row ends before it has all its tokens."""
 
     def __init__(self, bench: Workbench, first: int, total: int, prompt_tokens: int, tokens: int) -> None:
         self._bench, self._first, self._total = bench, first, total
