@@ -16,8 +16,7 @@ from lopt_lite.training.run_directory import RunPaths
 def changed_settings(content: dict[str, Any]) -> list[tuple[str, ...]]:
     """(option, value, default) of a run's settings that are not what they are by default."""
     settings: dict[str, Any] = content["settings"]
-    # Runs that do not say how wide and deep their model is come from releases with the same rate for all and blocks of
-    # the same size: what differs from today's defaults is named.
+    # Runs that do not say how wide their model is come from a release with the same rate for all: it is named here.
     model = content["model"]
     defaults = default_settings(
         settings, hidden_size=int(model.get("hidden_size", 0)), layers=int(model.get("layers", 0))
@@ -35,7 +34,8 @@ def default_settings(settings: dict[str, Any], *, hidden_size: int, layers: int)
     decisive = {name: settings.get(name, own[name]) for name in ("tune", "schedule", "blocks")}
     defaults = _by_default(hidden_size, layers, **decisive)
     defaults.update({name: own[name] for name in decisive})
-    if settings.get("objective") != "none":
+    # Runs that do not say how deep their model is have blocks of the same size.
+    if settings.get("objective") != "none" or not layers:
         defaults["last_layers"] = None
     if isinstance(settings.get("lr"), float):
         defaults["lr_early"] = settings["lr"] / 10

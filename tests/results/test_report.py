@@ -380,6 +380,17 @@ def test_blocks_that_are_left_as_they_are_take_no_steps(tmp_path):
     assert "--last-layers" not in page.text
 
 
+def test_a_run_that_does_not_say_how_deep_its_model_is_has_equal_blocks(tmp_path):
+    """As runs of earlier versions: a size that nobody gave is no option of the command that goes on."""
+    run = Run(tmp_path / "run", objective="none").started()
+    path = run.root / "settings.json"
+    content = json.loads(path.read_text())
+    del content["model"]["layers"]
+    content["settings"]["last_layers"] = None
+    path.write_text(json.dumps(content))
+    assert "--last-layers" not in run.report()[1].text
+
+
 def test_full_tuning_leads_to_the_model(tmp_path):
     run = Run(tmp_path / "run", tune="full").started().first_block().steps(1, "train", [1.0] * 20)
     (run.root / "model").mkdir()
