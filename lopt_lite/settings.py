@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from lopt_lite import recipe
 from lopt_lite.errors import SettingsError
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
@@ -152,7 +153,8 @@ class TrainSettings:
         None,
         "Weight of an anchor that holds the model to what it knew: the divergence of its predictions at a sample of "
         "prompt tokens from those of the untouched model is added to the loss of the last block. 0: no anchor. "
-        "Default: 3; 0 with --blocks 1, --schedule joint or --preset paper, and for data without prompts.",
+        "Default: 40 divided by the tokens of an average answer, from 0.1 to 3 (why: docs/recipe.md); 0 with --blocks "
+        "1, --schedule joint or --preset paper, and for data without prompts.",
     )
     retain_tokens: int = option(32, "Most anchored tokens of one example.")
     retain_answers: int = option(
@@ -280,20 +282,22 @@ class TrainSettings:
         Where the only other block learns nothing, the last one is larger than it, a choice of docs/recipe.md.
         """
         if self.last_layers is None and self.objectives() == ("none", "task"):
-            return max(1, 3 * layers // 4)
+            return recipe.larger_last_block(layers)
         return self.last_layers
 
-    def settle(self, *, has_prompts: bool, hidden_size: int, layers: int) -> TrainSettings:
+    def settle(self, *, has_prompts: bool, answer_tokens: float, hidden_size: int, layers: int) -> TrainSettings:
         """These settings with the defaults that depend on data and model, where nothing was asked for.
 
         Parameters
         ----------
         has_prompts:
             There is something to anchor on: tokens that are not to be learnt.
+        answer_tokens:
+            Tokens of an example that are to be learnt, on average.
         hidden_size, layers:
             Width of the model's hidden states, and how many layers it has.
         """
-        retain, lr = _RETAIN if has_prompts else 0.0, _lora_rate(hidden_size)
+        retain, lr = recipe.anchor_weight(answer_tokens) if has_prompts else 0.0, recipe.lora_rate(hidden_size)
         return dataclasses.replace(
             self,
             retain=retain if self.retain is None else self.retain,
@@ -381,21 +385,10 @@ _DEFAULTS_OF_TUNE: dict[str, dict[str, Any]] = {
     "lora": {"quantize": "nf4"},
     "full": {"quantize": "none", "lr": 2e-5},
 }
-#: The anchor's weight where there are prompts to anchor on.
-_RETAIN = 3.0
 _DEFAULTS_OF_SCHEDULE: dict[str, dict[str, Any]] = {
     "sequential": {"objective": "none"},
     "joint": {"objective": "reconstruct", "retain": 0.0, "lr": 4e-4},
 }
-
-
-def _lora_rate(hidden_size: int) -> float:
-    """The adapters' learning rate for a width, two digits of it: 5e-4 (2000 / width)^0.78, no more than at 512.
-
-    The law was fitted to the best rates of Llama models by "LoRA Without Regret" (Schulman et al., 2025; the function
-    ``get_lr`` of its tinker-cookbook). Why it is the default here: docs/recipe.md.
-    """
-    return float(f"{5e-4 * (2000 / max(hidden_size, 512)) ** 0.78:.2g}")
 
 
 def _fill(settings: TrainSettings, defaults: dict[str, Any]) -> None:
@@ -448,7 +441,7 @@ def _check_anchor(settings: TrainSettings) -> None:
     if not (settings.retain >= 0 and math.isfinite(settings.retain)):
         raise SettingsError(f"--retain is {settings.retain}", expected="0 or more")
     if settings.retain_data is not None and not settings.retain:
-        raise SettingsError("--retain-data names text to anchor on, and --retain is 0", fix="add --retain 3")
+        raise SettingsError("--retain-data names text to anchor on, and --retain is 0", fix="add --retain 1")
     if settings.retain_answers and not settings.retain:
         raise SettingsError("--retain-answers asks for an anchor, and --retain is 0", fix="add --retain 1")
     if settings.retain and settings.trains_around:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lopt_lite import recipe
 from lopt_lite.data.batches import epoch_batches, micro_batches
 from lopt_lite.data.estimate import DataEstimate
 from lopt_lite.errors import DoesNotFitError
@@ -284,9 +285,10 @@ class Draft:
             return ()
         if whole.resident_layers < whole.layers or whole.recompute or whole.mode != residence.mode:
             return ()
+        weight = recipe.anchor_weight(self.training.mean_answer_tokens)
         return (
             "All layers fit this budget at once: --blocks 1 trains them together, which learns some tasks better in "
-            "the same time (with --retain 3 it keeps what the model knew); see docs/recipe.md.",
+            f"the same time (with --retain {weight:g} it keeps what the model knew); see docs/recipe.md.",
         )
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lopt_lite
-from lopt_lite import TrainSettings
+from lopt_lite import TrainSettings, recipe
 from lopt_lite.data.dataset import Batch, TokenizedDataset, collate
 from lopt_lite.data.load import load_dataset
 from lopt_lite.errors import DataError, SettingsError, StoppedError
@@ -305,20 +305,20 @@ def test_an_anchor_needs_something_to_hold_on_to(tmp_path, inputs):
 @pytest.mark.parametrize(
     ("prompts", "changes", "weight"),
     [
-        (True, {}, 3.0),
+        (True, {}, None),
         (True, {"retain": 0.25}, 0.25),
         (True, {"retain": 0.0}, 0.0),
         (True, {"blocks": 1}, 0.0),
         (True, {"schedule": "joint"}, 0.0),
         (True, {"preset": "paper", "schedule": "sequential", "tune": "lora"}, 0.0),
         (False, {}, 0.0),
-        (False, {"with": "other text"}, 3.0),
+        (False, {"with": "other text"}, None),
     ],
 )
 def test_there_is_an_anchor_by_default_where_there_is_something_to_hold_on_to(
     tmp_path, inputs, prompts, changes, weight
 ):
-    """In the recipe that is our own, that is; ``plan`` says the same of memory."""
+    """In the recipe that is our own, that is; ``plan`` says the same of memory. ``weight``: None for the recipe's."""
     model, data = inputs
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"some text {i}"}) + "\n" for i in range(4)))
@@ -327,6 +327,16 @@ def test_there_is_an_anchor_by_default_where_there_is_something_to_hold_on_to(
     )
     run, steps = _train(tmp_path, (model, data if prompts else text), epochs=1, **changes)
 
+    if weight is None:
+        used, _ = load_dataset(
+            str(data if prompts else text),
+            AutoTokenizer.from_pretrained(model),
+            max_length=1024,
+            skip_bad_lines=False,
+            on_event=ignore,
+        )
+        weight = recipe.anchor_weight(int(used.target_counts.sum()) / len(used))
+        assert 1 < weight <= 3
     assert json.loads((run / "settings.json").read_text())["settings"]["retain"] == weight
     assert all((step.retain_kl is not None) == (weight > 0) for step in steps)
     given = {"model": str(model), "data": str(data if prompts else text), "output": str(tmp_path / "new"), **changes}
@@ -343,7 +353,7 @@ def test_a_weight_that_is_not_settled_is_not_taken_for_none():
         settings.anchor_weight  # noqa: B018
     asked = TrainSettings(model="m", data="d", retain=0.5)
     for unsettled, weight in ((settings, 0), (asked, 0.5)):
-        assert unsettled.settle(has_prompts=False, hidden_size=64, layers=4).anchor_weight == weight
+        assert unsettled.settle(has_prompts=False, answer_tokens=5, hidden_size=64, layers=4).anchor_weight == weight
 
 
 def test_what_makes_no_sense_is_refused():
