@@ -29,8 +29,10 @@ _ROOMY_TOKENS = (2048, 1024, 512)
 _TIGHT_TOKENS = (256, 128)
 #: The process beside a GPU, once all libraries are loaded.
 _LIBRARIES_BYTES = 700 * MIB
-#: Float32 logits of one chunk of answer tokens, in elements.
+#: Logits of one chunk of answer tokens, in elements.
 _LOGIT_ELEMENTS = (2**24, 2**22, 2**20)
+#: Tokens of a chunk where memory is plenty, however large the vocabulary is: products of few rows are slow.
+_ROOMY_LOGIT_TOKENS = 256
 #: A slice of the LM head, in bytes.
 _HEAD_SLICE_BYTES = 64 * MIB
 #: How many times the tokens of one forward batch may pass through a layer while it is loaded.
@@ -58,7 +60,7 @@ class Residence:
     forward_tokens, group_tokens:
         In passes without gradients: padded tokens that go through a layer at once, and while it is loaded.
     logit_elements:
-        Float32 logits of one chunk of answer tokens.
+        Logits of one chunk of answer tokens.
     head_slice_rows:
         Rows of the LM head that are on the device at once, None for all.
     boundary_bytes, boundary_host_bytes:
@@ -213,11 +215,13 @@ def _layouts(shapes: ModelShapes, block: tuple[int, int], job: Job) -> Iterator[
     """
     layers = block[1] - block[0]
     forms = (True, False) if shapes.quantised else (False,)
+    roomy = _ROOMY_LOGIT_TOKENS * shapes.vocabulary
+    logit_elements = (roomy, *_LOGIT_ELEMENTS) if roomy > _LOGIT_ELEMENTS[0] else _LOGIT_ELEMENTS
 
     def all_resident(tokens: tuple[int, ...], *, recompute: bool) -> Iterator[Layout]:
         for dequantised in forms:
             for micro in tokens:
-                for elements in _LOGIT_ELEMENTS:
+                for elements in logit_elements:
                     yield Layout(layers, dequantised, recompute, micro, elements, None, False)
 
     yield from all_resident(_ROOMY_TOKENS, recompute=False)
@@ -232,7 +236,7 @@ def _layouts(shapes: ModelShapes, block: tuple[int, int], job: Job) -> Iterator[
             for rows in sliced:
                 for dequantised in forms:
                     for micro in tokens:
-                        for elements in _LOGIT_ELEMENTS:
+                        for elements in logit_elements:
                             yield Layout(0, dequantised, True, micro, elements, rows, offload)
 
 
