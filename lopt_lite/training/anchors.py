@@ -15,11 +15,11 @@ import torch
 
 from lopt_lite.data.dataset import Batch, TokenizedDataset
 from lopt_lite.data.seeding import permutation
-from lopt_lite.errors import DataError
 from lopt_lite.residency.anchors import Anchors
 from lopt_lite.training.activation_cache import ActivationCache, CacheLayout
 from lopt_lite.training.block_inputs import BlockInputs
 from lopt_lite.training.block_plan import Block
+from lopt_lite.training.job import nothing_to_anchor
 from lopt_lite.training.untouched import UntouchedPass
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
@@ -170,11 +170,7 @@ def check_anchored(sample: AnchorSample) -> None:
         No token can be anchored.
     """
     if not sample.holds_anything:
-        raise DataError(
-            "--retain has nothing to hold on to: every token of the data is to be learnt",
-            expected="examples with a prompt",
-            fix="name other text with --retain-data, or leave --retain out",
-        )
+        raise nothing_to_anchor()
 
 
 def needs_untouched_pass(blocks: Sequence[Block]) -> bool:

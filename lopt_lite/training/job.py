@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lopt_lite.errors import DataError
 from lopt_lite.residency.memory_model import Job, around_state_bytes
 from lopt_lite.residency.shapes import ModelShapes
 from lopt_lite.settings import TrainSettings
@@ -27,6 +28,24 @@ def answered_count(settings: TrainSettings, train_examples: int) -> int:
     steps = settings.epochs * math.ceil(train_examples / settings.batch_size)
     taken = steps * other_rows(settings.batch_size, MOST_PROMPTS)
     return min(MOST_PROMPTS, taken, train_examples)
+
+
+def nothing_to_anchor() -> DataError:
+    """What to tell a user who asks for an anchor and brings nothing to hold on to."""
+    return DataError(
+        "--retain has nothing to hold on to: every token of the data is to be learnt",
+        expected="examples with a prompt",
+        fix="name other text with --retain-data, or leave --retain out",
+    )
+
+
+def nothing_to_answer() -> DataError:
+    """What to tell a user who asks for the untouched model's answers and brings no prompts."""
+    return DataError(
+        "--retain-answers has nothing to answer: every token of the data is to be learnt",
+        expected="examples with a prompt",
+        fix="leave --retain-answers out",
+    )
 
 
 def make_job(

@@ -28,7 +28,7 @@ from lopt_lite.settings import TrainSettings
 from lopt_lite.training.data_facts import known_estimate
 from lopt_lite.training.disk_plan import require_disk
 from lopt_lite.training.draft import Draft, Places, counted
-from lopt_lite.training.job import answered_count
+from lopt_lite.training.job import answered_count, nothing_to_anchor, nothing_to_answer
 from lopt_lite.training.memory_choice import check_unquantised
 from lopt_lite.training.model_facts import ModelFacts, model_facts, stored_dtype
 from lopt_lite.training.own_prompts import LONGEST_PROMPT
@@ -61,6 +61,10 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
     model = describe_model(settings.model, config_dirs=settings.config, on_event=on_event)
     facts = model_facts(model, settings)
     training, held_out, other = _estimate(settings, model, facts.most_positions, on_event)
+    if settings.retain_answers and not training.has_prompts:
+        raise nothing_to_answer()
+    if settings.retain and not training.has_prompts and other is None:
+        raise nothing_to_anchor()
     settings = settings.settle(
         has_prompts=training.has_prompts or other is not None,
         answer_tokens=training.mean_answer_tokens,
@@ -176,7 +180,7 @@ def _estimate(
 def _with_answers(other: DataEstimate | None, training: DataEstimate, settings: TrainSettings) -> DataEstimate | None:
     """``other`` and the prompts that the untouched model answers, if it is to be held to its answers."""
     count, tokens = answered_count(settings, training.examples), settings.retain_answers
-    if not count or not training.has_prompts:
+    if not count:
         return other
     prompt = min(LONGEST_PROMPT, round((training.tokens - training.answer_tokens) / training.examples))
     own = DataEstimate(

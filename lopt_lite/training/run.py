@@ -41,7 +41,7 @@ from lopt_lite.training.decision import Decision, decide
 from lopt_lite.training.disk_plan import require_disk
 from lopt_lite.training.draft import Draft
 from lopt_lite.training.full import remarks
-from lopt_lite.training.job import answered_count, other_rows
+from lopt_lite.training.job import answered_count, nothing_to_answer, other_rows
 from lopt_lite.training.joint import train_jointly
 from lopt_lite.training.memory_choice import check_unquantised
 from lopt_lite.training.metrics import Metrics, read_metrics
@@ -218,7 +218,9 @@ def _answered(settings: TrainSettings, training: TokenizedDataset, skeleton: Ske
         most_tokens=min(settings.max_length, skeleton.most_positions or settings.max_length),
         seed=derive_seed(settings.seed, "own answers"),
     )
-    return found if len(found) else None
+    if not len(found):
+        raise nothing_to_answer()
+    return found
 
 
 def _used(other: TokenizedDataset, settings: TrainSettings, train_count: int) -> TokenizedDataset:

@@ -297,8 +297,9 @@ def test_an_anchor_needs_something_to_hold_on_to(tmp_path, inputs):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"some text {i}"}) + "\n" for i in range(4)))
     settings = {"model": str(model), "data": str(text), "output": str(tmp_path / "run"), "retain": 1.0}
-    with pytest.raises(DataError, match="retain"):
-        lopt_lite.train(TrainSettings(**settings))
+    for command in (lopt_lite.train, lopt_lite.plan):
+        with pytest.raises(DataError, match="retain has nothing to hold on to"):
+            command(TrainSettings(**settings))
     lopt_lite.train(TrainSettings(**settings, retain_data=str(text)))
 
 

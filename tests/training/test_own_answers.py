@@ -232,9 +232,10 @@ def test_other_text_is_anchored_beside_them(tmp_path, inputs):
 def test_without_prompts_there_is_nothing_to_answer(tmp_path, inputs):
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "nothing but text to learn"}\n' * 6, encoding="utf-8")
-    for changes in ({}, {"retain": 1.0}):
-        with pytest.raises(DataError, match="nothing to hold on to"):
-            lopt_lite.train(_settings(tmp_path / "run", (inputs[0], text), **changes))
+    for command in (lopt_lite.train, lopt_lite.plan):
+        for changes in ({}, {"retain": 1.0}, {"retain_data": str(text)}):
+            with pytest.raises(DataError, match="--retain-answers has nothing to answer"):
+                command(_settings(tmp_path / "run", (inputs[0], text), **changes))
     assert not (tmp_path / "run").exists()
     for changes in ({"retain": 0.0}, {"blocks": 1}, {"schedule": "joint"}):
         with pytest.raises(SettingsError, match="--retain-answers asks for an anchor"):
