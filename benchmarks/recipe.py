@@ -7,8 +7,9 @@ which it is not shown, and on unrelated instructions.
 Losses are nats per answer token of held-out examples, as 'lopt-lite evaluate' measures them. Several seeds give mean ±
 standard deviation. Seconds are those of training, without loading and preparing weights. "frozen" leaves the first half
 of the layers as it is, "larger" the first quarter, as lopt-lite does by default. A name that ends in "longer" has half
-as many passes again over the data (rounded down), one that ends in "retain" has the anchor (--retain 1, or the weight
-that follows), and one that ends in "answers" has it on the untouched model's own answers.
+as many passes again over the data (rounded down), one that ends in "anchor" has the anchor that lopt-lite has by default,
+one that ends in "retain" has it with --retain 1 or the weight that follows, one that ends in "answers" has it on the
+untouched model's own answers.
 """
 
 from __future__ import annotations
@@ -66,9 +67,11 @@ _PLAIN: dict[str, dict[str, Any]] = {
 _NO_ANCHOR = ("full-joint",)
 _ANCHORS: dict[str, dict[str, Any]] = {
     "": {"retain": 0.0},
+    "-anchor": {},
     "-retain-0.3": {"retain": 0.3},
     "-retain": {"retain": 1.0},
     "-retain-3": {"retain": 3.0},
+    "-retain-3-tokens-8": {"retain": 3.0, "retain_tokens": 8},
     "-retain-6": {"retain": 6.0},
     "-answers-0.3": {"retain": 0.3, "retain_answers": 64},
     "-answers": {"retain": 1.0, "retain_answers": 64},
@@ -83,7 +86,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     for longer, passes in _PASSES.items()
     for anchor, weight in _ANCHORS.items()
     for name, options in _PLAIN.items()
-    if not (weight["retain"] and name in _NO_ANCHOR)
+    if not (weight.get("retain") != 0 and name in _NO_ANCHOR)
 }
 _NAMES = (
     f"{', '.join(_PLAIN)}, each with {' or '.join(e for e in _PASSES if e)} and then with "
