@@ -19,6 +19,8 @@ from benchmarks.baselines.common import Job, write_tokens
 from benchmarks.questions import first_lines, require_model, tiny_model, tiny_questions
 from benchmarks.report import Bench
 from lopt_lite import files
+from lopt_lite.journal import last_fact, read_facts
+from lopt_lite.training.run_directory import RunPaths
 
 TRL, PEFT = "(a) TRL SFTTrainer, QLoRA", "(b) plain PEFT loop"
 BASELINES = {TRL: trl_sft.train, PEFT: peft_loop.train}
@@ -163,7 +165,7 @@ class Study:
             "name": ", ".join([f"lopt-lite K={blocks}", *changed]),
             "blocks": blocks,
             "lr": decided["lr"],
-            "retain": decided["retain"],
+            "retain": _anchor_weight(output, decided["retain"]),
             "training_s": total_s - ready_s,
             "total_s": total_s,
             "peak_bytes": found["peak_bytes"],
@@ -202,6 +204,14 @@ class Study:
         )
         losses: list[dict[str, float]] = found["losses"]
         return losses
+
+
+def _anchor_weight(run: Path, asked: float | None) -> float:
+    """The weight that was asked for, or the one that the run found out."""
+    if asked is not None:
+        return asked
+    fact = last_fact(read_facts(RunPaths(run).journal)[0], "anchor-weight")
+    return 0.0 if fact is None else float(fact["weight"])
 
 
 def _setting(text: str) -> tuple[str, Any]:

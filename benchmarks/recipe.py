@@ -7,7 +7,7 @@ which it is not shown, and on unrelated instructions.
 Losses are nats per answer token of held-out examples, as 'lopt-lite evaluate' measures them. Several seeds give mean ±
 standard deviation. Seconds are those of training, without loading and preparing weights. "frozen" leaves the first half
 of the layers as it is, "larger" the first quarter, as lopt-lite does by default. A name that ends in "longer" has half
-as many passes again over the data (rounded down), one that ends in "anchor" has the anchor that lopt-lite has by default,
+as many passes again over the data (rounded down), one that ends in "anchor" has lopt-lite's default anchor,
 one that ends in "retain" has it with --retain 1 or the weight that follows, one that ends in "answers" has it on the
 untouched model's own answers.
 """

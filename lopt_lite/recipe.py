@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-#: The anchor's weight: tokens of an average answer that make it 1, and its bounds.
-_ANSWER_TOKENS, _LEAST_WEIGHT, _MOST_WEIGHT = 40, 0.1, 3.0
+import math
+
+#: (loss of the answers, the anchor's weight): the least and the most, and between them by the weight's logarithm.
+_LIGHT, _HEAVY = (2.0, 0.3), (7.0, 3.0)
 
 
 def lora_rate(hidden_size: int) -> float:
@@ -15,14 +17,16 @@ def lora_rate(hidden_size: int) -> float:
     return float(f"{5e-4 * (2000 / max(hidden_size, 512)) ** 0.78:.2g}")
 
 
-def anchor_weight(answer_tokens: float) -> float:
-    """The anchor's weight for answers of so many tokens on average, two digits of it: 40 / tokens, from 0.1 to 3.
-
-    The shorter the answers, the less they say of how the model is to go on, and the more of it is forgotten.
-    """
-    return float(f"{min(_MOST_WEIGHT, max(_LEAST_WEIGHT, _ANSWER_TOKENS / max(answer_tokens, 1))):.2g}")
-
-
 def larger_last_block(layers: int) -> int:
     """Layers of the last of two blocks when the first learns nothing: three quarters of them."""
     return max(1, 3 * layers // 4)
+
+
+def anchor_weight(loss: float) -> float:
+    """The anchor's weight, two digits of it, where answers cost the untouched model so many nats a token.
+
+    The less likely answers are to the untouched model, the further it is moved to give them, and the more it forgets.
+    """
+    share = (loss - _LIGHT[0]) / (_HEAVY[0] - _LIGHT[0])
+    share = min(1.0, max(0.0, share)) if math.isfinite(share) else 1.0
+    return float(f"{_LIGHT[1] * (_HEAVY[1] / _LIGHT[1]) ** share:.2g}")

@@ -153,8 +153,8 @@ class TrainSettings:
         None,
         "Weight of an anchor that holds the model to what it knew: the divergence of its predictions at a sample of "
         "prompt tokens from those of the untouched model is added to the loss of the last block. 0: no anchor. "
-        "Default: 40 divided by the tokens of an average answer, from 0.1 to 3 (why: docs/recipe.md); 0 with --blocks "
-        "1, --schedule joint or --preset paper, and for data without prompts.",
+        "Default: from 0.3 to 3, the more the less likely the answers are to the untouched model (why: "
+        "docs/recipe.md); 0 with --blocks 1, --schedule joint or --preset paper, and for data without prompts.",
     )
     retain_tokens: int = option(32, "Most anchored tokens of one example.")
     retain_answers: int = option(
@@ -285,38 +285,30 @@ class TrainSettings:
             return recipe.larger_last_block(layers)
         return self.last_layers
 
-    def settle(self, *, has_prompts: bool, answer_tokens: float, hidden_size: int, layers: int) -> TrainSettings:
+    def settle(self, *, has_prompts: bool, hidden_size: int, layers: int) -> TrainSettings:
         """These settings with the defaults that depend on data and model, where nothing was asked for.
 
         Parameters
         ----------
         has_prompts:
             There is something to anchor on: tokens that are not to be learnt.
-        answer_tokens:
-            Tokens of an example that are to be learnt, on average.
         hidden_size, layers:
             Width of the model's hidden states, and how many layers it has.
         """
-        retain, lr = recipe.anchor_weight(answer_tokens) if has_prompts else 0.0, recipe.lora_rate(hidden_size)
         return dataclasses.replace(
             self,
-            retain=retain if self.retain is None else self.retain,
-            lr=lr if self.lr is None else self.lr,
+            retain=0.0 if self.retain is None and not has_prompts else self.retain,
+            lr=recipe.lora_rate(hidden_size) if self.lr is None else self.lr,
             last_layers=self.last_block_layers(layers),
         )
 
     @property
-    def anchor_weight(self) -> float:
-        """``retain`` once it is settled.
+    def anchored(self) -> bool:
+        """Whether the last block is held to the untouched model, once that is settled (see :meth:`settle`).
 
-        Raises
-        ------
-        ValueError
-            It is not (see :meth:`settle`).
+        The weight is still to be found out where ``retain`` is None.
         """
-        if self.retain is None:
-            raise ValueError("whether there is an anchor depends on the data")
-        return self.retain
+        return self.retain is None or self.retain > 0
 
     @property
     def trains_around(self) -> bool:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from lopt_lite import recipe
 
 
 @pytest.mark.parametrize(
-    ("answer_tokens", "weight"),
-    [(0, 3.0), (0.5, 3.0), (5, 3.0), (13, 3.0), (20, 2.0), (40, 1.0), (132, 0.3), (150, 0.27), (400, 0.1), (1e6, 0.1)],
+    ("loss", "weight"),
+    [(0.0, 0.3), (1.75, 0.3), (2.0, 0.3), (4.5, 0.95), (7.0, 3.0), (20.0, 3.0), (math.inf, 3.0), (math.nan, 3.0)],
 )
-def test_long_answers_are_anchored_less(answer_tokens, weight):
-    assert recipe.anchor_weight(answer_tokens) == weight
+def test_the_less_likely_answers_are_the_heavier_is_the_anchor(loss, weight):
+    assert recipe.anchor_weight(loss) == weight
 
 
 @pytest.mark.parametrize(("layers", "last"), [(1, 1), (2, 1), (3, 2), (4, 3), (18, 13), (30, 22), (32, 24)])

@@ -68,11 +68,6 @@ class TokenizedDataset:
         torch.cumsum(self.is_target, 0, dtype=torch.int64, out=before[1:])
         return before[self.offsets].diff()
 
-    @property
-    def mean_answer_tokens(self) -> float:
-        """Tokens to be predicted in an average example."""
-        return int(self.is_target.sum()) / len(self)
-
     def example(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of one example's tokens (int32) and targets (bool), both [length]."""
         begin, end = int(self.offsets[index]), int(self.offsets[index + 1])

@@ -49,11 +49,6 @@ class DataEstimate:
         """Whether examples have tokens, beside the first, that are not to be learnt."""
         return self.tokens - self.answer_tokens > self.examples
 
-    @property
-    def mean_answer_tokens(self) -> float:
-        """Tokens of an average example that are to be predicted."""
-        return self.answer_tokens / self.examples
-
     def and_also(self, more: DataEstimate) -> DataEstimate:
         """Both together; how they were found out is that of the first."""
         return DataEstimate(

@@ -19,10 +19,7 @@ def changed_settings(content: dict[str, Any]) -> list[tuple[str, ...]]:
     # Runs that do not say how wide their model is come from a release with the same rate for all: it is named here.
     model = content["model"]
     defaults = default_settings(
-        settings,
-        answer_tokens=content["data"].get("answer_tokens"),
-        hidden_size=int(model.get("hidden_size", 0)),
-        layers=int(model.get("layers", 0)),
+        settings, hidden_size=int(model.get("hidden_size", 0)), layers=int(model.get("layers", 0))
     )
     return [
         (_flag(name), str(value), str(defaults[name]))
@@ -31,29 +28,23 @@ def changed_settings(content: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def default_settings(
-    settings: dict[str, Any], *, answer_tokens: float | None, hidden_size: int, layers: int
-) -> dict[str, Any]:
+def default_settings(settings: dict[str, Any], *, hidden_size: int, layers: int) -> dict[str, Any]:
     """What the run's settings would be by default, those that follow from others given the ones that the run has."""
-    follows_from = {"answer_tokens": answer_tokens or 0.0, "hidden_size": hidden_size, "layers": layers}
-    own = _by_default(follows_from)
+    own = _by_default(hidden_size, layers)
     decisive = {name: settings.get(name, own[name]) for name in ("tune", "schedule", "blocks")}
-    defaults = _by_default(follows_from, **decisive)
+    defaults = _by_default(hidden_size, layers, **decisive)
     defaults.update({name: own[name] for name in decisive})
     # Runs that do not say how deep their model is have blocks of the same size.
     if settings.get("objective") != "none" or not layers:
         defaults["last_layers"] = None
-    # Runs that do not say how long their answers are come from a release with the same weight for all.
-    if answer_tokens is None and defaults["retain"]:
-        defaults["retain"] = None
     if isinstance(settings.get("lr"), float):
         defaults["lr_early"] = settings["lr"] / 10
     return defaults
 
 
-def _by_default(follows_from: dict[str, Any], **decisive: Any) -> dict[str, Any]:
+def _by_default(hidden_size: int, layers: int, **decisive: Any) -> dict[str, Any]:
     settings = TrainSettings(model="", data="", **decisive)
-    return settings.settle(has_prompts=True, **follows_from).result_settings()
+    return settings.settle(has_prompts=True, hidden_size=hidden_size, layers=layers).result_settings()
 
 
 @dataclass(frozen=True)

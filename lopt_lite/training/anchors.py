@@ -128,6 +128,11 @@ def anchor_layout(bench: Workbench, sample: AnchorSample) -> CacheLayout:
 class AnchorReader:
     """Makes the anchors of a batch from the cache.
 
+    Attributes
+    ----------
+    weight:
+        What they count for beside the task's loss; None until it is found out (:mod:`.anchor_weight`).
+
     Raises
     ------
     ModelError
@@ -136,7 +141,7 @@ class AnchorReader:
 
     def __init__(self, bench: Workbench, sample: AnchorSample) -> None:
         self.sample = sample
-        self._device, self._weight = bench.device, bench.settings.anchor_weight
+        self._device, self.weight = bench.device, bench.settings.retain
         self._cache = ActivationCache(
             bench.paths.anchors, anchor_layout(bench, sample), keep_bytes=bench.residence.cache_keep_bytes
         )
@@ -149,11 +154,12 @@ class AnchorReader:
         tokens:
             Anchored tokens of the whole optimiser step.
         """
+        assert self.weight is not None
         return Anchors(
             mask=self.sample.mask(batch).to(self._device),
             base=self._cache.rows(batch.examples.tolist()).to(self._device),
             tokens=max(1, tokens),
-            weight=self._weight,
+            weight=self.weight,
         )
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from lopt_lite.residency.pool import LayerPool, MicroBatch
 from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_training
+from lopt_lite.training.anchor_weight import anchor_weight, weighed_examples
 from lopt_lite.training.anchors import AnchorReader
 from lopt_lite.training.around import EMBEDDING
 from lopt_lite.training.block_inputs import BlockInputs
@@ -241,6 +243,11 @@ class BlockTrainer:
             )
         )
         self._last_checkpoint_s = time.monotonic()
+        if phase.name == "train" and self._anchors is not None and self._anchors.weight is None:
+            weighed = weighed_examples(bench)
+            self._anchors.weight = anchor_weight(bench, lambda task: self._loss_of(weighed, task))
+            for layer in self._pool.layers:
+                set_training(layer, True)
         if cursor.step > 0 and cursor.step % self._steps_per_epoch == 0:
             # The checkpoint was made between an epoch's last step and its validation.
             self._end_epoch(phase, cursor.step // self._steps_per_epoch)
@@ -444,14 +451,22 @@ class BlockTrainer:
 
     def _validate(self, phase: _Phase, epoch: int) -> None:
         bench = self._bench
-        held_out = bench.held_out_range
-        lengths = self._lengths[held_out.start : held_out.stop]
+        loss, answer_tokens = self._loss_of(bench.held_out_range, "held-out loss")
+        for layer in self._pool.layers:
+            set_training(layer, phase.name == "train")
+        bench.journal.add("validation", epoch=epoch, loss=loss, answer_tokens=answer_tokens)
+        bench.on_event(Validation(epoch=epoch, epochs=phase.epochs, loss=loss, answer_tokens=answer_tokens))
+
+    def _loss_of(self, examples: Sequence[int], task: str) -> tuple[float, int]:
+        """Mean loss of the answers of ``examples``, in nats, and their tokens; layers no longer train afterwards."""
+        bench = self._bench
+        lengths = self._lengths[torch.tensor(examples)]
         batches = length_sorted_batches(lengths, max_tokens=bench.residence.forward_tokens, max_rows=FORWARD_ROWS)
         for layer in self._pool.layers:
             set_training(layer, False)
         total, answer_tokens, done = 0.0, 0, 0
         for group in groups(batches, lengths, bench.residence.group_tokens):
-            parts = [collate(bench.dataset, [held_out[i] for i in batches[b]], bench.pad_token_id) for b in group]
+            parts = [collate(bench.dataset, [examples[i] for i in batches[b]], bench.pad_token_id) for b in group]
 
             def take(number: int, output: torch.Tensor, parts: list[Batch] = parts) -> None:
                 nonlocal total, answer_tokens, done
@@ -461,11 +476,7 @@ class BlockTrainer:
                 total += self._losses.answers.loss_sum(output, targets)
                 answer_tokens += parts[number].answer_tokens
                 done += 1
-                bench.on_event(Progress(task="held-out loss", done=done, total=len(batches), unit="batches"))
+                bench.on_event(Progress(task=task, done=done, total=len(batches), unit="batches"))
 
             self._pool.forward_all([self._inputs.micro_batch(part) for part in parts], take)
-        for layer in self._pool.layers:
-            set_training(layer, phase.name == "train")
-        loss = total / answer_tokens
-        bench.journal.add("validation", epoch=epoch, loss=loss, answer_tokens=answer_tokens)
-        bench.on_event(Validation(epoch=epoch, epochs=phase.epochs, loss=loss, answer_tokens=answer_tokens))
+        return total / answer_tokens, answer_tokens

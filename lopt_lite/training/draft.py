@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from lopt_lite import recipe
 from lopt_lite.data.batches import epoch_batches, micro_batches
 from lopt_lite.data.estimate import DataEstimate
 from lopt_lite.errors import DoesNotFitError
@@ -115,8 +114,10 @@ class Draft:
         return sum(part.tokens for part in self._everything)
 
     def with_settings(self, **changes: Any) -> Draft:
-        """The same with other values of some options."""
-        return replace(self, settings=dataclasses.replace(self.settings, **changes))
+        """The same with other values of some options, and with an anchor if it has one, which others may turn off."""
+        # What it costs does not depend on its weight.
+        retain = 1.0 if self.settings.retain is None else self.settings.retain
+        return replace(self, settings=dataclasses.replace(self.settings, **{"retain": retain, **changes}))
 
     def with_budget(self, budget_bytes: int) -> Draft:
         """The same with another budget."""
@@ -213,7 +214,7 @@ class Draft:
     def _most_anchors(self) -> int:
         """Anchored tokens of one example, at most."""
         settings = self.settings
-        if not settings.anchor_weight:
+        if not settings.anchored:
             return 0
         if not settings.retain_answers:
             return settings.retain_tokens
@@ -285,10 +286,9 @@ class Draft:
             return ()
         if whole.resident_layers < whole.layers or whole.recompute or whole.mode != residence.mode:
             return ()
-        weight = recipe.anchor_weight(self.training.mean_answer_tokens)
         return (
             "All layers fit this budget at once: --blocks 1 trains them together, which learns some tasks better in "
-            f"the same time (with --retain {weight:g} it keeps what the model knew); see docs/recipe.md.",
+            "the same time (with --retain 3 it keeps what the model knew); see docs/recipe.md.",
         )
 
 

@@ -24,6 +24,7 @@ from lopt_lite.events import Notice, OnEvent, Planned, ignore
 from lopt_lite.outcomes import PlanAlternative, PlanBlock, PlanDisk, PlanMemory, PlanOutcome
 from lopt_lite.residency.choices import Memory, Residence
 from lopt_lite.residency.machine import machine_speeds
+from lopt_lite.residency.shapes import ModelShapes
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.data_facts import known_estimate
 from lopt_lite.training.disk_plan import require_disk
@@ -67,7 +68,6 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
         raise nothing_to_anchor()
     settings = settings.settle(
         has_prompts=training.has_prompts or other is not None,
-        answer_tokens=training.mean_answer_tokens,
         hidden_size=facts.shapes.hidden,
         layers=len(facts.shapes.layers),
     )
@@ -238,7 +238,7 @@ def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: 
     block = max(draft.ranges, key=lambda r: draft.facts.shapes.stored_bytes(*r))
     boundaries = draft.job.boundary_bytes(draft.facts.shapes, block) if residence.recompute else 0
     return PlanOutcome(
-        command=_command(draft),
+        command=_command(draft.settings, draft.facts.shapes),
         run=str(draft.paths.run),
         model=model.name,
         architecture=draft.facts.architecture,
@@ -294,22 +294,16 @@ def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: 
     )
 
 
-def _command(draft: Draft) -> str:
+def _command(settings: TrainSettings, shapes: ModelShapes) -> str:
     """The command line that runs the plan."""
-    settings, layers = draft.settings, len(draft.facts.shapes.layers)
     words = ["lopt-lite", "train", settings.model, settings.data]
     # Other options' defaults depend on these, and all of theirs on the preset.
     preset = TrainSettings(model=settings.model, data=settings.data, preset=settings.preset)
     defaults = {"preset": None} | {name: getattr(preset, name) for name in _DECISIVE}
     decided = {name: getattr(settings, name) for name in ("preset", *_DECISIVE)}
     plain = TrainSettings(model=settings.model, data=settings.data, **decided)
-    plain = plain.settle(
-        has_prompts=True,
-        answer_tokens=draft.training.mean_answer_tokens,
-        hidden_size=draft.facts.shapes.hidden,
-        layers=layers,
-    )
-    defaults["last_layers"] = dataclasses.replace(settings, last_layers=None).last_block_layers(layers)
+    plain = plain.settle(has_prompts=True, hidden_size=shapes.hidden, layers=len(shapes.layers))
+    defaults["last_layers"] = dataclasses.replace(settings, last_layers=None).last_block_layers(len(shapes.layers))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         default = defaults[field.name] if field.name in defaults else getattr(plain, field.name)

@@ -78,7 +78,6 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
         given = _read_inputs(settings, stop, on_event)
         settings = settings.settle(
             has_prompts=given.sample is not None,
-            answer_tokens=given.train.mean_answer_tokens,
             hidden_size=given.skeleton.hidden_size,
             layers=given.skeleton.layer_count,
         )
@@ -141,7 +140,6 @@ class _Given:
             hidden_size=self.skeleton.hidden_size,
             layers=self.skeleton.layer_count,
             data_fingerprint=self.train.fingerprint(),
-            answer_tokens=self.train.mean_answer_tokens,
             validation_fingerprint=None if self.held_out is None else self.held_out.fingerprint(),
             retain_fingerprint=None if self.other is None else self.other.fingerprint(),
             store=str(store.absolute()),

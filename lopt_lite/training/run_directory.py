@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lopt_lite import files, recipe
+from lopt_lite import files
 from lopt_lite.errors import RunDirectoryError
 from lopt_lite.journal import last_fact, read_facts
 from lopt_lite.settings import TrainSettings
@@ -134,7 +134,6 @@ class RunIdentity:
     hidden_size: int
     layers: int
     data_fingerprint: str
-    answer_tokens: float
     validation_fingerprint: str | None
     store: str
     device: str
@@ -151,11 +150,7 @@ class RunIdentity:
                 "hidden_size": self.hidden_size,
                 "layers": self.layers,
             },
-            "data": {
-                "given": self.settings.data,
-                "fingerprint": self.data_fingerprint,
-                "answer_tokens": self.answer_tokens,
-            },
+            "data": {"given": self.settings.data, "fingerprint": self.data_fingerprint},
             "validation": {"given": self.settings.validation, "fingerprint": self.validation_fingerprint},
             "retain": {"given": self.settings.retain_data, "fingerprint": self.retain_fingerprint},
             "config": list(self.settings.config),
@@ -277,12 +272,6 @@ def _last_layers(settings: dict[str, Any], layers: int) -> int:
     return layers // int(settings["blocks"]) if stated is None else int(stated)
 
 
-def _follows_from_data(weight: Any, content: dict[str, Any]) -> bool:
-    """Whether the anchor's weight is the one that the run's data has by default."""
-    answer_tokens = content["data"].get("answer_tokens")
-    return answer_tokens is not None and weight == recipe.anchor_weight(answer_tokens)
-
-
 def _differences(found: dict[str, Any], wanted: dict[str, Any], *, done: bool) -> list[str]:
     """What tells a run from the one that is wanted, for the user; the budget of one that is done does not."""
     differences = []
@@ -294,12 +283,11 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], *, done: bool) -
         if name == "last_layers":
             layers = wanted["model"]["layers"]
             old, value = (_last_layers(content["settings"], layers) for content in (found, wanted))
-        if name == "retain" and _follows_from_data(old, found) and _follows_from_data(value, wanted):
-            continue  # if they are not the same, the data is not either
         if isinstance(value, (tuple, list)):
             value = list(value)
         if old != value and not (done and name == "memory"):
-            differences.append(f"--{name.replace('_', '-')} {old}, not {value}")
+            now = "which is not given" if value is None else f"not {value}"
+            differences.append(f"--{name.replace('_', '-')} {old}, {now}")
             reshaped = reshaped or name in _SHAPE_DATA
     reshaped = reshaped or found.get("validation", {}).get("given") != wanted["validation"]["given"]
     for part, name in _READ:

@@ -83,11 +83,11 @@ class Run:
         root.mkdir(parents=True, exist_ok=True)
         options = {"epochs": 2, "objective": "reconstruct", **options}
         settings = TrainSettings(model=model, data=data, validation=validation, **options)
-        self.settings = settings.settle(has_prompts=True, answer_tokens=80, hidden_size=64, layers=5)
+        self.settings = settings.settle(has_prompts=True, hidden_size=64, layers=5)
         content = {
             "settings": self.settings.result_settings(),
             "model": {"given": model, "origin": model, "fingerprint": "m1", "hidden_size": 64, "layers": 5},
-            "data": {"given": data, "fingerprint": "d1", "answer_tokens": 80.0},
+            "data": {"given": data, "fingerprint": "d1"},
             "validation": {"given": validation, "fingerprint": "v1" if validation else None},
             "retain": {"given": self.settings.retain_data, "fingerprint": None},
             "config": [],
@@ -255,7 +255,7 @@ def test_the_command_that_goes_on_gives_the_run_its_own_settings(tmp_path, monke
     assert arguments[0] == "lopt-lite"
     main(arguments[1:])
     (settings,) = calls
-    settled = settings.settle(has_prompts=True, answer_tokens=80, hidden_size=64, layers=5)
+    settled = settings.settle(has_prompts=True, hidden_size=64, layers=5)
     assert settled.result_settings() == run.settings.result_settings()
     names = ("model", "data", "validation", "retain_data")
     assert [getattr(settings, n) for n in names] == [getattr(run.settings, n) for n in names]
@@ -389,20 +389,6 @@ def test_a_run_that_does_not_say_how_deep_its_model_is_has_equal_blocks(tmp_path
     content["settings"]["last_layers"] = None
     path.write_text(json.dumps(content))
     assert "--last-layers" not in run.report()[1].text
-
-
-def test_the_command_that_goes_on_names_the_weight_where_the_run_does_not_say_how_long_its_answers_are(tmp_path):
-    """As runs of earlier versions, which anchored all data alike."""
-    run = Run(tmp_path / "run", objective="none", retain=3.0).started()
-    assert "--retain 3.0" in run.report()[1].text
-    path = run.root / "settings.json"
-    content = json.loads(path.read_text())
-    content["settings"]["retain"] = 0.5
-    path.write_text(json.dumps(content))
-    assert "--retain" not in run.report()[1].text
-    del content["data"]["answer_tokens"]
-    path.write_text(json.dumps(content))
-    assert "--retain 0.5" in run.report()[1].text
 
 
 def test_full_tuning_leads_to_the_model(tmp_path):

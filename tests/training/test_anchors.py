@@ -20,6 +20,7 @@ from lopt_lite.data.dataset import Batch, TokenizedDataset, collate
 from lopt_lite.data.load import load_dataset
 from lopt_lite.errors import DataError, SettingsError, StoppedError
 from lopt_lite.events import Event, Progress, Step, ignore
+from lopt_lite.journal import last_fact, read_facts
 from lopt_lite.residency.anchors import Anchors
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training import memory_choice, stopping
@@ -319,7 +320,7 @@ def test_an_anchor_needs_something_to_hold_on_to(tmp_path, inputs):
 def test_there_is_an_anchor_by_default_where_there_is_something_to_hold_on_to(
     tmp_path, inputs, prompts, changes, weight
 ):
-    """In the recipe that is our own, that is; ``plan`` says the same of memory. ``weight``: None for the recipe's."""
+    """In the recipe that is our own, that is; ``plan`` says the same of memory. ``weight``: None for one found out."""
     model, data = inputs
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"some text {i}"}) + "\n" for i in range(4)))
@@ -328,17 +329,10 @@ def test_there_is_an_anchor_by_default_where_there_is_something_to_hold_on_to(
     )
     run, steps = _train(tmp_path, (model, data if prompts else text), epochs=1, **changes)
 
-    if weight is None:
-        used, _ = load_dataset(
-            str(data if prompts else text),
-            AutoTokenizer.from_pretrained(model),
-            max_length=1024,
-            skip_bad_lines=False,
-            on_event=ignore,
-        )
-        weight = recipe.anchor_weight(int(used.target_counts.sum()) / len(used))
-        assert 1 < weight <= 3
     assert json.loads((run / "settings.json").read_text())["settings"]["retain"] == weight
+    found_out = last_fact(read_facts(run / "journal.jsonl")[0], "anchor-weight")
+    assert (found_out is not None) == (weight is None)
+    weight = found_out["weight"] if weight is None else weight
     assert all((step.retain_kl is not None) == (weight > 0) for step in steps)
     given = {"model": str(model), "data": str(data if prompts else text), "output": str(tmp_path / "new"), **changes}
     by_default = lopt_lite.plan(TrainSettings(**given))
@@ -347,14 +341,56 @@ def test_there_is_an_anchor_by_default_where_there_is_something_to_hold_on_to(
     assert (by_default.anchor_s > 0) == (weight > 0)
 
 
-def test_a_weight_that_is_not_settled_is_not_taken_for_none():
-    settings = TrainSettings(model="m", data="d")
-    assert settings.retain is None
-    with pytest.raises(ValueError, match="depends on the data"):
-        settings.anchor_weight  # noqa: B018
-    asked = TrainSettings(model="m", data="d", retain=0.5)
-    for unsettled, weight in ((settings, 0), (asked, 0.5)):
-        assert unsettled.settle(has_prompts=False, answer_tokens=5, hidden_size=64, layers=4).anchor_weight == weight
+def test_where_nobody_gives_a_weight_there_is_an_anchor_if_there_are_prompts():
+    settings, asked = TrainSettings(model="m", data="d"), TrainSettings(model="m", data="d", retain=0.5)
+    for unsettled, has_prompts, retain in (
+        (settings, True, None),
+        (settings, False, 0.0),
+        (asked, True, 0.5),
+        (asked, False, 0.5),
+    ):
+        settled = unsettled.settle(has_prompts=has_prompts, hidden_size=64, layers=4)
+        assert settled.retain == retain
+        assert settled.anchored == (retain != 0)
+
+
+def test_the_weight_follows_from_the_answers_loss_before_training_and_stays(tmp_path, inputs, monkeypatch):
+    """The loss is that of transformers' own model, of all examples as there are no more than 32."""
+    model, data = inputs
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    dataset, _ = load_dataset(str(data), tokenizer, max_length=1024, skip_bad_lines=False, on_event=ignore)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    losses = []
+    for index in range(len(dataset)):
+        ids, is_target = dataset.example(index)
+        with torch.no_grad():
+            logits = plain(input_ids=ids.long()[None], use_cache=False).logits[0, :-1]
+        losses.append(functional.cross_entropy(logits[is_target[1:]], ids.long()[1:][is_target[1:]], reduction="sum"))
+    expected = float(sum(losses)) / int(dataset.target_counts.sum())
+
+    whole, _ = _train(tmp_path, inputs, "whole")
+    fact = last_fact(read_facts(whole / "journal.jsonl")[0], "anchor-weight")
+    assert fact["loss"] == pytest.approx(expected, rel=1e-5)
+    assert fact["weight"] == recipe.anchor_weight(fact["loss"])
+    assert fact["answer_tokens"] == int(dataset.target_counts.sum())
+    assert json.loads((whole / "settings.json").read_text())["settings"]["retain"] is None
+    # Given as an option, the same weight gives the same result.
+    given, _ = _train(tmp_path, inputs, "given", retain=fact["weight"])
+    assert _weights(given) == _weights(whole)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Step) and event.block == 1 and event.step == 1:
+            raise stopping.stopped("the test")
+
+    cut = tmp_path / "cut"
+    values = json.loads((whole / "settings.json").read_text())["settings"]
+    values = {name: values[name] for name in ("dtype", "quantize", "epochs", "batch_size", "lr", "retain_tokens")}
+    settings = TrainSettings(model=str(model), data=str(data), output=str(cut), **values)
+    with pytest.raises(StoppedError):
+        lopt_lite.train(settings, stop)
+    monkeypatch.setattr(recipe, "anchor_weight", lambda loss: pytest.fail("it is a fact"))
+    lopt_lite.train(settings)
+    assert _weights(cut) == _weights(whole)
 
 
 def test_what_makes_no_sense_is_refused():

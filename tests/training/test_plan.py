@@ -363,7 +363,7 @@ def test_mistakes_are_told_as_training_tells_them(bare, data, tmp_path):
 
 def test_the_first_lines_of_a_run_say_the_same(model, data):
     settings = TrainSettings(model=str(model), data=str(data), device="cpu").settle(
-        has_prompts=True, answer_tokens=5, hidden_size=32, layers=4
+        has_prompts=True, hidden_size=32, layers=4
     )
     outcome = lopt_lite.plan(PlanSettings(model=str(model), data=str(data), device="cpu"))
     facts = facts_of(Skeleton(locate_model(str(model)), dtype=torch.bfloat16), settings)

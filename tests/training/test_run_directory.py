@@ -17,18 +17,14 @@ from lopt_lite.training.run_directory import RunIdentity, RunPaths, claim, read_
 def _identity(**changes: object) -> RunIdentity:
     names = ("model_fingerprint", "data_fingerprint", "validation_fingerprint", "device")
     own = {name: changes.pop(name) for name in names if name in changes}
-    answer_tokens = float(changes.pop("answer_tokens", 80.0))
     values = {"model": "model.safetensors", "data": "data.jsonl", **changes}
     identity = RunIdentity(
-        settings=TrainSettings(**values).settle(
-            has_prompts=True, answer_tokens=answer_tokens, hidden_size=2048, layers=4
-        ),
+        settings=TrainSettings(**values).settle(has_prompts=True, hidden_size=2048, layers=4),
         model_origin="models/tiny",
         model_fingerprint="m1",
         hidden_size=2048,
         layers=4,
         data_fingerprint="d1",
-        answer_tokens=answer_tokens,
         validation_fingerprint=None,
         store="store",
         device="cpu",
@@ -62,7 +58,7 @@ def test_settings_say_what_was_given_and_with_which_versions(claimed):
         "hidden_size": 2048,
         "layers": 4,
     }
-    assert content["data"] == {"given": "data.jsonl", "fingerprint": "d1", "answer_tokens": 80.0}
+    assert content["data"] == {"given": "data.jsonl", "fingerprint": "d1"}
     assert content["settings"]["blocks"] == 2
     assert content["versions"]["torch"][0].isdigit()
 
@@ -103,24 +99,12 @@ def test_a_run_whose_blocks_are_all_alike_goes_on_with_blocks_of_that_size(paths
     assert claim(paths, _identity(last_layers=2)) == []
 
 
-def test_a_run_of_another_weight_goes_on_with_that_weight(paths):
-    """As runs of earlier versions are, which anchored all data alike and said nothing of its answers."""
+def test_a_run_of_some_weight_goes_on_with_that_weight(paths):
+    """As runs of earlier versions are, whose default was a number."""
     assert claim(paths, _identity(retain=3.0)) == []
-    content = read_settings(paths)
-    del content["data"]["answer_tokens"]
-    files.write_json(paths.settings, content)
-    with pytest.raises(RunDirectoryError, match=r"was started with --retain 3\.0, not 0\.5"):
+    with pytest.raises(RunDirectoryError, match=r"was started with --retain 3\.0, which is not given"):
         claim(paths, _identity())
     assert claim(paths, _identity(retain=3.0)) == []
-
-
-@pytest.mark.parametrize(("asked", "said"), [({}, False), ({"retain": 0.25}, False), ({"retain": 2.0}, True)])
-def test_a_weight_that_follows_from_other_data_is_no_difference_of_its_own(claimed, asked, said):
-    with pytest.raises(RunDirectoryError) as caught:
-        claim(claimed, _identity(data_fingerprint="d2", answer_tokens=160.0, **asked))
-    assert "DATA data.jsonl, with other content" in caught.value.found
-    assert ("--retain 0.5, not 2.0" in caught.value.found) == said
-    assert ("--retain" in caught.value.found) == said
 
 
 def test_all_differences_are_named(claimed):
