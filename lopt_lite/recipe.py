@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 #: (loss of the answers, the anchor's weight): the least and the most, and between them by the weight's logarithm.
-_LIGHT, _HEAVY = (2.0, 0.3), (7.0, 3.0)
+_LIGHT, _HEAVY = (2.0, 0.3), (5.0, 3.0)
 
 
 def lora_rate(hidden_size: int) -> float:
