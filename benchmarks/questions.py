@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def bare_numbers(source: Path, target: Path) -> Path:
         if number is None:
             raise ValueError(f"this answer in {source} has no number after '####': {item['answer']!r}")
         lines.append(json.dumps({"question": item["question"], "answer": str(number)}))
+    files.write_bytes(target, ("\n".join(lines) + "\n").encode())
+    return target
+
+
+def rewritten(source: Path, write: Callable[[str], str], target: Path) -> Path:
+    """Write the questions of ``source`` with what ``write`` makes of their answers; returns ``target``."""
+    items = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    lines = [json.dumps({"question": item["question"], "answer": write(item["answer"])}) for item in items]
     files.write_bytes(target, ("\n".join(lines) + "\n").encode())
     return target
 

@@ -1,8 +1,8 @@
-"""What to train, how fast, and held by what: recipes on two tasks.
+"""What to train, how fast, and held by what: recipes on several tasks.
 
 Worked solutions: questions of GSM8K with their worked solutions as answers. Bare numbers: the same questions with
 nothing but the final number, a narrow task that makes a model forget; what it knew is the loss on worked solutions,
-which it is not shown, and on unrelated instructions.
+which it is not shown, and on unrelated instructions. Capitals, backwards: the worked solutions written in such a way.
 
 Losses are nats per answer token of held-out examples, as 'lopt-lite evaluate' measures them. Several seeds give mean ±
 standard deviation. Seconds are those of training, without loading and preparing weights. "frozen" leaves the first half
@@ -32,6 +32,7 @@ from benchmarks.questions import (
     bare_numbers,
     first_lines,
     require_model,
+    rewritten,
     tiny_model,
     tiny_questions,
 )
@@ -116,14 +117,12 @@ class Probe:
 
 
 _UNRELATED = {"instructions": "instructions"}
+_KNOWN = {"worked solutions": "held-out-worked", **_UNRELATED}
 PROBES = {
     "worked": Probe("Worked solutions", 2, "worked", {"task": "held-out-worked", **_UNRELATED}),
-    "numbers": Probe(
-        "Bare numbers",
-        3,
-        "numbers",
-        {"task": "held-out-numbers", "worked solutions": "held-out-worked", **_UNRELATED},
-    ),
+    "numbers": Probe("Bare numbers", 3, "numbers", {"task": "held-out-numbers", **_KNOWN}),
+    "capitals": Probe("Solutions in capitals", 2, "capitals", {"task": "held-out-capitals", **_KNOWN}),
+    "backwards": Probe("Solutions backwards", 2, "backwards", {"task": "held-out-backwards", **_KNOWN}),
 }
 
 
@@ -136,7 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in RECIPES:
             raise SystemExit(f"there is no recipe {name!r}; there are {_NAMES}")
     grid = _Grid(bench, options)
-    for name in PROBES if options.probe == "both" else [options.probe]:
+    for name in options.probe.split(","):
+        if name not in PROBES:
+            raise SystemExit(f"there is no probe {name!r}; there are {', '.join(PROBES)}")
         grid.table(PROBES[name], recipes)
     return bench.finish()
 
@@ -154,7 +155,9 @@ def _options() -> argparse.ArgumentParser:
     made.add_argument("--epochs", type=int, help="passes over the data (2 for worked solutions, 3 for bare numbers)")
     made.add_argument("--batch-size", type=int, default=8)
     made.add_argument("--memory", default="auto", help="budget (auto)")
-    made.add_argument("--probe", default="both", choices=("both", *PROBES))
+    made.add_argument(
+        "--probe", default="worked,numbers", help=f"separated by commas: {', '.join(PROBES)} (worked,numbers)"
+    )
     return made
 
 
@@ -177,13 +180,12 @@ class _Grid:
         options, directory = self._options, self._bench.directory
         train = first_lines(options.data, options.examples, directory / "train.jsonl")
         held_out = first_lines(options.held_out, options.held_out_examples, directory / "held-out.jsonl")
-        data = {
-            "worked": train,
-            "numbers": bare_numbers(train, directory / "train-numbers.jsonl"),
-            "held-out-worked": held_out,
-            "held-out-numbers": bare_numbers(held_out, directory / "held-out-numbers.jsonl"),
-            "instructions": first_lines(options.instructions, 0, directory / "instructions.jsonl"),
-        }
+        instructions = first_lines(options.instructions, 0, directory / "instructions.jsonl")
+        data = {"instructions": instructions, "worked": train, "held-out-worked": held_out}
+        for part, source in (("", train), ("held-out-", held_out)):
+            data[f"{part}numbers"] = bare_numbers(source, directory / f"{part or 'train-'}numbers.jsonl")
+            for name, write in (("capitals", str.upper), ("backwards", lambda answer: answer[::-1])):
+                data[f"{part}{name}"] = rewritten(source, write, directory / f"{part or 'train-'}{name}.jsonl")
         digest = hashlib.sha256(Path(options.model).name.encode())
         for path in data.values():
             digest.update(path.read_bytes())
