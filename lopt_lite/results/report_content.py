@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from lopt_lite import files
+from lopt_lite.journal import last_fact
 from lopt_lite.results.commands import Commands, changed_settings
 from lopt_lite.results.report_notices import notices
 from lopt_lite.results.run_record import RunRecord
@@ -226,6 +227,9 @@ def _given(record: RunRecord) -> Rows:
     what = "the weights themselves" if settings.get("tune") == "full" else "a LoRA adapter"
     count = counted(len(record.status.blocks), "block")
     rows.append(("trained", f"{what}, {count}, {settings.get('schedule', 'sequential')} schedule"))
+    anchor = _anchor(record)
+    if anchor is not None:
+        rows.append(("anchor", anchor))
     times = [t for m in record.lines if math.isfinite(t := number(m, "time"))]
     if times:
         rows.append(("first step", _moment(min(times))))
@@ -234,6 +238,15 @@ def _given(record: RunRecord) -> Rows:
     versions = content.get("versions") or {}
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
     return rows
+
+
+def _anchor(record: RunRecord) -> str | None:
+    """How much the run is held to the untouched model; None where it is not, or is not known to be yet."""
+    found_out, asked = last_fact(record.facts, "anchor-weight"), record.settings.get("retain")
+    if found_out is not None:
+        loss = loss_text(float(found_out["loss"]))
+        return f"weight {float(found_out['weight']):g}: answers cost the untouched model {loss} nats a token"
+    return f"weight {float(asked):g}" if asked else None
 
 
 def _moment(seconds: float) -> str:

@@ -391,6 +391,17 @@ def test_a_run_that_does_not_say_how_deep_its_model_is_has_equal_blocks(tmp_path
     assert "--last-layers" not in run.report()[1].text
 
 
+def test_the_anchors_weight_is_told_once_it_is_known(tmp_path):
+    asked = Run(tmp_path / "asked", retain=0.5).started()
+    assert "anchor weight 0.5 device" in asked.report()[1].text
+    run = Run(tmp_path / "run").started()
+    assert "anchor weight" not in run.report()[1].text
+    run.note("anchor-weight", weight=0.3, loss=1.7633, answer_tokens=3215)
+    assert "anchor weight 0.3: answers cost the untouched model 1.763" in run.report()[1].text
+    none = Run(tmp_path / "none", retain=0.0).started()
+    assert "anchor weight" not in none.report()[1].text
+
+
 def test_full_tuning_leads_to_the_model(tmp_path):
     run = Run(tmp_path / "run", tune="full").started().first_block().steps(1, "train", [1.0] * 20)
     (run.root / "model").mkdir()
