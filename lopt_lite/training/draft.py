@@ -288,7 +288,7 @@ class Draft:
             return ()
         return (
             "All layers fit this budget at once: --blocks 1 trains them together, which learns some tasks better in "
-            "the same time (with --retain 3 it keeps what the model knew); see docs/recipe.md.",
+            "the same time (with an anchor, --retain, it keeps what the model knew); see docs/recipe.md.",
         )
 
 
