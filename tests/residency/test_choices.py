@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lopt_lite import TrainSettings
-from lopt_lite.checkpoints.locate import ModelDescription
+from lopt_lite.checkpoints.locate import describe_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.residency.choices import Memory, choose_residence, smallest_budget
 from lopt_lite.training.block_plan import plan_blocks
@@ -21,9 +21,7 @@ def test_chunks_of_logits_have_many_tokens_however_large_the_vocabulary_is(tmp_p
     """As long as memory suffices for them; products of few rows are slow."""
     config = make_config("llama", vocabulary, hidden_size=256)
     config.save_pretrained(tmp_path)
-    model = ModelDescription(
-        name="model", config_path=tmp_path / "config.json", config=config.to_dict(), tokenizer_directory=None
-    )
+    model = describe_model(str(tmp_path))
     settings = TrainSettings(model="model", data="data")
     shapes = facts_of(Skeleton(model, dtype=torch.bfloat16), settings).shapes
     layers = len(shapes.layers)

@@ -13,7 +13,7 @@ import torch
 
 import lopt_lite
 from lopt_lite import TrainSettings
-from lopt_lite.checkpoints.locate import ModelDescription
+from lopt_lite.checkpoints.locate import describe_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.data.dataset import collate
 from lopt_lite.data.load import load_dataset
@@ -96,9 +96,7 @@ def test_a_head_that_is_trained_is_not_read_in_slices(tmp_path, changes):
     """On paper: a vocabulary that is large beside the layers, and every budget from the smallest on."""
     config = make_config("llama", 128256, hidden_size=1024, intermediate_size=4096)
     config.save_pretrained(tmp_path)
-    model = ModelDescription(
-        name="model", config_path=tmp_path / "config.json", config=config.to_dict(), tokenizer_directory=None
-    )
+    model = describe_model(str(tmp_path))
     settings = TrainSettings(model="model", data="data", **changes)
     shapes = facts_of(Skeleton(model, dtype=torch.bfloat16), settings).shapes
     blocks = plan_blocks(4, settings.objectives())
