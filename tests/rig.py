@@ -9,14 +9,25 @@ from typing import Any
 import torch
 
 from lopt_lite.checkpoints.build_store import DTYPES, StoreBuilder
-from lopt_lite.checkpoints.locate import locate_model
+from lopt_lite.checkpoints.locate import describe_model, locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.residency.choices import Residence
 from lopt_lite.residency.head import place_head
 from lopt_lite.residency.pool import MicroBatch, ResidentLayers
+from lopt_lite.residency.shapes import ModelShapes
+from lopt_lite.settings import TrainSettings
+from lopt_lite.training.model_facts import facts_of
+from tests.tiny_models import make_config
 
 CPU = torch.device("cpu")
+
+
+def shapes_on_paper(directory: Path, settings: TrainSettings, vocabulary: int, **config: Any) -> ModelShapes:
+    """Shapes of a Llama of any size, from its config alone, which is written to ``directory``."""
+    make_config("llama", vocabulary, **config).save_pretrained(directory)
+    skeleton = Skeleton(describe_model(str(directory)), dtype=torch.bfloat16)
+    return facts_of(skeleton, settings).shapes
 
 
 def residence(mode: str, *, layers: int = 2, micro_batch_tokens: int = 2048, **changes: Any) -> Residence:

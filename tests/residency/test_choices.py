@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
-import torch
 
 from lopt_lite import TrainSettings
-from lopt_lite.checkpoints.locate import describe_model
-from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.residency.choices import Memory, choose_residence, smallest_budget
 from lopt_lite.training.block_plan import plan_blocks
 from lopt_lite.training.job import make_job
-from lopt_lite.training.model_facts import facts_of
-from tests.rig import CPU
-from tests.tiny_models import make_config
+from tests.rig import CPU, shapes_on_paper
+
+MIB = 2**20
+PLENTY = 2**36
 
 
-@pytest.mark.parametrize(("vocabulary", "most"), [(512, 2**24), (49_152, 2**24), (262_144, 2**26)])
-def test_chunks_of_logits_have_many_tokens_however_large_the_vocabulary_is(tmp_path, vocabulary, most):
-    """As long as memory suffices for them; products of few rows are slow."""
-    config = make_config("llama", vocabulary, hidden_size=256)
-    config.save_pretrained(tmp_path)
-    model = describe_model(str(tmp_path))
+def _logit_elements(directory: Path, vocabulary: int, *, tight: bool) -> int:
+    """Logits of one chunk for the last two layers of four, with memory that is plenty or the smallest that works."""
     settings = TrainSettings(model="model", data="data")
-    shapes = facts_of(Skeleton(model, dtype=torch.bfloat16), settings).shapes
-    layers = len(shapes.layers)
+    shapes = shapes_on_paper(directory, settings, vocabulary, hidden_size=256)
     job = make_job(
         settings,
         shapes,
-        plan_blocks(layers, settings.objectives()),
+        plan_blocks(4, settings.objectives()),
         train_examples=1000,
         all_examples=1000,
         other_examples=0,
@@ -37,9 +33,17 @@ def test_chunks_of_logits_have_many_tokens_however_large_the_vocabulary_is(tmp_p
         most_answers=300,
         most_anchors=32,
     )
-    memory = Memory(budget_bytes=2**36, used_bytes=2**29, free_bytes=2**36, free_host_bytes=2**36)
-    stages = [(layers // 2, layers)]
-    assert choose_residence(shapes, stages, job, device=CPU, memory=memory).logit_elements == most
-    smallest = smallest_budget(shapes, stages, job, device=CPU, memory=memory)
-    tight = Memory(smallest, memory.used_bytes, memory.free_bytes, memory.free_host_bytes)
-    assert choose_residence(shapes, stages, job, device=CPU, memory=tight).logit_elements < 2**26
+    memory = Memory(budget_bytes=PLENTY, used_bytes=512 * MIB, free_bytes=PLENTY, free_host_bytes=PLENTY)
+    if tight:
+        smallest = smallest_budget(shapes, [(2, 4)], job, device=CPU, memory=memory)
+        memory = dataclasses.replace(memory, budget_bytes=smallest)
+    return choose_residence(shapes, [(2, 4)], job, device=CPU, memory=memory).logit_elements
+
+
+@pytest.mark.parametrize(("vocabulary", "elements"), [(512, 2**24), (49_152, 2**24), (262_144, 2**26)])
+def test_chunks_of_logits_have_many_tokens_however_large_the_vocabulary_is(tmp_path, vocabulary, elements):
+    assert _logit_elements(tmp_path, vocabulary, tight=False) == elements
+
+
+def test_where_memory_is_tight_chunks_of_logits_are_small(tmp_path):
+    assert _logit_elements(tmp_path, 262_144, tight=True) <= 2**22

@@ -13,8 +13,6 @@ import torch
 
 import lopt_lite
 from lopt_lite import TrainSettings
-from lopt_lite.checkpoints.locate import describe_model
-from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.data.dataset import collate
 from lopt_lite.data.load import load_dataset
 from lopt_lite.errors import StoppedError
@@ -23,9 +21,8 @@ from lopt_lite.residency.choices import Memory, choose_residence, smallest_budge
 from lopt_lite.training import block_trainer, memory_choice, stopping
 from lopt_lite.training.block_plan import plan_blocks
 from lopt_lite.training.job import make_job
-from lopt_lite.training.model_facts import facts_of
-from tests.rig import CPU, residence
-from tests.tiny_models import make_config, make_data, make_model
+from tests.rig import CPU, residence, shapes_on_paper
+from tests.tiny_models import make_data, make_model
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +91,8 @@ def test_nothing_of_a_trained_block_waits_for_the_garbage_collector(tmp_path, in
 @pytest.mark.parametrize("changes", [{"preset": "paper"}, {"schedule": "joint"}], ids=["paper", "lora"])
 def test_a_head_that_is_trained_is_not_read_in_slices(tmp_path, changes):
     """On paper: a vocabulary that is large beside the layers, and every budget from the smallest on."""
-    config = make_config("llama", 128256, hidden_size=1024, intermediate_size=4096)
-    config.save_pretrained(tmp_path)
-    model = describe_model(str(tmp_path))
     settings = TrainSettings(model="model", data="data", **changes)
-    shapes = facts_of(Skeleton(model, dtype=torch.bfloat16), settings).shapes
+    shapes = shapes_on_paper(tmp_path, settings, 128256, hidden_size=1024, intermediate_size=4096)
     blocks = plan_blocks(4, settings.objectives())
     job = make_job(
         settings,
