@@ -69,6 +69,7 @@ _NO_ANCHOR = ("full-joint",)
 _ANCHORS: dict[str, dict[str, Any]] = {
     "": {"retain": 0.0},
     "-anchor": {},
+    "-anchor-tokens-8": {"retain_tokens": 8},
     "-retain-0.3": {"retain": 0.3},
     "-retain": {"retain": 1.0},
     "-retain-3": {"retain": 3.0},

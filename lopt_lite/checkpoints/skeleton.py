@@ -325,6 +325,7 @@ class Skeleton:
         """
         _set_module(self.model, self.layers_path, nn.ModuleList(layers))
         self._embedding.read_rows = self._read_rows
+        _say_device(self.model, self.root_device)
         return self.model
 
     @property
@@ -503,6 +504,12 @@ def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
             fix="check num_hidden_layers in config.json",
         )
     return min(found, key=lambda item: item[0].count("."))
+
+
+def _say_device(model: PreTrainedModel, device: torch.device) -> None:
+    """Make ``model.device`` this one. transformers asks its first parameter, which is nowhere until it is needed."""
+    kind = type(model)
+    model.__class__ = type(kind.__name__, (kind,), {"device": property(lambda _: device)})
 
 
 def _set_module(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -96,11 +96,15 @@ class Runs:
         As ``--device``.
     slack_bytes:
         What the budget has beyond the smallest.
+    shape:
+        Of the model.
     """
 
-    def __init__(self, directory: Path, device: str, *, slack_bytes: int = 0) -> None:
+    def __init__(
+        self, directory: Path, device: str, *, slack_bytes: int = 0, shape: dict[str, int] | None = None
+    ) -> None:
         self._directory, self._device = directory, device
-        self._model = make_model(directory / "model", "llama", dtype=torch.bfloat16, **SHAPE)
+        self._model = make_model(directory / "model", "llama", dtype=torch.bfloat16, **(shape or SHAPE))
         self._data = make_data(directory / "data.jsonl", 24)
         self.budget_bytes = MIB
         try:

@@ -24,6 +24,7 @@ from lopt_lite.residency import answer_places
 from lopt_lite.results import harness_generate, harness_scores
 from lopt_lite.results.harness_head import ScoringHead
 from lopt_lite.results.open_run import open_run
+from tests.cuda.paper_gpu import paper_gpu
 from tests.rig import CPU, open_rig, residence
 from tests.tiny_models import make_data, make_model
 
@@ -168,6 +169,15 @@ def test_scores_are_those_of_lm_evals_own_class(trained: Path, tasks: Path, expe
     assert (accuracy.examples, accuracy.higher_is_better, accuracy.filter, accuracy.group) == (9, True, None, None)
     assert accuracy.base_stderr is not None
     assert accuracy.base_stderr > 0
+
+
+def test_scores_on_a_gpu_on_paper_are_the_cpus(trained: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _by_name(_evaluate(trained / "run", tasks))
+    with paper_gpu(monkeypatch):
+        found = _by_name(_evaluate(trained / "run", tasks, device="cuda"))
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        assert found[key] == pytest.approx(values, abs=1e-5)
 
 
 @pytest.mark.parametrize(
