@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 #: (loss of the answers, the anchor's weight): the least and the most, and between them by the weight's logarithm.
 _LIGHT, _HEAVY = (2.0, 0.3), (5.0, 3.0)
 
 
-def lora_rate(hidden_size: int) -> float:
-    """The adapters' learning rate for a width, two digits of it: 5e-4 (2000 / width)^0.78, no more than at 512.
+#: How fast the best rate falls with the width.
+_LLAMA, _QWEN = 0.78, 0.0775
 
-    The law was fitted to the best rates of Llama models by "LoRA Without Regret" (Schulman et al., 2025; the function
-    ``get_lr`` of its tinker-cookbook).
+
+@dataclass(frozen=True)
+class ModelKind:
+    """What the defaults ask of a model.
+
+    Attributes
+    ----------
+    architecture:
+        The name of its class in transformers.
+    hidden_size, layers:
+        Width of its hidden states, and how many layers it has.
     """
-    return float(f"{5e-4 * (2000 / max(hidden_size, 512)) ** 0.78:.2g}")
+
+    architecture: str
+    hidden_size: int
+    layers: int
+
+
+def lora_rate(model: ModelKind) -> float:
+    """The adapters' learning rate, two digits of it: 5e-4 (2000 / width)^p, no more than at a width of 512.
+
+    The law was fitted to the best rates of two families of models by "LoRA Without Regret" (Schulman et al., 2025; the
+    function ``get_lr`` of its tinker-cookbook): p is 0.78 for Llama, 0.0775 for Qwen. Others have the lower of the two.
+    """
+    llama, qwen = (5e-4 * (2000 / max(model.hidden_size, 512)) ** power for power in (_LLAMA, _QWEN))
+    if model.architecture.startswith("Llama"):
+        rate = llama
+    elif model.architecture.startswith("Qwen"):
+        rate = qwen
+    else:
+        rate = min(llama, qwen)
+    return float(f"{rate:.2g}")
 
 
 def larger_last_block(layers: int) -> int:

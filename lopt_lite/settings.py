@@ -134,9 +134,9 @@ class TrainSettings:
     epochs: int = option(1, "Passes over the data for each block.")
     lr: float | None = option(
         None,
-        "Peak learning rate of the last block (cosine to 0 after 3 % linear warm-up). Default: the narrower the model, "
-        "the higher: 1.4e-3 up to a width of 512, 8.4e-4 at 1,024, 4.9e-4 at 2,048, 2.9e-4 at 4,096 "
-        "(why: docs/recipe.md). 4e-4 with --schedule joint, 2e-5 with --tune full.",
+        "Peak learning rate of the last block (cosine to 0 after 3 % linear warm-up). Default: by width and kind of "
+        "model, 1.4e-3 up to 512, 8.4e-4 at 1,024, 4.9e-4 at 2,048, 2.9e-4 at 4,096 for Llama, about 5e-4 for Qwen, "
+        "the lower of the two for others (why: docs/recipe.md); 4e-4 with --schedule joint, 2e-5 with --tune full.",
     )
     lr_early: float | None = option(
         None,
@@ -285,21 +285,21 @@ class TrainSettings:
             return recipe.larger_last_block(layers)
         return self.last_layers
 
-    def settle(self, *, has_prompts: bool, hidden_size: int, layers: int) -> TrainSettings:
+    def settle(self, *, has_prompts: bool, model: recipe.ModelKind) -> TrainSettings:
         """These settings with the defaults that depend on data and model, where nothing was asked for.
 
         Parameters
         ----------
         has_prompts:
             There is something to anchor on: tokens that are not to be learnt.
-        hidden_size, layers:
-            Width of the model's hidden states, and how many layers it has.
+        model:
+            What is to be trained.
         """
         return dataclasses.replace(
             self,
             retain=0.0 if self.retain is None and not has_prompts else self.retain,
-            lr=recipe.lora_rate(hidden_size) if self.lr is None else self.lr,
-            last_layers=self.last_block_layers(layers),
+            lr=recipe.lora_rate(model) if self.lr is None else self.lr,
+            last_layers=self.last_block_layers(model.layers),
         )
 
     @property

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from lopt_lite import recipe
+from lopt_lite.recipe import ModelKind
 
 
 @pytest.mark.parametrize(
@@ -15,6 +16,22 @@ from lopt_lite import recipe
 )
 def test_the_less_likely_answers_are_the_heavier_is_the_anchor(loss, weight):
     assert recipe.anchor_weight(loss) == weight
+
+
+@pytest.mark.parametrize(
+    ("architecture", "width", "rate"),
+    [
+        ("LlamaForCausalLM", 64, 1.4e-3),
+        ("LlamaForCausalLM", 576, 1.3e-3),
+        ("LlamaForCausalLM", 4096, 2.9e-4),
+        ("Qwen3ForCausalLM", 1024, 5.3e-4),
+        ("Qwen2ForCausalLM", 4096, 4.7e-4),
+        ("Gemma3ForCausalLM", 640, 5.5e-4),
+        ("MistralForCausalLM", 4096, 2.9e-4),
+    ],
+)
+def test_the_rate_follows_the_width_as_the_kind_of_model_wants_it(architecture, width, rate):
+    assert recipe.lora_rate(ModelKind(architecture, width, 4)) == rate
 
 
 @pytest.mark.parametrize(("layers", "last"), [(1, 1), (2, 1), (3, 2), (4, 3), (18, 13), (30, 22), (32, 24)])

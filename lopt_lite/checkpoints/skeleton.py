@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from lopt_lite.checkpoints.locate import ModelDescription
 from lopt_lite.checkpoints.positions import PROBED_TOKENS, PositionTables
 from lopt_lite.errors import ModelError
+from lopt_lite.recipe import ModelKind
 
 ReadRows = Callable[[torch.Tensor], torch.Tensor]
 
@@ -327,6 +328,11 @@ class Skeleton:
         self._embedding.read_rows = self._read_rows
         _say_device(self.model, self.root_device)
         return self.model
+
+    @property
+    def kind(self) -> ModelKind:
+        """What the defaults ask of the model."""
+        return ModelKind(self.architecture, self.hidden_size, self.layer_count)
 
     @property
     def root_device(self) -> torch.device:

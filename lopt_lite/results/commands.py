@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lopt_lite.outcomes import StatusOutcome
+from lopt_lite.recipe import ModelKind
 from lopt_lite.results.given_paths import GivenPaths
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.run_directory import RunPaths
@@ -16,11 +17,7 @@ from lopt_lite.training.run_directory import RunPaths
 def changed_settings(content: dict[str, Any]) -> list[tuple[str, ...]]:
     """(option, value, default) of a run's settings that are not what they are by default."""
     settings: dict[str, Any] = content["settings"]
-    # Runs that do not say how wide their model is come from a release with the same rate for all: it is named here.
-    model = content["model"]
-    defaults = default_settings(
-        settings, hidden_size=int(model.get("hidden_size", 0)), layers=int(model.get("layers", 0))
-    )
+    defaults = default_settings(settings, recorded_kind(content["model"]))
     return [
         (_flag(name), str(value), str(defaults[name]))
         for name, value in settings.items()
@@ -28,23 +25,36 @@ def changed_settings(content: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def default_settings(settings: dict[str, Any], *, hidden_size: int, layers: int) -> dict[str, Any]:
+def recorded_kind(model: dict[str, Any]) -> ModelKind:
+    """What settings.json says of a run's model.
+
+    Runs that do not say how wide it is come from a release with the same rate for all, which is named then; those that
+    do not say of which architecture, from one with the rates of Llama models for all.
+    """
+    return ModelKind(
+        architecture=str(model.get("architecture", "Llama")),
+        hidden_size=int(model.get("hidden_size", 0)),
+        layers=int(model.get("layers", 0)),
+    )
+
+
+def default_settings(settings: dict[str, Any], model: ModelKind) -> dict[str, Any]:
     """What the run's settings would be by default, those that follow from others given the ones that the run has."""
-    own = _by_default(hidden_size, layers)
+    own = _by_default(model)
     decisive = {name: settings.get(name, own[name]) for name in ("tune", "schedule", "blocks")}
-    defaults = _by_default(hidden_size, layers, **decisive)
+    defaults = _by_default(model, **decisive)
     defaults.update({name: own[name] for name in decisive})
     # Runs that do not say how deep their model is have blocks of the same size.
-    if settings.get("objective") != "none" or not layers:
+    if settings.get("objective") != "none" or not model.layers:
         defaults["last_layers"] = None
     if isinstance(settings.get("lr"), float):
         defaults["lr_early"] = settings["lr"] / 10
     return defaults
 
 
-def _by_default(hidden_size: int, layers: int, **decisive: Any) -> dict[str, Any]:
+def _by_default(model: ModelKind, **decisive: Any) -> dict[str, Any]:
     settings = TrainSettings(model="", data="", **decisive)
-    return settings.settle(has_prompts=True, hidden_size=hidden_size, layers=layers).result_settings()
+    return settings.settle(has_prompts=True, model=model).result_settings()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from lopt_lite import user_cache
 from lopt_lite.checkpoints.locate import ModelDescription
 from lopt_lite.devices import choose_device
+from lopt_lite.recipe import ModelKind
 from lopt_lite.residency.shapes import ModelShapes, model_shapes
 from lopt_lite.settings import TrainSettings
 
@@ -54,6 +55,11 @@ class ModelFacts:
     parameters: int
     around_bytes: int
     most_positions: int | None
+
+    @property
+    def kind(self) -> ModelKind:
+        """What the defaults ask of it."""
+        return ModelKind(self.architecture, self.shapes.hidden, len(self.shapes.layers))
 
 
 def stored_dtype(settings: TrainSettings) -> torch.dtype:

@@ -22,9 +22,9 @@ from lopt_lite.data.estimate import DataEstimate
 from lopt_lite.errors import DoesNotFitError
 from lopt_lite.events import Notice, OnEvent, Planned, ignore
 from lopt_lite.outcomes import PlanAlternative, PlanBlock, PlanDisk, PlanMemory, PlanOutcome
+from lopt_lite.recipe import ModelKind
 from lopt_lite.residency.choices import Memory, Residence
 from lopt_lite.residency.machine import machine_speeds
-from lopt_lite.residency.shapes import ModelShapes
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.data_facts import known_estimate
 from lopt_lite.training.disk_plan import require_disk
@@ -66,11 +66,7 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
         raise nothing_to_answer()
     if settings.retain and not training.has_prompts and other is None:
         raise nothing_to_anchor()
-    settings = settings.settle(
-        has_prompts=training.has_prompts or other is not None,
-        hidden_size=facts.shapes.hidden,
-        layers=len(facts.shapes.layers),
-    )
+    settings = settings.settle(has_prompts=training.has_prompts or other is not None, model=facts.kind)
     draft = Draft(
         facts=facts,
         settings=settings,
@@ -238,7 +234,7 @@ def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: 
     block = max(draft.ranges, key=lambda r: draft.facts.shapes.stored_bytes(*r))
     boundaries = draft.job.boundary_bytes(draft.facts.shapes, block) if residence.recompute else 0
     return PlanOutcome(
-        command=_command(draft.settings, draft.facts.shapes),
+        command=_command(draft.settings, draft.facts.kind),
         run=str(draft.paths.run),
         model=model.name,
         architecture=draft.facts.architecture,
@@ -294,7 +290,7 @@ def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: 
     )
 
 
-def _command(settings: TrainSettings, shapes: ModelShapes) -> str:
+def _command(settings: TrainSettings, kind: ModelKind) -> str:
     """The command line that runs the plan."""
     words = ["lopt-lite", "train", settings.model, settings.data]
     # Other options' defaults depend on these, and all of theirs on the preset.
@@ -302,8 +298,8 @@ def _command(settings: TrainSettings, shapes: ModelShapes) -> str:
     defaults = {"preset": None} | {name: getattr(preset, name) for name in _DECISIVE}
     decided = {name: getattr(settings, name) for name in ("preset", *_DECISIVE)}
     plain = TrainSettings(model=settings.model, data=settings.data, **decided)
-    plain = plain.settle(has_prompts=True, hidden_size=shapes.hidden, layers=len(shapes.layers))
-    defaults["last_layers"] = dataclasses.replace(settings, last_layers=None).last_block_layers(len(shapes.layers))
+    plain = plain.settle(has_prompts=True, model=kind)
+    defaults["last_layers"] = dataclasses.replace(settings, last_layers=None).last_block_layers(kind.layers)
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         default = defaults[field.name] if field.name in defaults else getattr(plain, field.name)

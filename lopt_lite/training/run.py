@@ -76,11 +76,7 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
         float32_products(device),
     ):
         given = _read_inputs(settings, stop, on_event)
-        settings = settings.settle(
-            has_prompts=given.sample is not None,
-            hidden_size=given.skeleton.hidden_size,
-            layers=given.skeleton.layer_count,
-        )
+        settings = settings.settle(has_prompts=given.sample is not None, model=given.skeleton.kind)
         paths = RunPaths(run_directory(settings, given.model.name))
         store_directory = _store_directory(settings, given.model, paths)
         builder = _store_builder(settings, given.model, store_directory, device, stop, on_event)
@@ -137,8 +133,7 @@ class _Given:
             settings=settings,
             model_origin=self.model.origin,
             model_fingerprint=self.model.fingerprint(),
-            hidden_size=self.skeleton.hidden_size,
-            layers=self.skeleton.layer_count,
+            model_kind=self.skeleton.kind,
             data_fingerprint=self.train.fingerprint(),
             validation_fingerprint=None if self.held_out is None else self.held_out.fingerprint(),
             retain_fingerprint=None if self.other is None else self.other.fingerprint(),

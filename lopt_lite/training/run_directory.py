@@ -12,6 +12,7 @@ from typing import Any
 from lopt_lite import files
 from lopt_lite.errors import RunDirectoryError
 from lopt_lite.journal import last_fact, read_facts
+from lopt_lite.recipe import ModelKind
 from lopt_lite.settings import TrainSettings
 
 RUNS_DIRECTORY = "runs"
@@ -131,8 +132,7 @@ class RunIdentity:
     settings: TrainSettings
     model_origin: str
     model_fingerprint: str
-    hidden_size: int
-    layers: int
+    model_kind: ModelKind
     data_fingerprint: str
     validation_fingerprint: str | None
     store: str
@@ -147,8 +147,7 @@ class RunIdentity:
                 "given": self.settings.model,
                 "origin": self.model_origin,
                 "fingerprint": self.model_fingerprint,
-                "hidden_size": self.hidden_size,
-                "layers": self.layers,
+                **dataclasses.asdict(self.model_kind),
             },
             "data": {"given": self.settings.data, "fingerprint": self.data_fingerprint},
             "validation": {"given": self.settings.validation, "fingerprint": self.validation_fingerprint},

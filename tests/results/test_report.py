@@ -22,6 +22,7 @@ from lopt_lite import ReportSettings, TrainSettings, files
 from lopt_lite.errors import RunDirectoryError
 from lopt_lite.locks import locked
 from lopt_lite.outcomes import ReportOutcome
+from lopt_lite.recipe import ModelKind
 from lopt_lite.results.commands import Commands
 from lopt_lite.results.loss_plot import draw_losses
 from lopt_lite.results.run_record import read_run
@@ -83,7 +84,7 @@ class Run:
         root.mkdir(parents=True, exist_ok=True)
         options = {"epochs": 2, "objective": "reconstruct", **options}
         settings = TrainSettings(model=model, data=data, validation=validation, **options)
-        self.settings = settings.settle(has_prompts=True, hidden_size=64, layers=5)
+        self.settings = settings.settle(has_prompts=True, model=ModelKind("LlamaForCausalLM", 64, 5))
         content = {
             "settings": self.settings.result_settings(),
             "model": {"given": model, "origin": model, "fingerprint": "m1", "hidden_size": 64, "layers": 5},
@@ -255,7 +256,7 @@ def test_the_command_that_goes_on_gives_the_run_its_own_settings(tmp_path, monke
     assert arguments[0] == "lopt-lite"
     main(arguments[1:])
     (settings,) = calls
-    settled = settings.settle(has_prompts=True, hidden_size=64, layers=5)
+    settled = settings.settle(has_prompts=True, model=ModelKind("LlamaForCausalLM", 64, 5))
     assert settled.result_settings() == run.settings.result_settings()
     names = ("model", "data", "validation", "retain_data")
     assert [getattr(settings, n) for n in names] == [getattr(run.settings, n) for n in names]

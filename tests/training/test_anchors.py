@@ -21,6 +21,7 @@ from lopt_lite.data.load import load_dataset
 from lopt_lite.errors import DataError, SettingsError, StoppedError
 from lopt_lite.events import Event, Progress, Step, ignore
 from lopt_lite.journal import last_fact, read_facts
+from lopt_lite.recipe import ModelKind
 from lopt_lite.residency.anchors import Anchors
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training import memory_choice, stopping
@@ -349,7 +350,7 @@ def test_where_nobody_gives_a_weight_there_is_an_anchor_if_there_are_prompts():
         (asked, True, 0.5),
         (asked, False, 0.5),
     ):
-        settled = unsettled.settle(has_prompts=has_prompts, hidden_size=64, layers=4)
+        settled = unsettled.settle(has_prompts=has_prompts, model=ModelKind("LlamaForCausalLM", 64, 4))
         assert settled.retain == retain
         assert settled.anchored == (retain != 0)
 

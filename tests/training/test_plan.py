@@ -22,6 +22,7 @@ from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.errors import DataError, DoesNotFitError, ModelError, SettingsError
 from lopt_lite.freed_memory import FreedMemory
 from lopt_lite.journal import read_facts
+from lopt_lite.recipe import ModelKind
 from lopt_lite.residency import machine
 from lopt_lite.residency.choices import Memory, Residence
 from lopt_lite.settings import PlanSettings, TrainSettings
@@ -363,7 +364,7 @@ def test_mistakes_are_told_as_training_tells_them(bare, data, tmp_path):
 
 def test_the_first_lines_of_a_run_say_the_same(model, data):
     settings = TrainSettings(model=str(model), data=str(data), device="cpu").settle(
-        has_prompts=True, hidden_size=32, layers=4
+        has_prompts=True, model=ModelKind("LlamaForCausalLM", 32, 4)
     )
     outcome = lopt_lite.plan(PlanSettings(model=str(model), data=str(data), device="cpu"))
     facts = facts_of(Skeleton(locate_model(str(model)), dtype=torch.bfloat16), settings)

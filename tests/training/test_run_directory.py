@@ -10,8 +10,11 @@ import pytest
 
 from lopt_lite import TrainSettings, files
 from lopt_lite.errors import RunDirectoryError
+from lopt_lite.recipe import ModelKind
 from lopt_lite.training import run_directory
 from lopt_lite.training.run_directory import RunIdentity, RunPaths, claim, read_settings, start_fresh
+
+_KIND = ModelKind("LlamaForCausalLM", 2048, 4)
 
 
 def _identity(**changes: object) -> RunIdentity:
@@ -19,11 +22,10 @@ def _identity(**changes: object) -> RunIdentity:
     own = {name: changes.pop(name) for name in names if name in changes}
     values = {"model": "model.safetensors", "data": "data.jsonl", **changes}
     identity = RunIdentity(
-        settings=TrainSettings(**values).settle(has_prompts=True, hidden_size=2048, layers=4),
+        settings=TrainSettings(**values).settle(has_prompts=True, model=_KIND),
         model_origin="models/tiny",
         model_fingerprint="m1",
-        hidden_size=2048,
-        layers=4,
+        model_kind=_KIND,
         data_fingerprint="d1",
         validation_fingerprint=None,
         store="store",
@@ -55,6 +57,7 @@ def test_settings_say_what_was_given_and_with_which_versions(claimed):
         "given": "model.safetensors",
         "origin": "models/tiny",
         "fingerprint": "m1",
+        "architecture": "LlamaForCausalLM",
         "hidden_size": 2048,
         "layers": 4,
     }
