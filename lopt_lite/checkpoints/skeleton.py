@@ -14,8 +14,9 @@ token that follows it, so the result for real tokens is the same and no dense ma
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,6 +254,16 @@ class Skeleton:
         for (leaf, shape), value in zip(shapes.items(), (weight, bias), strict=False):
             placed = torch.empty(shape, device="meta", dtype=self.dtype) if value is None else value
             self._head._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
+
+    @contextlib.contextmanager
+    def other_head(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Iterator[None]:
+        """Within the context, logits are made by other rows of the head, as :meth:`place_head` puts them."""
+        before = dict(self._head._parameters)
+        self.place_head(weight, bias)
+        try:
+            yield
+        finally:
+            self._head._parameters.update(before)
 
     def replace_head(self, module: nn.Module) -> None:
         """Let ``module`` ([..., hidden] -> [..., vocabulary]) make the model's logits from now on, for generation."""

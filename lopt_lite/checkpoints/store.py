@@ -261,6 +261,10 @@ class Store:
         """The LM head's weight [vocabulary, hidden] and bias [vocabulary], as stored, on the CPU."""
         return self._tensors.read(self._head_name(skeleton)), self.head_bias(skeleton)
 
+    def head_rows(self, skeleton: Skeleton, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the LM head's weight: ids int64 [n] -> [n, hidden] as stored, on the CPU."""
+        return self._tensors.read_rows(self._head_name(skeleton), ids)
+
     def head_bias(self, skeleton: Skeleton) -> torch.Tensor | None:
         """The LM head's bias [vocabulary] as stored, on the CPU, where there is one."""
         name = skeleton.head_name.removesuffix("weight") + "bias"

@@ -15,8 +15,9 @@ from torch.autograd.graph import GradientEdge
 
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
-from lopt_lite.residency.anchors import Anchors, compare
-from lopt_lite.residency.logits import answers, own_logits, pair_chunks, pieces, send_back, token_chunks, total
+from lopt_lite.residency.anchor_head import AnchorHead
+from lopt_lite.residency.anchors import Anchors
+from lopt_lite.residency.logits import answers, own_logits, pieces, send_back, token_chunks, total
 from lopt_lite.residency.sliced_head import SlicedHead
 
 
@@ -47,8 +48,8 @@ class AnswerHead(Protocol):
     ) -> tuple[float, float]:
         """As :meth:`loss_backward`, and the divergence from the untouched model at anchored positions with it.
 
-        Both models' predictions are made by the final norm and head as they are now. Answers or anchored positions may
-        be missing (then ``answer_tokens`` may be 0); where positions are both, gradients add up.
+        Only of a head that was opened with the tokens to compare. Answers or anchored positions may be missing (then
+        ``answer_tokens`` may be 0); where positions are both, gradients add up.
 
         Returns
         -------
@@ -63,7 +64,7 @@ class AnswerHead(Protocol):
         Raises
         ------
         ValueError
-            The head is not on the device as a whole.
+            The head is not on the device as a whole, or was opened with tokens to compare.
         """
 
     def loss_sum(self, output: torch.Tensor, targets: torch.Tensor) -> float:
@@ -83,6 +84,7 @@ def open_head(
     device: torch.device,
     logit_elements: int,
     slice_rows: int | None,
+    compared: torch.Tensor | None = None,
     prefetch: bool = True,
 ) -> AnswerHead:
     """The LM head, ready to make losses. To be closed by the caller.
@@ -93,14 +95,25 @@ def open_head(
         Most logits to make at once. (One token's are always made at once.)
     slice_rows:
         Rows of the head (tokens of the vocabulary) on the device at once; None for all of them, kept there.
+    compared:
+        int64: tokens of the vocabulary among which the anchor compares predictions; None without an anchor.
     prefetch:
         Read the next slice while this one is in use.
     """
+    anchor = None
+    if compared is not None:
+        anchor = AnchorHead(skeleton, store, device=device, tokens=compared, logit_elements=logit_elements)
     if slice_rows is None:
         place_head(skeleton, store, device)
-        return WholeHead(skeleton, logit_elements=logit_elements)
+        return WholeHead(skeleton, anchor, logit_elements=logit_elements)
     return SlicedHead(
-        skeleton, store, device=device, logit_elements=logit_elements, slice_rows=slice_rows, prefetch=prefetch
+        skeleton,
+        store,
+        anchor,
+        device=device,
+        logit_elements=logit_elements,
+        slice_rows=slice_rows,
+        prefetch=prefetch,
     )
 
 
@@ -134,8 +147,8 @@ def output_parameters(skeleton: Skeleton) -> dict[str, nn.Parameter]:
 class WholeHead:
     """The head's weight on the device all the time, where :func:`place_head` has put it."""
 
-    def __init__(self, skeleton: Skeleton, *, logit_elements: int) -> None:
-        self._skeleton = skeleton
+    def __init__(self, skeleton: Skeleton, anchor: AnchorHead | None = None, *, logit_elements: int) -> None:
+        self._skeleton, self._anchor = skeleton, anchor
         self._logit_elements = logit_elements
         self._trained: list[nn.Parameter] = []
 
@@ -149,13 +162,16 @@ class WholeHead:
         self, output: torch.Tensor, targets: torch.Tensor, anchors: Anchors, *, answer_tokens: int
     ) -> tuple[float, float]:
         """See :meth:`AnswerHead.anchored_loss_backward`."""
+        assert self._anchor is not None
         loss, gradient = self._predict(*answers(output.detach(), targets), answer_tokens=answer_tokens)
-        kl, anchored_gradient = self._compare(anchors.tuned(output), anchors)
+        kl, anchored_gradient = self._anchor.compare(anchors.tuned(output), anchors)
         send_back(output, (targets != -100, gradient), (anchors.mask, anchored_gradient))
         return loss, kl
 
     def train(self, parameters: Sequence[nn.Parameter]) -> None:
         """See :meth:`AnswerHead.train`."""
+        if parameters and self._anchor is not None:
+            raise ValueError("an LM head that is compared through cannot be trained: the untouched model needs it")
         self._trained = list(parameters)
 
     @torch.no_grad()
@@ -192,23 +208,6 @@ class WholeHead:
             gradient[chunk] = self._pull(edge, leaf, logits)
             del logits, edge, leaf  # before the next chunk's are made
         return total(losses) / answer_tokens, gradient
-
-    def _compare(self, hidden: torch.Tensor, anchors: Anchors) -> tuple[float, torch.Tensor]:
-        """Share of the step's mean divergence of anchored ``hidden``, and the gradient of its part in the loss."""
-        if not len(hidden):
-            return 0.0, hidden
-        divergences = torch.empty(len(hidden), device=hidden.device)
-        gradient = torch.empty_like(hidden)
-        for chunk in pair_chunks(self._skeleton, len(hidden), self._skeleton.vocabulary_rows, self._logit_elements):
-            with torch.no_grad():
-                base, _ = own_logits(self._skeleton, anchors.base[chunk])
-            leaf = hidden[chunk].detach().requires_grad_()
-            logits, edge = own_logits(self._skeleton, leaf)
-            divergences[chunk] = compare(base, logits, anchors.share)
-            del base
-            gradient[chunk] = self._pull(edge, leaf, logits)
-            del logits, edge, leaf  # before the next chunk's are made
-        return total(divergences) / anchors.tokens, gradient
 
     def _pull(self, edge: GradientEdge | None, leaf: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The gradient into ``leaf`` of logits with the gradient ``values``; trained parameters get theirs."""

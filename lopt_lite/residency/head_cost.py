@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+#: Tokens of the vocabulary among which the anchor compares predictions, at most.
+COMPARED_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,11 @@ class HeadShapes:
     compute: torch.dtype
     scaled: bool
     capped: bool
+
+    @property
+    def compared(self) -> HeadShapes:
+        """The rows that the anchor has to itself, in the compute dtype."""
+        return dataclasses.replace(self, rows=min(self.rows, COMPARED_TOKENS), stored=self.compute)
 
     @classmethod
     def of(cls, config: Any, *, stored: torch.dtype, compute: torch.dtype) -> HeadShapes:
@@ -62,8 +71,8 @@ def logit_bytes(head: HeadShapes, logit_elements: int, slice_rows: int | None, *
     Plain logits exist once, in the compute dtype, and become their gradient where they lie; with slices, what is seen
     of each is kept in float32, so that they exist in both (in float32: once). A scaled logit exists before and after. A
     soft-capped one keeps its tanh for the gradient, whose passing through it makes two more. Anchored tokens need no
-    more: their chunks are half as large, and the untouched model's logits are as many again. (Pieces of them in
-    float32, of a few MiB, are not counted.)
+    more, of the head's :attr:`~HeadShapes.compared` part: their chunks are half as large, and the untouched model's
+    logits are as many again. (Pieces of them in float32, of a few MiB, are not counted.)
     """
     item = head.compute.itemsize
     factor = item if item == 4 or slice_rows is None else item + 4
@@ -95,12 +104,9 @@ def answer_bytes(head: HeadShapes, answer_tokens: int, slice_rows: int | None, *
     return answer_tokens * head.hidden * (2 * item + 4 + (item if item != 4 else 0))
 
 
-def anchor_bytes(head: HeadShapes, anchored_tokens: int, slice_rows: int | None) -> int:
-    """What is kept of a micro-batch's anchored tokens beside its answer tokens, as :func:`answer_bytes` counts.
+def anchor_bytes(head: HeadShapes, anchored_tokens: int) -> int:
+    """What is kept of a micro-batch's anchored tokens while they are compared, beside their logits.
 
-    Both models' hidden states, and what becomes of the gradient.
+    Both models' hidden states, and the gradient.
     """
-    item = head.compute.itemsize
-    if slice_rows is None:
-        return anchored_tokens * head.hidden * 3 * item
-    return anchored_tokens * head.hidden * (2 * item + 4 + (item if item != 4 else 0))
+    return anchored_tokens * head.hidden * 3 * head.compute.itemsize

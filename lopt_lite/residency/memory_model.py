@@ -165,9 +165,11 @@ def training_parts(
     if last:
         answers = job.answers_among(micro)
         anchored = min(micro, job.anchored_tokens)
-        # A chunk has both models' logits of half as many anchored tokens.
-        losses = _loss_bytes(shapes, layout, max(answers, 2 * anchored), gradient=True) + micro * row
-        losses += head_cost.anchor_bytes(shapes.head, anchored, layout.head_slice_rows)
+        losses = _loss_bytes(shapes, layout, answers, gradient=True)
+        if anchored:
+            kept = head_cost.answer_bytes(shapes.head, answers, layout.head_slice_rows, gradient=True)
+            losses = max(losses, kept + _comparing_bytes(shapes, layout, anchored))
+        losses += micro * row
         if on_cpu:
             # oneDNN copies a product's operand into an order of its own.
             losses += _logit_elements(shapes, layout, answers) * shapes.itemsize
@@ -188,7 +190,7 @@ def training_parts(
     at_top = losses + boundary_bytes if layout.recompute else losses + gradients
     return {
         "weights": _weights(shapes, block, layout),
-        "head": _heads(shapes, layout, reconstruction, last=last, together=together and job.early_blocks),
+        "head": _heads(shapes, layout, job, reconstruction, last=last, together=together and job.early_blocks),
         "activations": saved + max(at_top, inside + gradients),
         "hidden states": copies * job.step_tokens * row,
         "trained": values + job.around_bytes,
@@ -196,11 +198,11 @@ def training_parts(
     }
 
 
-def _heads(shapes: ModelShapes, layout: Layout, reconstruction: int, *, last: bool, together: bool) -> int:
+def _heads(shapes: ModelShapes, layout: Layout, job: Job, reconstruction: int, *, last: bool, together: bool) -> int:
     """The LM head or a reconstruction head; both where blocks are trained together."""
     if together:
-        return _head(shapes, layout) + reconstruction
-    return _head(shapes, layout) if last else reconstruction
+        return _head(shapes, layout, job) + reconstruction
+    return _head(shapes, layout, job) if last else reconstruction
 
 
 def training_peak(
@@ -229,7 +231,7 @@ def forward_peak(
     losses = _loss_bytes(shapes, layout, job.answers_among(tokens), gradient=False)
     return int(
         _weights(shapes, block, layout)
-        + _head(shapes, layout)
+        + _head(shapes, layout, job)
         + max(losses, inside)
         + 2 * job.present(max(group_tokens, tokens)) * row
         + trained
@@ -261,8 +263,10 @@ def _logit_elements(shapes: ModelShapes, layout: Layout, answers: int) -> int:
     return max(min(layout.logit_elements, answers * rows), rows)
 
 
-def _head(shapes: ModelShapes, layout: Layout) -> int:
-    return head_cost.head_bytes(shapes.head, layout.head_slice_rows)
+def _head(shapes: ModelShapes, layout: Layout, job: Job) -> int:
+    """The LM head, and the anchor's own part of it."""
+    compared = head_cost.head_bytes(shapes.head.compared, None) if job.anchored_tokens else 0
+    return head_cost.head_bytes(shapes.head, layout.head_slice_rows) + compared
 
 
 def _loss_bytes(shapes: ModelShapes, layout: Layout, answers: int, *, gradient: bool) -> int:
@@ -272,6 +276,18 @@ def _loss_bytes(shapes: ModelShapes, layout: Layout, answers: int, *, gradient: 
         head_cost.logit_bytes(shapes.head, elements, layout.head_slice_rows, gradient=gradient)
         + head_cost.norm_bytes(shapes.head, elements, layout.head_slice_rows, gradient=gradient)
         + head_cost.answer_bytes(shapes.head, answers, layout.head_slice_rows, gradient=gradient)
+    )
+
+
+def _comparing_bytes(shapes: ModelShapes, layout: Layout, anchored: int) -> int:
+    """Everything that comparing two models' predictions of a micro-batch's anchored tokens needs."""
+    head = shapes.head.compared
+    # A chunk has both models' logits of half as many tokens.
+    elements = max(min(layout.logit_elements, 2 * anchored * head.rows), 2 * head.rows)
+    return (
+        head_cost.logit_bytes(head, elements, None, gradient=True)
+        + head_cost.norm_bytes(head, elements, None, gradient=True)
+        + head_cost.anchor_bytes(head, anchored)
     )
 
 

@@ -8,7 +8,7 @@ logits of a token, t its target, h its hidden state, and sums over all j but t::
 
 m, s and A are kept as slices pass (s and A are scaled down when m grows). That the target stays out of the sums is what
 makes low precision safe: with it in them, a confidently predicted target would cancel out of two large rounded numbers.
-Anchored tokens take a second pass (:mod:`lopt_lite.residency.sliced_anchor`) and share the first one.
+Anchored tokens take no part in it: their rows of the head stay on the device (:mod:`lopt_lite.residency.anchor_head`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch.nn import functional
 
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
+from lopt_lite.residency.anchor_head import AnchorHead
 from lopt_lite.residency.anchors import Anchors
 from lopt_lite.residency.logits import answers, make_logits, send_back, token_chunks, total
 from lopt_lite.residency.slabs import ShardStream
-from lopt_lite.residency.sliced_anchor import SlicedAnchor
 
 #: Tokens whose targets' rows are gathered at once. Always so many, since every new shape of a product costs time and
 #: memory on the CPU, where kernels are compiled for it and kept.
@@ -43,6 +43,7 @@ class SlicedHead:
         self,
         skeleton: Skeleton,
         store: Store,
+        anchor: AnchorHead | None = None,
         *,
         device: torch.device,
         logit_elements: int,
@@ -52,7 +53,7 @@ class SlicedHead:
         if slice_rows < 1:
             raise ValueError(f"slices of {slice_rows} rows")
         rows = skeleton.vocabulary_rows
-        self._skeleton = skeleton
+        self._skeleton, self._anchor = skeleton, anchor
         self._logit_elements = logit_elements
         self._bounds = [(start, min(start + slice_rows, rows)) for start in range(0, rows, slice_rows)]
         bias = store.head_bias(skeleton)
@@ -67,18 +68,17 @@ class SlicedHead:
 
     def loss_backward(self, output: torch.Tensor, targets: torch.Tensor, *, answer_tokens: int) -> float:
         """See :meth:`~lopt_lite.residency.head.AnswerHead.loss_backward`."""
-        sums = _Sums(*answers(output.detach(), targets), with_gradient=True)
-        if not len(sums.labels):
-            return 0.0
-        self._pass_slices(partial(self._add_answers, sums))
-        send_back(output, (targets != -100, sums.gradient(answer_tokens)))
-        return total(sums.losses()) / answer_tokens
+        loss, gradient = self._predict(output, targets, answer_tokens)
+        send_back(output, (targets != -100, gradient))
+        return loss
 
     def anchored_loss_backward(
         self, output: torch.Tensor, targets: torch.Tensor, anchors: Anchors, *, answer_tokens: int
     ) -> tuple[float, float]:
         """See :meth:`~lopt_lite.residency.head.AnswerHead.anchored_loss_backward`."""
-        loss, kl, gradient, anchored_gradient = self._predict_and_compare(output, targets, anchors, answer_tokens)
+        assert self._anchor is not None
+        loss, gradient = self._predict(output, targets, answer_tokens)
+        kl, anchored_gradient = self._anchor.compare(anchors.tuned(output), anchors)
         send_back(output, (targets != -100, gradient), (anchors.mask, anchored_gradient))
         return loss, kl
 
@@ -117,29 +117,13 @@ class SlicedHead:
         # After the last slice the first: it will be there when the next loss is asked for.
         return [(number + 1) % len(self._bounds)]
 
-    def _predict_and_compare(
-        self, output: torch.Tensor, targets: torch.Tensor, anchors: Anchors, answer_tokens: int
-    ) -> tuple[float, float, torch.Tensor, torch.Tensor]:
-        """Shares of the step's loss and of its divergence, and their gradients at their positions."""
+    def _predict(self, output: torch.Tensor, targets: torch.Tensor, answer_tokens: int) -> tuple[float, torch.Tensor]:
+        """Share of the step's loss, and its gradient at answer positions."""
         sums = _Sums(*answers(output.detach(), targets), with_gradient=True)
-        anchored = SlicedAnchor(self._skeleton, output, anchors, logit_elements=self._logit_elements)
-
-        def first(number: int, weight: torch.Tensor) -> None:
-            self._add_answers(sums, number, weight)
-            self._place(number, weight)
-            anchored.normalise(len(weight))
-
-        def second(number: int, weight: torch.Tensor) -> None:
-            self._place(number, weight)
-            anchored.compare(len(weight))
-
-        if len(sums.labels) or len(anchored):
-            self._pass_slices(first)
-        if len(anchored):
-            self._pass_slices(second)
-        loss = total(sums.losses()) / answer_tokens if len(sums.labels) else 0.0
-        kl = total(anchored.divergences()) / anchors.tokens if len(anchored) else 0.0
-        return loss, kl, sums.gradient(answer_tokens), anchored.gradient()
+        if not len(sums.labels):
+            return 0.0, sums.hidden
+        self._pass_slices(partial(self._add_answers, sums))
+        return total(sums.losses()) / answer_tokens, sums.gradient(answer_tokens)
 
     def _bias_of(self, number: int) -> torch.Tensor | None:
         start, end = self._bounds[number]

@@ -227,10 +227,10 @@ class TimeModel:
 
     # -- around the layers --------------------------------------------------------------------------------------------
 
-    def task_loss_s(self, answer_tokens: float, *, train: bool) -> float:
-        """LM head and cross-entropy: a product, its gradient, and passes over float32 logits."""
+    def task_loss_s(self, answer_tokens: float, *, train: bool, rows: int | None = None) -> float:
+        """LM head, or so many rows of it, and cross-entropy: a product, its gradient, passes over float32 logits."""
         shapes = self._shapes
-        logits = shapes.vocabulary * answer_tokens
+        logits = (shapes.vocabulary if rows is None else rows) * answer_tokens
         ways = 2 if train else 1
         traffic = 16 * ways * logits / self._speeds.elementwise_bytes_per_s
         fresh = 6 * ways * logits / self._speeds.fresh_bytes_per_s if self._on_cpu else 0.0
@@ -344,7 +344,8 @@ class TimeModel:
                 local = self.reconstruction_s(padded)
             if last:
                 # Both models' logits, and the gradient of one.
-                local += 1.5 * self.task_loss_s(amounts.anchored_tokens, train=True)
+                rows = self._shapes.head.compared.rows
+                local += 1.5 * self.task_loss_s(amounts.anchored_tokens, train=True, rows=rows)
             train = amounts.epochs * (passes * seconds + local)
             if objective == "reconstruct":
                 fit_s, _ = self.step_s(block, step_tokens, mean, train=False)

@@ -15,6 +15,7 @@ import torch
 
 from lopt_lite.data.dataset import Batch, TokenizedDataset
 from lopt_lite.data.seeding import permutation
+from lopt_lite.residency import head_cost
 from lopt_lite.residency.anchors import Anchors
 from lopt_lite.training.activation_cache import ActivationCache, CacheLayout
 from lopt_lite.training.block_inputs import BlockInputs
@@ -56,7 +57,7 @@ class AnchorSample:
     ) -> None:
         self.examples = [*others] if answered else [*range(train_count), *others]
         self.others, self.answered, self.answer_tokens = others, answered, answer_tokens
-        self._seed = seed
+        self._seed, self._train_count = seed, train_count
         self._dataset, self._most = dataset, most
         self.counts = torch.zeros(len(dataset), dtype=torch.int64)
         for example in self.examples:
@@ -96,6 +97,24 @@ class AnchorSample:
             if self.counts[example]:
                 reach[example] = self.positions(example)[-1] + 1
         return reach
+
+    def compared(self, vocabulary: int) -> torch.Tensor:
+        """The tokens of a vocabulary among which predictions are compared: int64, ascending.
+
+        All, up to :data:`head_cost.COMPARED_TOKENS`. Of more, those that the examples have, the most frequent first, up
+        to half of so many, and then the first of the vocabulary: tokenizers begin with what is frequent everywhere.
+        """
+        most = head_cost.COMPARED_TOKENS
+        if vocabulary <= most:
+            return torch.arange(vocabulary)
+        texts = self._dataset.select([*range(self._train_count), *self.others])
+        counts = torch.bincount(texts.tokens, minlength=vocabulary)
+        present = torch.argsort(counts, descending=True, stable=True)[: int((counts > 0).sum())]
+        chosen = torch.zeros(vocabulary, dtype=torch.bool)
+        chosen[present[: most // 2]] = True
+        others = torch.nonzero(~chosen).flatten()
+        chosen[others[: most - int(chosen.sum())]] = True
+        return torch.nonzero(chosen).flatten()
 
     def mask(self, batch: Batch) -> torch.Tensor:
         """bool [rows, longest]: True at anchored positions of a batch."""

@@ -93,6 +93,7 @@ class StageLosses:
             device=bench.device,
             logit_elements=bench.residence.logit_elements,
             slice_rows=bench.residence.head_slice_rows,
+            compared=None if self._anchors is None else self._anchors.sample.compared(bench.skeleton.vocabulary_rows),
         )
         if settings.trains_around:
             self.around = Around(bench.store, bench.skeleton, self._trained)

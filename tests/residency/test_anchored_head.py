@@ -44,31 +44,50 @@ def _logits(rig: Rig, hidden: torch.Tensor) -> torch.Tensor:
     return torch.cat([rig.skeleton.logits(row) for row in hidden.split(4)]).float()
 
 
+def _every_third(rig: Rig) -> torch.Tensor:
+    """Tokens to compare at, the last one of the vocabulary among them."""
+    return torch.arange(rig.skeleton.vocabulary_rows).flip(0)[::3].flip(0)
+
+
 def _plain(
-    rig: Rig, output: torch.Tensor, targets: torch.Tensor, anchors: Anchors
+    rig: Rig, output: torch.Tensor, targets: torch.Tensor, anchors: Anchors, compared: torch.Tensor | None = None
 ) -> tuple[tuple[float, float], torch.Tensor]:
     """Loss, divergence and gradient by the formulas that everyone uses, on all logits.
 
     The divergence of float32 logits is taken in float64: small ones would have too few digits.
     """
     place_head(rig.skeleton, rig.store, CPU)
+    columns = torch.arange(rig.skeleton.vocabulary_rows) if compared is None else compared
     leaf = output.detach().clone().requires_grad_()
     tuned = _logits(rig, leaf.flatten(0, 1))
     with torch.no_grad():
-        base = _logits(rig, anchors.base).double().log_softmax(1)
+        base = _logits(rig, anchors.base)[:, columns].double().log_softmax(1)
     loss = functional.cross_entropy(tuned, targets.flatten(), reduction="sum") / ANSWERS
-    chosen = tuned[anchors.mask.flatten()].double().log_softmax(1)
+    chosen = tuned[anchors.mask.flatten()][:, columns].double().log_softmax(1)
     kl = functional.kl_div(chosen, base, reduction="sum", log_target=True) / anchors.tokens
     (loss + anchors.weight * kl).backward()
     assert leaf.grad is not None
     return (float(loss.detach()), float(kl.detach())), leaf.grad
 
 
-def _open(rig: Rig, rows: int | None, chunk_tokens: int = 1000, **kwargs: Any) -> AnswerHead:
+def _open(
+    rig: Rig, rows: int | None, chunk_tokens: int = 1000, compared: torch.Tensor | None = None, **kwargs: Any
+) -> AnswerHead:
     columns = max(rig.skeleton.hidden_size, rows or rig.skeleton.vocabulary_rows)
     return open_head(
-        rig.skeleton, rig.store, device=CPU, logit_elements=chunk_tokens * columns, slice_rows=rows, **kwargs
+        rig.skeleton,
+        rig.store,
+        device=CPU,
+        logit_elements=chunk_tokens * columns,
+        slice_rows=rows,
+        compared=torch.arange(rig.skeleton.vocabulary_rows) if compared is None else compared,
+        **kwargs,
     )
+
+
+def _open_without_anchor(rig: Rig, rows: int | None, chunk_tokens: int = 1000) -> AnswerHead:
+    columns = max(rig.skeleton.hidden_size, rows or rig.skeleton.vocabulary_rows)
+    return open_head(rig.skeleton, rig.store, device=CPU, logit_elements=chunk_tokens * columns, slice_rows=rows)
 
 
 def _loss(
@@ -103,6 +122,27 @@ def test_losses_and_gradient_equal_plain_ones(
     head.close()
 
     assert got == pytest.approx(loss, rel=1e-6)
+    assert got_kl == pytest.approx(kl, rel=1e-5)
+    torch.testing.assert_close(got_gradient, gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi"])
+@pytest.mark.parametrize("rows", [None, 40])
+@pytest.mark.parametrize("chunk_tokens", [1, 1000])
+def test_predictions_are_compared_among_the_tokens_asked_for(
+    architecture: str, rows: int | None, chunk_tokens: int, rig_of: OpenRig
+) -> None:
+    rig = rig_of(architecture)
+    batch, compared = _batch(rig), _every_third(rig)
+    (loss, kl), gradient = _plain(rig, *batch, compared)
+    head = _open(rig, rows, chunk_tokens, compared)
+
+    (got, got_kl), got_gradient = _loss(head, *batch)
+    (again, _), _ = _loss(head, *batch)
+    head.close()
+
+    # The answers' loss, before and after, is that of the whole vocabulary.
+    assert [got, again] == pytest.approx([loss, loss], rel=1e-6)
     assert got_kl == pytest.approx(kl, rel=1e-5)
     torch.testing.assert_close(got_gradient, gradient, rtol=1e-5, atol=1e-7)
 
@@ -208,16 +248,19 @@ def test_states_for_other_positions_are_refused(rig_of: OpenRig) -> None:
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
-def test_slices_are_read_twice_for_answers_and_anchored_tokens_together(prefetch: bool, rig_of: OpenRig) -> None:
+def test_anchored_tokens_read_no_slice(prefetch: bool, rig_of: OpenRig) -> None:
     rig = rig_of("llama")
-    batch = _batch(rig)
+    output, targets, anchors = _batch(rig)
     slices = -(-rig.skeleton.vocabulary_rows // 50)
     head = _open(rig, 50, 2, prefetch=prefetch)
     assert isinstance(head, SlicedHead)
-    first = _loss(head, *batch)
+    first = _loss(head, output, targets, anchors)
     # Reading ahead, the first slice of the next loss is on its way already.
-    assert 2 * slices - 1 <= head.loads <= 2 * slices + 1
-    again = _loss(head, *batch)
+    assert slices - 1 <= head.loads <= slices + 1
+    read = head.loads
+    _loss(head, output, torch.full_like(targets, -100), anchors, answer_tokens=0)
+    assert head.loads == read
+    again = _loss(head, output, targets, anchors)
     head.close()
     assert again[0] == first[0]
     assert torch.equal(again[1], first[1])
@@ -300,17 +343,12 @@ def _through(model: Any, layers_path: str, output: torch.Tensor) -> torch.Tensor
 def test_a_trained_heads_gradients_are_those_of_the_plain_model(architecture: str, tmp_path: Path) -> None:
     path = make_model(tmp_path / "m", architecture)
     rig = open_rig(path, tmp_path / "s", quantize="none", dtype="float32")
-    output, targets, anchors = _batch(rig)
+    output, targets, _ = _batch(rig)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     leaf = output.clone().requires_grad_()
     logits = _through(model, rig.skeleton.layers_path, leaf)
-    with torch.no_grad():
-        before = torch.zeros_like(output)
-        before[anchors.mask] = anchors.base
-        base = _through(model, rig.skeleton.layers_path, before)[anchors.mask.flatten()].log_softmax(1)
-    kl = functional.kl_div(logits[anchors.mask.flatten()].log_softmax(1), base, reduction="sum", log_target=True)
     loss = functional.cross_entropy(logits, targets.flatten(), reduction="sum") / ANSWERS
-    (loss + WEIGHT * kl / ANCHORED).backward()
+    loss.backward()
     expected = {
         name: parameter.grad
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -318,45 +356,35 @@ def test_a_trained_heads_gradients_are_those_of_the_plain_model(architecture: st
         if parameter.grad is not None and name != rig.skeleton.embedding_name
     }
 
-    head = _open(rig, None, 6)
+    head = _open_without_anchor(rig, None, 6)
     trained = output_parameters(rig.skeleton)
     for parameter in trained.values():
         assert not parameter.requires_grad
         parameter.requires_grad_(True)
     head.train(list(trained.values()))
-    (got, _), gradient = _loss(head, output, targets, anchors)
+    got_leaf = output.clone().requires_grad_()
+    got = head.loss_backward(got_leaf, targets, answer_tokens=ANSWERS)
 
     assert set(trained) == set(expected)
     assert got == pytest.approx(float(loss.detach()), rel=1e-6)
-    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got_leaf.grad, leaf.grad, rtol=1e-5, atol=1e-7)
     for name, parameter in trained.items():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     # They are added to, and only by what asks for gradients.
     head.loss_sum(output, targets)
-    _loss(head, output, targets, anchors)
+    head.loss_backward(output.clone().requires_grad_(), targets, answer_tokens=ANSWERS)
     for name, parameter in trained.items():
         torch.testing.assert_close(parameter.grad, 2 * expected[name], rtol=1e-4, atol=2e-6, msg=name)
     rig.store.close()
 
 
-def test_the_plain_loss_trains_the_head_too(rig_of: OpenRig) -> None:
-    rig = rig_of("gemma2")
-    output, targets, anchors = _batch(rig)
-    gradients = []
-    for losses in ("plain", "anchored"):
-        head = _open(rig, None, 3)
-        trained = [p.requires_grad_() for p in output_parameters(rig.skeleton).values()]
-        head.train(trained)
-        if losses == "plain":
-            head.loss_backward(output.clone().requires_grad_(), targets, answer_tokens=ANSWERS)
-        else:
-            _loss(head, output, targets, _empty(rig, anchors))
-        gradients.append([p.grad for p in trained])
-        for parameter in trained:
-            parameter.requires_grad_(False).grad = None
-        head.close()
-    assert len(gradients[0]) == 2
-    assert all(torch.equal(plain, anchored) for plain, anchored in zip(*gradients, strict=True))
+def test_a_head_that_is_compared_through_cannot_be_trained(rig_of: OpenRig) -> None:
+    rig = rig_of("llama")
+    head = _open(rig, None)
+    head.train([])
+    with pytest.raises(ValueError, match="compared through"):
+        head.train(list(output_parameters(rig.skeleton).values()))
+    head.close()
 
 
 def test_parameters_keep_whether_they_require_gradients(rig_of: OpenRig) -> None:
@@ -382,7 +410,7 @@ def test_a_head_in_slices_cannot_be_trained(rig_of: OpenRig) -> None:
     rig = rig_of("llama")
     place_head(rig.skeleton, rig.store, CPU)
     trained = list(output_parameters(rig.skeleton).values())
-    head = _open(rig, 40)
+    head = _open_without_anchor(rig, 40)
     head.train([])
     with pytest.raises(ValueError, match="read in slices"):
         head.train(trained)
@@ -398,28 +426,29 @@ def _shapes(rig: Rig) -> HeadShapes:
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite", "cohere", "opt"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [None, 97])
+@pytest.mark.parametrize("rows", [97, 512])
 def test_two_models_logits_take_no_more_memory_than_ones(
-    architecture: str, dtype: str, rows: int | None, rig_of: OpenRig, monkeypatch: pytest.MonkeyPatch
+    architecture: str, dtype: str, rows: int, rig_of: OpenRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig = rig_of(architecture, dtype)
     # Beside the chunks of a real model, the pieces that both are compared in are small; they are not counted.
     monkeypatch.setattr("lopt_lite.residency.logits._CPU_PIECE", 1)
-    tokens, columns = 16, rows or rig.skeleton.vocabulary_rows
+    tokens, compared = 16, torch.arange(min(rows, rig.skeleton.vocabulary_rows))
     anchors = Anchors(
         mask=torch.ones(1, 4 * tokens, dtype=torch.bool),
         base=torch.randn(4 * tokens, rig.skeleton.hidden_size).to(rig.skeleton.dtype),
         tokens=4 * tokens,
         weight=1.0,
     )
-    head = open_head(rig.skeleton, rig.store, device=CPU, logit_elements=tokens * columns, slice_rows=rows)
+    elements = tokens * len(compared)
+    head = open_head(rig.skeleton, rig.store, device=CPU, logit_elements=elements, slice_rows=None, compared=compared)
     output = torch.randn(1, 4 * tokens, rig.skeleton.hidden_size).to(rig.skeleton.dtype).requires_grad_()
     no_answers = torch.full((1, 4 * tokens), -100)
-    half = tokens // 2 * columns
+    half = tokens // 2 * len(compared)
     with LiveBytes(half) as counted:
         head.anchored_loss_backward(output, no_answers, anchors, answer_tokens=0)
     head.close()
-    limit = logit_bytes(_shapes(rig), tokens * columns, rows, gradient=True)
+    limit = logit_bytes(_shapes(rig), elements, None, gradient=True)
     assert limit // 2 <= counted.peak <= limit
 
 
@@ -438,7 +467,7 @@ def test_what_is_kept_of_anchored_tokens_is_what_is_foretold(dtype: str, rows: i
     output = torch.randn(1, 120, hidden).to(rig.skeleton.dtype).requires_grad_()
     head = _open(rig, rows, 10)
     for tokens, foretold in (
-        (anchored, anchor_bytes(_shapes(rig), anchored, rows) - base.nbytes),
+        (anchored, anchor_bytes(_shapes(rig), anchored) - base.nbytes),
         (answered, answer_bytes(_shapes(rig), answered, rows, gradient=True)),
     ):
         with LiveBytes(tokens * hidden) as counted:

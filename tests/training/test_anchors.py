@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lopt_lite.errors import DataError, SettingsError, StoppedError
 from lopt_lite.events import Event, Progress, Step, ignore
 from lopt_lite.journal import last_fact, read_facts
 from lopt_lite.recipe import ModelKind
+from lopt_lite.residency import head_cost
 from lopt_lite.residency.anchors import Anchors
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training import memory_choice, stopping
@@ -89,6 +91,23 @@ def test_other_text_comes_round_again_and_again():
     assert other_rows(8, 0) == 0
 
 
+def test_all_tokens_are_compared_while_they_are_few():
+    assert _sample(_dataset((3, 2)), 1).compared(8192).tolist() == [*range(8192)]
+    assert len(_sample(_dataset((3, 2)), 1).compared(8193)) == 8192
+
+
+def test_of_many_tokens_those_of_the_examples_are_compared_and_the_first(monkeypatch):
+    monkeypatch.setattr(head_cost, "COMPARED_TOKENS", 6)
+    lengths = [4, 3, 3, 2]
+    tokens = torch.tensor([90, 90, 90, 70, 80, 80, 70, 60, 60, 60, 50, 50], dtype=torch.int32)
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+    dataset = TokenizedDataset(tokens, torch.zeros(12, dtype=torch.bool), offsets)
+    # Held-out examples (here the one with token 60) do not count.
+    sample = _sample(dataset, 2, range(3, 4))
+    assert sample.compared(100).tolist() == [0, 1, 2, 50, 70, 90]
+    assert _sample(dataset, 1).compared(100).tolist() == [0, 1, 2, 3, 70, 90]
+
+
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +155,8 @@ def _divergence(run: Path, inputs: tuple[Path, Path], most: int) -> float:
     for example in range(len(dataset)):
         ids = dataset.example(example)[0][None].long()
         at = sample.positions(example)
-        before, after = base(ids).logits[0, at], tuned.eval()(ids).logits[0, at]
+        compared = sample.compared(base.config.vocab_size)
+        before, after = (model(ids).logits[0, at][:, compared] for model in (base, tuned.eval()))
         total += float(
             functional.kl_div(after.log_softmax(-1), before.log_softmax(-1), reduction="sum", log_target=True)
         )
@@ -154,7 +174,9 @@ def test_an_anchored_run_stays_nearer_to_what_it_was(tmp_path, inputs, changes):
     assert not (held / "cache" / "anchors").exists()
 
 
-def test_what_a_run_says_of_its_divergence_is_so(tmp_path, inputs):
+@pytest.mark.parametrize("compared", [8192, 40])
+def test_what_a_run_says_of_its_divergence_is_so(tmp_path, inputs, compared, monkeypatch):
+    monkeypatch.setattr(head_cost, "COMPARED_TOKENS", compared)
     run, steps = _train(tmp_path, inputs, retain=0.5, blocks=1, batch_size=12, epochs=12)
     assert steps[-1].lr < 0.05 * steps[1].lr
     # The last step hardly changes anything any more.
