@@ -6,7 +6,8 @@ which it is not shown, and on unrelated instructions. Capitals, backwards: the w
 
 Losses are nats per answer token of held-out examples, as 'lopt-lite evaluate' measures them. Several seeds give mean ±
 standard deviation. Seconds are those of training, without loading and preparing weights. "frozen" leaves the first half
-of the layers as it is, "larger" the first quarter, as lopt-lite does by default. A name that ends in "longer" has half
+of the layers as it is, "larger" the first quarter, as lopt-lite does by default; "default" has the default rate too. A
+name that ends in "longer" has half
 as many passes again over the data (rounded down), one that ends in "anchor" has lopt-lite's default anchor,
 one that ends in "retain" has it with --retain 1 or the weight that follows, one that ends in "answers" has it on the
 untouched model's own answers.
@@ -43,6 +44,7 @@ NAME = "recipe"
 
 _FULL = {"tune": "full", "lr": 2e-5}
 _PLAIN: dict[str, dict[str, Any]] = {
+    "default": {},
     "end-to-end-1e-4": {"blocks": 1, "lr": 1e-4},
     "end-to-end-2e-4": {"blocks": 1, "lr": 2e-4},
     "end-to-end-4e-4": {"blocks": 1, "lr": 4e-4},

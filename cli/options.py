@@ -17,7 +17,7 @@ import typer
 from rich.markup import escape
 
 from lopt_lite.errors import SettingsError
-from lopt_lite.settings import load_yaml
+from lopt_lite.settings_file import load_yaml
 
 #: Begins the names of environment variables that stand for options.
 _ENVIRONMENT = "LOPT_LITE_"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import lopt_lite
 from lopt_lite.events import OnEvent
+from lopt_lite.option_fields import argument
 from lopt_lite.outcomes import BlockStatus, StatusOutcome
-from lopt_lite.settings import argument
 
 from .command import Command
 from .units import duration_text, loss_text

@@ -7,17 +7,15 @@ The command line and the YAML file are both generated from and checked against t
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import math
-import os
-import re
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from lopt_lite import recipe
 from lopt_lite.errors import SettingsError
+from lopt_lite.option_fields import argument, check_at_least, check_positive, check_types, expand_home, option
+from lopt_lite.units import parse_duration_s, parse_memory, parse_time_of_day
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["bfloat16", "float32"]
@@ -30,24 +28,6 @@ ExportFormat = Literal["adapter", "merged"]
 Onto = Literal["original", "quantized"]
 
 OBJECTIVES = ("reconstruct", "task", "match", "none")
-
-
-def option(default: Any, help: str, *, repeat: bool = False, environment: bool = False, path: bool = False) -> Any:
-    """A dataclass field that is also a command-line option with this help text.
-
-    ``environment``: on the command line, LOPT_LITE_ITS_NAME stands for the option where it is not given. ``path``: a
-    ``~`` it begins with stands for the user's directory, also in YAML and from Python, where no shell has seen it.
-    """
-    metadata = {"help": help, "repeat": repeat, "environment": environment, "path": path}
-    return field(default=default, metadata=metadata)
-
-
-def argument(help: str, *, default: Any = dataclasses.MISSING, path: bool = True) -> Any:
-    """A dataclass field that is a positional argument of the command; ``path`` as for :func:`option`."""
-    metadata = {"help": help, "positional": True, "path": path}
-    if default is dataclasses.MISSING:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,21 +187,21 @@ class TrainSettings:
         _fill(self, _DEFAULTS_OF_SCHEDULE["joint" if self.schedule == "joint" else "sequential"])
         if self.blocks == 1:
             _fill(self, {"retain": 0.0})
-        _check_types(self)
-        _expand_home(self)
+        check_types(self)
+        expand_home(self)
         if self.tune == "full":
             _check_full_tuning(self)
         _check_schedule(self)
         _check_anchor(self)
-        _at_least(self, 1, "blocks", "epochs", "batch_size", "lora_r", "retain_tokens", "last_layers")
+        check_at_least(self, 1, "blocks", "epochs", "batch_size", "lora_r", "retain_tokens", "last_layers")
         if self.last_layers is not None and self.blocks == 1:
             raise SettingsError(
                 "--last-layers cuts off the last block, and with --blocks 1 there is no other",
                 fix="leave one of them out",
             )
-        _at_least(self, 0, "head_fit_epochs", "retain_answers")
-        _at_least(self, 2, "max_length")
-        _positive(self, "lr", "lr_early", "lora_alpha", "max_hours")
+        check_at_least(self, 0, "head_fit_epochs", "retain_answers")
+        check_at_least(self, 2, "max_length")
+        check_positive(self, "lr", "lr_early", "lora_alpha", "max_hours")
         if not 0 <= self.lora_dropout < 1:
             raise SettingsError(f"--lora-dropout is {self.lora_dropout}", expected="at least 0 and below 1")
         _check_seed(self.seed)
@@ -498,8 +478,8 @@ class QuantizeSettings:
     device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.", environment=True)
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _expand_home(self)
+        check_types(self)
+        expand_home(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -528,11 +508,11 @@ class EvaluateSettings:
     skip_bad_lines: bool = option(False, "Drop lines that cannot be used, and count them, instead of stopping.")
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _expand_home(self)
-        _at_least(self, 1, "batch_size", "limit")
-        _at_least(self, 0, "num_fewshot")
-        _at_least(self, 2, "max_length")
+        check_types(self)
+        expand_home(self)
+        check_at_least(self, 1, "batch_size", "limit")
+        check_at_least(self, 0, "num_fewshot")
+        check_at_least(self, 2, "max_length")
         parse_memory(self.memory)
         if self.tasks is None:
             if self.data is None:
@@ -555,8 +535,8 @@ class ReportSettings:
     run: str = argument("Run directory. RUN/report.html and RUN/loss.png are written, or written anew.")
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _expand_home(self)
+        check_types(self)
+        expand_home(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -574,9 +554,9 @@ class GenerateSettings:
     device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.", environment=True)
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _expand_home(self)
-        _at_least(self, 1, "max_new_tokens")
+        check_types(self)
+        expand_home(self)
+        check_at_least(self, 1, "max_new_tokens")
         _check_seed(self.seed)
         parse_memory(self.memory)
         if not self.prompt:
@@ -608,8 +588,8 @@ class ExportSettings:
     device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.", environment=True)
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _expand_home(self)
+        check_types(self)
+        expand_home(self)
         if self.format == "adapter" and self.onto != "original":
             raise SettingsError(
                 f"--onto {self.onto} says what to merge into, and --format adapter merges nothing",
@@ -620,199 +600,3 @@ class ExportSettings:
                 "--model names the original model, which is only needed to merge into it",
                 fix="add --format merged --onto original, or leave --model out",
             )
-
-
-Settings = TypeVar("Settings")
-
-
-def load_yaml(path: Path, settings: type[Any]) -> dict[str, Any]:
-    """Read option values from a YAML file; names may use ``-`` or ``_``.
-
-    Returns
-    -------
-    dict
-        Values by field name of the dataclass ``settings``, not yet checked for type.
-
-    Raises
-    ------
-    SettingsError
-        The file cannot be read, is not a mapping, or names an unknown option.
-    """
-    import yaml  # only needed with --config
-
-    try:
-        # Its own SafeLoader.
-        content = yaml.load(path.read_text(encoding="utf-8"), _yaml_loader())  # noqa: S506  # nosec B506
-    except OSError as error:
-        raise SettingsError(
-            f"cannot read --config {path}: {error.strerror or error}",
-            expected="a YAML file of options, or the directory with config.json",
-        ) from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise SettingsError(
-            f"--config {path} is not YAML: {' '.join(str(error).split())}", expected="option: value lines"
-        ) from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise SettingsError(f"--config {path} holds a {type(content).__name__}", expected="option: value lines")
-    known = {f.name: f for f in dataclasses.fields(settings) if f.name != "config"}
-    hints = typing.get_type_hints(settings)
-    values = {}
-    for key, value in content.items():
-        name = str(key).lstrip("-").replace("-", "_")
-        if name not in known:
-            raise SettingsError(
-                f"--config {path} sets {str(key)!r}, which is no option", expected=f"one of {', '.join(sorted(known))}"
-            )
-        values[name] = _from_yaml(value, hints[name])
-    return values
-
-
-def _yaml_loader() -> Any:
-    """PyYAML's SafeLoader without numbers to the base of 60 (``22:30`` is a time of day and not 1350), and dates."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_yaml_int(self, node: Any) -> Any:
-            return node.value if ":" in node.value else super().construct_yaml_int(node)
-
-    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
-    # A directory may be called 2026-11-25.
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    return Loader
-
-
-def _from_yaml(value: Any, hint: Any) -> Any:
-    """Adapt what YAML parses (``4e-4`` is text to it, ``0.05`` a number) to the field's type where that is exact."""
-    members = typing.get_args(hint)
-    if isinstance(value, bool):
-        return value
-    if (hint is float or float in members) and isinstance(value, (int, str)):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    if (hint is str or str in members) and isinstance(value, (int, float)):
-        return str(value)
-    return value
-
-
-def _check_types(settings: Any) -> None:
-    """Check every field against its annotation, since values may come from YAML or from Python callers."""
-    hints = typing.get_type_hints(type(settings))
-    for f in dataclasses.fields(settings):
-        value, hint = getattr(settings, f.name), hints[f.name]
-        if not _matches(value, hint):
-            flag = "--" + f.name.replace("_", "-") if not f.metadata.get("positional") else f.name.upper()
-            raise SettingsError(f"{flag} is {value!r}", expected=_describe(hint))
-
-
-def _expand_home(settings: Any) -> None:
-    """Put the user's directory in the place of a ``~`` that paths begin with."""
-    for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        if not f.metadata.get("path") or value is None:
-            continue
-        expanded = tuple(map(_at_home, value)) if isinstance(value, tuple) else _at_home(value)
-        object.__setattr__(settings, f.name, expanded)
-
-
-def _at_home(path: str) -> str:
-    # Of an unknown user, it stays as it is.
-    return os.path.expanduser(path) if path.startswith("~") else path  # noqa: PTH111
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    origin, members = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in members
-    if origin is tuple:
-        return isinstance(value, tuple) and all(isinstance(v, members[0]) for v in value)
-    if members:
-        return any(_matches(value, member) for member in members)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    origin, members = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, members))
-    if members:
-        return " or ".join(_describe(member) for member in members if member is not type(None))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return names.get(hint, str(hint))
-
-
-def _at_least(settings: Any, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise SettingsError(f"--{name.replace('_', '-')} is {value}", expected=f"at least {least}")
-
-
-def _positive(settings: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise SettingsError(f"--{name.replace('_', '-')} is {value}", expected="a finite number above 0")
-
-
-_DURATION_UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-
-
-_BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_bytes(text: str, flag: str) -> int:
-    """Bytes of ``6GiB``, ``800MiB`` or ``8GB`` (which is 8 * 10**9).
-
-    Raises
-    ------
-    SettingsError
-        Anything else, naming ``flag``.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|B)\s*", text.upper())
-    if match is None:
-        raise SettingsError(f"{flag} is {text!r}", expected="a size such as 6GiB, 800MiB or 8GB")
-    return int(float(match[1]) * _BYTE_UNITS[match[2]])
-
-
-def parse_memory(text: str) -> int | None:
-    """The bytes of a ``--memory`` value, None for ``auto``."""
-    return None if text == "auto" else parse_bytes(text, "--memory")
-
-
-def parse_duration_s(text: str, flag: str) -> float:
-    """Seconds of ``30s``, ``5m``, ``1.5h`` or a bare number of seconds.
-
-    Raises
-    ------
-    SettingsError
-        Anything else, naming ``flag``.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|m|h|)\s*", text)
-    if match is None:
-        raise SettingsError(f"{flag} is {text!r}", expected="a time such as 30s, 5m or 1h")
-    return float(match[1]) * _DURATION_UNITS_S[match[2]]
-
-
-def parse_time_of_day(text: str, flag: str) -> datetime.time:
-    """The time of day of ``HH:MM``.
-
-    Raises
-    ------
-    SettingsError
-        Anything else, naming ``flag``.
-    """
-    match = re.fullmatch(r"\s*(\d{1,2}):(\d{2})\s*", text)
-    if match is None or int(match[1]) > 23 or int(match[2]) > 59:
-        raise SettingsError(f"{flag} is {text!r}", expected="a time of day, HH:MM, such as 07:30")
-    return datetime.time(int(match[1]), int(match[2]))

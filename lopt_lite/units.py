@@ -1,8 +1,15 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and as they write them."""
 
 from __future__ import annotations
 
+import datetime
 import math
+import re
+
+from lopt_lite.errors import SettingsError
+
+_DURATION_UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def bytes_text(count: int) -> str:
@@ -54,3 +61,50 @@ def loss_text(loss: float) -> str:
 def counted(count: int, one: str, many: str | None = None) -> str:
     """``1 example``, ``1,200 examples``."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """Bytes of ``6GiB``, ``800MiB`` or ``8GB`` (which is 8 * 10**9).
+
+    Raises
+    ------
+    SettingsError
+        Anything else, naming ``flag``.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|B)\s*", text.upper())
+    if match is None:
+        raise SettingsError(f"{flag} is {text!r}", expected="a size such as 6GiB, 800MiB or 8GB")
+    return int(float(match[1]) * _BYTE_UNITS[match[2]])
+
+
+def parse_memory(text: str) -> int | None:
+    """The bytes of a ``--memory`` value, None for ``auto``."""
+    return None if text == "auto" else parse_bytes(text, "--memory")
+
+
+def parse_duration_s(text: str, flag: str) -> float:
+    """Seconds of ``30s``, ``5m``, ``1.5h`` or a bare number of seconds.
+
+    Raises
+    ------
+    SettingsError
+        Anything else, naming ``flag``.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|m|h|)\s*", text)
+    if match is None:
+        raise SettingsError(f"{flag} is {text!r}", expected="a time such as 30s, 5m or 1h")
+    return float(match[1]) * _DURATION_UNITS_S[match[2]]
+
+
+def parse_time_of_day(text: str, flag: str) -> datetime.time:
+    """The time of day of ``HH:MM``.
+
+    Raises
+    ------
+    SettingsError
+        Anything else, naming ``flag``.
+    """
+    match = re.fullmatch(r"\s*(\d{1,2}):(\d{2})\s*", text)
+    if match is None or int(match[1]) > 23 or int(match[2]) > 59:
+        raise SettingsError(f"{flag} is {text!r}", expected="a time of day, HH:MM, such as 07:30")
+    return datetime.time(int(match[1]), int(match[2]))

@@ -11,7 +11,7 @@ import pytest
 from lopt_lite_cli.options import flag
 
 from lopt_lite import TrainSettings
-from lopt_lite.settings import load_yaml
+from lopt_lite.settings_file import load_yaml
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FIELDS = TrainSettings.__dataclass_fields__

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from lopt_lite import EvaluateSettings, ExportSettings, GenerateSettings, QuantizeSettings, TrainSettings
 from lopt_lite.errors import SettingsError
-from lopt_lite.settings import load_yaml, parse_duration_s, parse_time_of_day
+from lopt_lite.recipe import ModelKind
+from lopt_lite.settings_file import load_yaml
+from lopt_lite.units import parse_duration_s, parse_time_of_day
 
 _ALL = {
     TrainSettings: {"model": "m", "data": "d"},
@@ -197,8 +199,8 @@ def test_early_blocks_learn_at_a_tenth_unless_told():
 )
 def test_the_rate_follows_from_the_recipe_and_the_models_width(options, expected, early):
     """``expected``: None for the law of widths."""
-    for hidden_size, by_width in ((64, 1.4e-3), (512, 1.4e-3), (576, 1.3e-3), (2000, 5e-4), (4096, 2.9e-4)):
-        settings = _train(**options).settle(has_prompts=True, hidden_size=hidden_size, layers=4)
+    for width, by_width in ((64, 1.4e-3), (512, 1.4e-3), (576, 1.3e-3), (2000, 5e-4), (4096, 2.9e-4)):
+        settings = _train(**options).settle(has_prompts=True, model=ModelKind("LlamaForCausalLM", width, 4))
         assert settings.peak_lr == (by_width if expected is None else expected)
         assert settings.early_lr == pytest.approx(early * settings.peak_lr)
 

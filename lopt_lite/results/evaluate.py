@@ -18,7 +18,8 @@ from lopt_lite.residency.choices import Memory, choose_residence
 from lopt_lite.residency.memory_model import Job
 from lopt_lite.results.harness import task_scores
 from lopt_lite.results.open_run import OpenRun, open_run
-from lopt_lite.settings import EvaluateSettings, parse_memory
+from lopt_lite.settings import EvaluateSettings
+from lopt_lite.units import parse_memory
 
 
 def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> EvaluateOutcome:

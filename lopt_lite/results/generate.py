@@ -21,7 +21,8 @@ from lopt_lite.residency.choices import Memory, choose_residence
 from lopt_lite.residency.continuation import continuing_model
 from lopt_lite.residency.memory_model import Job
 from lopt_lite.results.open_run import OpenRun, open_run
-from lopt_lite.settings import GenerateSettings, parse_memory
+from lopt_lite.settings import GenerateSettings
+from lopt_lite.units import parse_memory
 
 
 def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> GenerateOutcome:

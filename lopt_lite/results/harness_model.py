@@ -24,7 +24,8 @@ from lopt_lite.events import Notice, OnEvent
 from lopt_lite.results.harness_generate import complete
 from lopt_lite.results.harness_scores import Scorer
 from lopt_lite.results.open_run import OpenRun, open_run
-from lopt_lite.settings import EvaluateSettings, parse_memory
+from lopt_lite.settings import EvaluateSettings
+from lopt_lite.units import parse_memory
 
 
 class LayerStreamedLM(TemplateLM):

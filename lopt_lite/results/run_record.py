@@ -13,9 +13,9 @@ from lopt_lite.journal import Fact, read_facts
 from lopt_lite.outcomes import StatusOutcome
 from lopt_lite.results.stage_steps import Line, StageSteps, number, stage_steps
 from lopt_lite.results.status import status
-from lopt_lite.settings import parse_memory
 from lopt_lite.training.metrics import read_metrics
 from lopt_lite.training.run_directory import RunPaths, current_store, read_settings
+from lopt_lite.units import parse_memory
 
 
 @dataclass(frozen=True)

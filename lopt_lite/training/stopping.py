@@ -9,7 +9,7 @@ import time
 from types import FrameType
 
 from lopt_lite.errors import StoppedError
-from lopt_lite.settings import parse_time_of_day
+from lopt_lite.units import parse_time_of_day
 
 _SIGNALS = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n))
 _HANG_UP = getattr(signal, "SIGHUP", None)
