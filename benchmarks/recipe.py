@@ -5,12 +5,13 @@ nothing but the final number, a narrow task that makes a model forget; what it k
 which it is not shown, and on unrelated instructions. Capitals, backwards: the worked solutions written in such a way.
 
 Losses are nats per answer token of held-out examples, as 'lopt-lite evaluate' measures them. Several seeds give mean ±
-standard deviation. Seconds are those of training, without loading and preparing weights. "frozen" leaves the first half
-of the layers as it is, "larger" the first quarter, as lopt-lite does by default; "default" has the default rate too. A
-name that ends in "longer" has half
-as many passes again over the data (rounded down), one that ends in "anchor" has lopt-lite's default anchor,
-one that ends in "retain" has it with --retain 1 or the weight that follows, one that ends in "answers" has it on the
-untouched model's own answers.
+standard deviation. Seconds are those of training, without loading and preparing weights.
+
+"default" is what lopt-lite does when nothing is said. The other names say what is trained, and its learning rate:
+"end-to-end" all layers at once, "frozen" the second half of them and "larger" the last three quarters, with the others
+left as they are. Then they may say: "longer", half as many passes again over the data (rounded down); and what the last
+block is held by, nothing unless it is said: "anchor", the default anchor; "retain", an anchor of the weight that follows,
+or 1; "tokens-8", of at most so many tokens an example; "answers", on the untouched model's own answers.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ NAME = "recipe"
 
 _FULL = {"tune": "full", "lr": 2e-5}
 _PLAIN: dict[str, dict[str, Any]] = {
-    "default": {},
     "end-to-end-1e-4": {"blocks": 1, "lr": 1e-4},
     "end-to-end-2e-4": {"blocks": 1, "lr": 2e-4},
     "end-to-end-4e-4": {"blocks": 1, "lr": 4e-4},
@@ -93,10 +93,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     for longer, passes in _PASSES.items()
     for anchor, weight in _ANCHORS.items()
     for name, options in _PLAIN.items()
+    # By default, these have no anchor.
+    if not ("retain" not in weight and name.startswith(("end-to-end", "joint", "full-end-to-end")))
     if not (weight.get("retain") != 0 and name in _NO_ANCHOR)
 }
+RECIPES |= {f"default{longer}": {"passes": passes} for longer, passes in _PASSES.items()}
 _NAMES = (
-    f"{', '.join(_PLAIN)}, each with {' or '.join(e for e in _PASSES if e)} and then with "
+    f"default, {', '.join(_PLAIN)}, each with {' or '.join(e for e in _PASSES if e)} and then (but for default) with "
     f"{' or '.join(e for e in _ANCHORS if e)} at its end"
 )
 _QUICK = ("end-to-end-4e-4", "frozen-8e-4")

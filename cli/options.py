@@ -17,6 +17,7 @@ import typer
 from rich.markup import escape
 
 from lopt_lite.errors import SettingsError
+from lopt_lite.option_fields import flag
 from lopt_lite.settings_file import load_yaml
 
 #: Begins the names of environment variables that stand for options.
@@ -27,11 +28,6 @@ def parameters(settings: type[Any]) -> list[inspect.Parameter]:
     """One keyword parameter for each field of ``settings``, as typer reads them from a function's signature."""
     hints = typing.get_type_hints(settings)
     return [_parameter(field, hints[field.name]) for field in dataclasses.fields(settings)]
-
-
-def flag(name: str) -> str:
-    """How a field's option is written: ``lora_r`` is ``--lora-r``."""
-    return "--" + name.replace("_", "-")
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:

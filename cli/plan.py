@@ -174,7 +174,7 @@ COMMAND = Command(
     name="plan",
     help=(
         "Show what 'train' would do with the same options: what stays in memory, peaks, disk, time and alternatives. "
-        "Loads no weights and writes nothing; MODEL may be a directory with just a config.json."
+        "Loads no weights, and writes only to the user's cache; MODEL may be a directory with just a config.json."
     ),
     settings=PlanSettings,
     operation=_plan,

@@ -22,6 +22,11 @@ def option(default: Any, help: str, *, repeat: bool = False, environment: bool =
     return field(default=default, metadata=metadata)
 
 
+def flag(name: str) -> str:
+    """How a field's option is written: ``lora_r`` is ``--lora-r``."""
+    return "--" + name.replace("_", "-")
+
+
 def argument(help: str, *, default: Any = dataclasses.MISSING, path: bool = True) -> Any:
     """A dataclass field that is a positional argument of the command; ``path`` as for :func:`option`."""
     metadata = {"help": help, "positional": True, "path": path}
@@ -36,8 +41,8 @@ def check_types(settings: Any) -> None:
     for f in dataclasses.fields(settings):
         value, hint = getattr(settings, f.name), hints[f.name]
         if not _matches(value, hint):
-            flag = "--" + f.name.replace("_", "-") if not f.metadata.get("positional") else f.name.upper()
-            raise SettingsError(f"{flag} is {value!r}", expected=_describe(hint))
+            what = f.name.upper() if f.metadata.get("positional") else flag(f.name)
+            raise SettingsError(f"{what} is {value!r}", expected=_describe(hint))
 
 
 def expand_home(settings: Any) -> None:
@@ -84,11 +89,11 @@ def check_at_least(settings: Any, least: int, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if value is not None and value < least:
-            raise SettingsError(f"--{name.replace('_', '-')} is {value}", expected=f"at least {least}")
+            raise SettingsError(f"{flag(name)} is {value}", expected=f"at least {least}")
 
 
 def check_positive(settings: Any, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
-            raise SettingsError(f"--{name.replace('_', '-')} is {value}", expected="a finite number above 0")
+            raise SettingsError(f"{flag(name)} is {value}", expected="a finite number above 0")

@@ -52,7 +52,7 @@ def larger_last_block(layers: int) -> int:
 
 
 def anchor_weight(loss: float) -> float:
-    """The anchor's weight, two digits of it, where answers cost the untouched model so many nats a token.
+    """The anchor's weight, two digits of it, where answers cost the model so many nats a token before.
 
     The less likely answers are to the untouched model, the further it is moved to give them, and the more it forgets.
     """

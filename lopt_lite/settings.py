@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lopt_lite import recipe
 from lopt_lite.errors import SettingsError
-from lopt_lite.option_fields import argument, check_at_least, check_positive, check_types, expand_home, option
+from lopt_lite.option_fields import argument, check_at_least, check_positive, check_types, expand_home, flag, option
 from lopt_lite.units import parse_duration_s, parse_memory, parse_time_of_day
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
@@ -133,8 +133,8 @@ class TrainSettings:
         None,
         "Weight of an anchor that holds the model to what it knew: the divergence of its predictions at a sample of "
         "prompt tokens from those of the untouched model is added to the loss of the last block. 0: no anchor. "
-        "Default: from 0.3 to 3, the more the less likely the answers are to the untouched model (why: "
-        "docs/recipe.md); 0 with --blocks 1, --schedule joint or --preset paper, and for data without prompts.",
+        "Default: from 0.3 to 3, the more the less likely the model finds the answers so far (why: docs/recipe.md); "
+        "0 with --blocks 1, --schedule joint or --preset paper, and where there are no prompts and no --retain-data.",
     )
     retain_tokens: int = option(32, "Most anchored tokens of one example.")
     retain_answers: int = option(
@@ -290,6 +290,17 @@ class TrainSettings:
         """
         return self.retain is None or self.retain > 0
 
+    def without_effect(self) -> list[str]:
+        """What was asked for and changes nothing, in words for the user."""
+        found = []
+        if self.lr_early is not None and set(self.objectives()[:-1]) <= {"none"}:
+            found.append("--lr-early has no effect: no block before the last learns anything (--objective)")
+        if self.cache != "exact" and self.blocks == 1:
+            found.append(f"--cache {self.cache} has no effect: there is one block, and nothing between blocks")
+        if self.retain_tokens != TrainSettings.retain_tokens and self.retain == 0:
+            found.append("--retain-tokens has no effect: there is no anchor (--retain)")
+        return found
+
     @property
     def trains_around(self) -> bool:
         """Whether embedding, final norm and LM head are trained too, as in the paper."""
@@ -395,6 +406,11 @@ def _check_matching(settings: TrainSettings) -> None:
     """Refuse to match the unquantised layers where that means nothing, or where their outputs are not to be had."""
     if "match" not in settings.objectives():
         return
+    if settings.tune == "full":
+        raise SettingsError(
+            "--objective match corrects what quantising has changed, and --tune full quantises nothing",
+            fix="choose another objective (none leaves blocks as they are), or --tune lora",
+        )
     if settings.quantize == "none":
         raise SettingsError(
             "--objective match corrects what quantising has changed, and --quantize none changes nothing",
@@ -412,15 +428,17 @@ def _check_anchor(settings: TrainSettings) -> None:
         return
     if not (settings.retain >= 0 and math.isfinite(settings.retain)):
         raise SettingsError(f"--retain is {settings.retain}", expected="0 or more")
+    wanted = [name for name in ("retain", "retain_data", "retain_answers") if getattr(settings, name)]
+    if wanted and settings.trains_around:
+        raise SettingsError(
+            f"{flag(wanted[0])} asks for an anchor, which compares with the untouched model through its LM head, and "
+            "--schedule joint --tune full trains that",
+            fix="leave it out, or use --schedule sequential or --tune lora",
+        )
     if settings.retain_data is not None and not settings.retain:
         raise SettingsError("--retain-data names text to anchor on, and --retain is 0", fix="add --retain 1")
     if settings.retain_answers and not settings.retain:
         raise SettingsError("--retain-answers asks for an anchor, and --retain is 0", fix="add --retain 1")
-    if settings.retain and settings.trains_around:
-        raise SettingsError(
-            "--retain compares with the untouched model through its LM head, which --schedule joint --tune full trains",
-            fix="leave --retain out, or use --schedule sequential or --tune lora",
-        )
 
 
 def _check_full_tuning(settings: TrainSettings) -> None:
@@ -434,7 +452,7 @@ def _check_full_tuning(settings: TrainSettings) -> None:
     for field_ in dataclasses.fields(settings):
         if field_.name.startswith("lora_") and getattr(settings, field_.name) != field_.default:
             raise SettingsError(
-                f"--{field_.name.replace('_', '-')} describes an adapter, and --tune full trains none",
+                f"{flag(field_.name)} describes an adapter, and --tune full trains none",
                 fix="leave it out, or use --tune lora",
             )
 
@@ -519,7 +537,9 @@ class EvaluateSettings:
                 raise SettingsError("there is nothing to evaluate on", expected="DATA, --tasks, or both")
             for name in ("limit", "num_fewshot", "apply_chat_template"):
                 if getattr(self, name) not in (None, False):
-                    raise SettingsError(f"--{name.replace('_', '-')} is for --tasks, and there are none")
+                    raise SettingsError(
+                        f"{flag(name)} is for --tasks, and there are none", fix="add --tasks, or leave it out"
+                    )
         elif not self.task_names():
             raise SettingsError(f"--tasks is {self.tasks!r}", expected="names separated by commas")
 

@@ -365,3 +365,49 @@ def test_a_date_in_yaml_is_a_name(tmp_path):
 def test_generate_takes_the_seeds_that_train_takes(seed):
     with pytest.raises(SettingsError, match="--seed"):
         GenerateSettings(run="r", prompt="p", seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lr_early": 1e-4}, "--lr-early has no effect"),
+        ({"blocks": 1, "lr_early": 1e-4}, "--lr-early has no effect"),
+        ({"blocks": 1, "cache": "int8"}, "--cache int8 has no effect"),
+        ({"retain": 0.0, "retain_tokens": 8}, "--retain-tokens has no effect"),
+    ],
+)
+def test_what_was_asked_for_in_vain_is_told(options, says):
+    (text,) = _train(**options).without_effect()
+    assert text.startswith(says)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"preset": "paper"},
+        {"blocks": 1},
+        {"lr_early": 1e-4, "objective": "reconstruct"},
+        {"lr_early": 1e-4, "objective": "none,task", "blocks": 3},
+        {"cache": "int8"},
+        {"retain_tokens": 8},
+    ],
+)
+def test_what_has_an_effect_is_not_told(options):
+    assert _train(**options).without_effect() == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tune": "full", "objective": "match"},
+        {"schedule": "joint", "tune": "full", "retain_data": "file"},
+        {"preset": "paper", "retain_answers": 64},
+        {"preset": "paper", "retain": 1.0},
+    ],
+)
+def test_what_to_change_is_not_refused_as_well(options):
+    with pytest.raises(SettingsError) as refused:
+        _train(**options)
+    assert "--tune lora" in refused.value.fix
+    _train(**{"retain": 1.0, **options, "tune": "lora"})

@@ -78,7 +78,10 @@ def fetch(hub_id: str, on_event: OnEvent, *, weights: bool = True) -> Path:
             fix=f"check the network (and HF_HUB_OFFLINE), or {_BRING_FILES}; a local path must exist",
         ) from error
     except hub_errors.HFValidationError as error:
-        raise ModelError(f"{hub_id!r} is neither a file or directory here nor a valid hub id") from error
+        raise ModelError(
+            f"{hub_id!r} is neither a file or directory here nor a valid hub id",
+            fix="check the path; the id of a model on the hub is OWNER/NAME",
+        ) from error
     except (hub_errors.HTTPError, hub_errors.EntryNotFoundError, OSError, RuntimeError) as error:
         raise ModelError(
             f"fetching {hub_id} from the hub failed{_reason(error)}",

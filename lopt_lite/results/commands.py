@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lopt_lite.option_fields import flag
 from lopt_lite.outcomes import StatusOutcome
 from lopt_lite.recipe import ModelKind
 from lopt_lite.results.given_paths import GivenPaths
@@ -19,7 +20,7 @@ def changed_settings(content: dict[str, Any]) -> list[tuple[str, ...]]:
     settings: dict[str, Any] = content["settings"]
     defaults = default_settings(settings, recorded_kind(content["model"]))
     return [
-        (_flag(name), str(value), str(defaults[name]))
+        (flag(name), str(value), str(defaults[name]))
         for name, value in settings.items()
         if name in defaults and value != defaults[name]
     ]
@@ -96,9 +97,9 @@ class Commands:
         """
         content, given = self.content, self._given
         parts = [given.model(), given.file(str(content["data"]["given"]))]
-        for key, flag in (("validation", "--validation"), ("retain", "--retain-data")):
+        for key, name in (("validation", "--validation"), ("retain", "--retain-data")):
             value = (content.get(key) or {}).get("given")
-            parts += [] if value is None else [flag, given.file(str(value))]
+            parts += [] if value is None else [name, given.file(str(value))]
         for name, value, _ in changed_settings(content):
             parts += [name] if value == "True" else [name, value]
         for directory in content.get("config", ()):
@@ -132,7 +133,3 @@ class Commands:
 
 def _line(command: str, *parts: str) -> str:
     return shlex.join(["lopt-lite", command, *parts])
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -132,7 +132,7 @@ def _manager(names: list[str]) -> tuple[Any, list[str]]:
             specs += inside
             needed += members
         elif _is_file_name(name) and not Path(name).is_file():
-            raise SettingsError(f"--tasks names {name}, and there is no such file")
+            raise SettingsError(f"--tasks names {name}, and there is no such file", fix="check the path")
         else:
             specs.append(name)
     specs = list(dict.fromkeys(specs))

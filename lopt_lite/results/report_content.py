@@ -245,7 +245,7 @@ def _anchor(record: RunRecord) -> str | None:
     found_out, asked = last_fact(record.facts, "anchor-weight"), record.settings.get("retain")
     if found_out is not None:
         loss = loss_text(float(found_out["loss"]))
-        return f"weight {float(found_out['weight']):g}: answers cost the untouched model {loss} nats a token"
+        return f"weight {float(found_out['weight']):g}: answers cost the model {loss} nats a token before"
     return f"weight {float(asked):g}" if asked else None
 
 

@@ -1,7 +1,8 @@
-"""How much the anchor counts, where nobody says: it depends on how likely the answers are to the untouched model.
+"""How much the anchor counts, where nobody says: it depends on how likely the answers are before the last block learns.
 
-Found out before the first step of the last block, from a sample of the training examples, and a fact of the journal, so
-that a run that goes on has the weight that it began with.
+That is what the untouched model makes of them, unless earlier blocks have been trained. Found out before the first step
+of the last block, from a sample of the training examples, and a fact of the journal, so that a run that goes on has the
+weight that it began with.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def anchor_weight(bench: Workbench, loss_of_answers: Callable[[str], tuple[float
         loss, answer_tokens = loss_of_answers("how likely the answers are")
         weight = recipe.anchor_weight(loss)
         bench.journal.add("anchor-weight", weight=weight, loss=loss, answer_tokens=answer_tokens)
-        text = f"answers cost the untouched model {loss:.2f} nats a token: the anchor's weight is {weight:g} (--retain)"
+        text = f"answers cost the model {loss:.2f} nats a token so far: the anchor's weight is {weight:g} (--retain)"
         bench.on_event(Notice(text=text))
         return weight
     return float(fact["weight"])

@@ -246,8 +246,6 @@ class BlockTrainer:
         if phase.name == "train" and self._anchors is not None and self._anchors.weight is None:
             weighed = weighed_examples(bench)
             self._anchors.weight = anchor_weight(bench, lambda task: self._loss_of(weighed, task))
-            for layer in self._pool.layers:
-                set_training(layer, True)
         if cursor.step > 0 and cursor.step % self._steps_per_epoch == 0:
             # The checkpoint was made between an epoch's last step and its validation.
             self._end_epoch(phase, cursor.step // self._steps_per_epoch)
@@ -452,13 +450,11 @@ class BlockTrainer:
     def _validate(self, phase: _Phase, epoch: int) -> None:
         bench = self._bench
         loss, answer_tokens = self._loss_of(bench.held_out_range, "held-out loss")
-        for layer in self._pool.layers:
-            set_training(layer, phase.name == "train")
         bench.journal.add("validation", epoch=epoch, loss=loss, answer_tokens=answer_tokens)
         bench.on_event(Validation(epoch=epoch, epochs=phase.epochs, loss=loss, answer_tokens=answer_tokens))
 
     def _loss_of(self, examples: Sequence[int], task: str) -> tuple[float, int]:
-        """Mean loss of the answers of ``examples``, in nats, and their tokens; layers no longer train afterwards."""
+        """Mean loss of the answers of ``examples``, in nats, and their tokens; while training."""
         bench = self._bench
         lengths = self._lengths[torch.tensor(examples)]
         batches = length_sorted_batches(lengths, max_tokens=bench.residence.forward_tokens, max_rows=FORWARD_ROWS)
@@ -479,4 +475,6 @@ class BlockTrainer:
                 bench.on_event(Progress(task=task, done=done, total=len(batches), unit="batches"))
 
             self._pool.forward_all([self._inputs.micro_batch(part) for part in parts], take)
+        for layer in self._pool.layers:
+            set_training(layer, True)
         return total / answer_tokens, answer_tokens

@@ -1,4 +1,7 @@
-"""What a training run would do, from shapes alone: ``lopt_lite.plan``. Nothing is loaded, and nothing is written.
+"""What a training run would do, from shapes alone: ``lopt_lite.plan``. No weights are loaded.
+
+What takes long to find out (the machine's speeds, a model's and a data file's numbers) is remembered in the user's
+cache; nothing else is written.
 
 Read :func:`plan` from top to bottom: the model in numbers, the data in numbers, where everything will be, and how much
 disk and time that takes. :func:`draft_of_run` is the same of a run whose data is loaded.
@@ -21,6 +24,7 @@ from lopt_lite.data.dataset import check_can_be_split
 from lopt_lite.data.estimate import DataEstimate
 from lopt_lite.errors import DoesNotFitError
 from lopt_lite.events import Notice, OnEvent, Planned, ignore
+from lopt_lite.option_fields import flag
 from lopt_lite.outcomes import PlanAlternative, PlanBlock, PlanDisk, PlanMemory, PlanOutcome
 from lopt_lite.recipe import ModelKind
 from lopt_lite.residency.choices import Memory, Residence
@@ -305,9 +309,8 @@ def _command(settings: TrainSettings, kind: ModelKind) -> str:
         default = defaults[field.name] if field.name in defaults else getattr(plain, field.name)
         if field.metadata.get("positional") or value == default:
             continue
-        flag = "--" + field.name.replace("_", "-")
-        values = value if isinstance(value, tuple) else (value,)
-        words += [flag] if value is True else [word for item in values for word in (flag, str(item))]
+        name, values = flag(field.name), value if isinstance(value, tuple) else (value,)
+        words += [name] if value is True else [word for item in values for word in (name, str(item))]
     return shlex.join(words)
 
 
@@ -336,7 +339,10 @@ def _alternatives(draft: Draft, chosen: Residence) -> tuple[PlanAlternative, ...
         rows.append(_alternative(draft.with_settings(last_layers=layers // 2), f"--last-layers {layers // 2}"))
     for count in _OTHER_BLOCKS:
         if count != draft.settings.blocks and count <= layers:
-            rows.append(_alternative(draft.with_settings(blocks=count, last_layers=None), f"--blocks {count}"))
+            # With one block there is no anchor, unless one is asked for.
+            anchor = {"retain": 0.0} if count == 1 and draft.settings.retain is None else {}
+            other = draft.with_settings(blocks=count, last_layers=None, **anchor)
+            rows.append(_alternative(other, f"--blocks {count}"))
     return tuple(rows)
 
 

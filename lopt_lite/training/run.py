@@ -152,7 +152,10 @@ def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _
     if settings.tune == "lora" and not any(
         target_names(skeleton, index, settings) for index in range(skeleton.layer_count)
     ):
-        raise SettingsError(f"{skeleton.architecture} has no linear layers that an adapter could go on")
+        raise SettingsError(
+            f"{skeleton.architecture} has no linear layers that an adapter could go on",
+            fix="train the weights themselves with --tune full",
+        )
     tokenizer = load_tokenizer(model)
     check_vocabulary(tokenizer, skeleton.vocabulary_rows, on_event=on_event)
 
@@ -382,7 +385,7 @@ def _announce(bench: Workbench, given: _Given) -> None:
 
 
 def _work(bench: Workbench, given: _Given) -> None:
-    for remark in remarks(bench.settings, bench.device):
+    for remark in [*bench.settings.without_effect(), *remarks(bench.settings, bench.device)]:
         bench.on_event(Notice(text=remark))
     _measure_untouched_model(bench)
     bench.release_memory()

@@ -12,6 +12,7 @@ from typing import Any
 from lopt_lite import files
 from lopt_lite.errors import RunDirectoryError
 from lopt_lite.journal import last_fact, read_facts
+from lopt_lite.option_fields import flag
 from lopt_lite.recipe import ModelKind
 from lopt_lite.settings import TrainSettings
 
@@ -286,7 +287,7 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], *, done: bool) -
             value = list(value)
         if old != value and not (done and name == "memory"):
             now = "which is not given" if value is None else f"not {value}"
-            differences.append(f"--{name.replace('_', '-')} {old}, {now}")
+            differences.append(f"{flag(name)} {old}, {now}")
             reshaped = reshaped or name in _SHAPE_DATA
     reshaped = reshaped or found.get("validation", {}).get("given") != wanted["validation"]["given"]
     for part, name in _READ:

@@ -398,7 +398,7 @@ def test_the_anchors_weight_is_told_once_it_is_known(tmp_path):
     run = Run(tmp_path / "run").started()
     assert "anchor weight" not in run.report()[1].text
     run.note("anchor-weight", weight=0.3, loss=1.7633, answer_tokens=3215)
-    assert "anchor weight 0.3: answers cost the untouched model 1.763" in run.report()[1].text
+    assert "anchor weight 0.3: answers cost the model 1.763" in run.report()[1].text
     none = Run(tmp_path / "none", retain=0.0).started()
     assert "anchor weight" not in none.report()[1].text
 
