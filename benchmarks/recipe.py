@@ -10,7 +10,7 @@ standard deviation. Seconds are those of training, without loading and preparing
 "default" is what lopt-lite does when nothing is said. The other names say what is trained, and its learning rate:
 "end-to-end" all layers at once, "frozen" the second half of them and "larger" the last three quarters, with the others
 left as they are. Then they may say: "longer", half as many passes again over the data (rounded down); and what the last
-block is held by, nothing unless it is said: "anchor", the default anchor; "retain", an anchor of the weight that follows,
+block is held by, nothing unless it is said: "anchor", the default anchor; "retain", one of the weight that follows,
 or 1; "tokens-8", of at most so many tokens an example; "answers", on the untouched model's own answers.
 """
 
