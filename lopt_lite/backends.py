@@ -6,6 +6,7 @@ order to measure, limit or copy.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Protocol
 
 import psutil
@@ -47,9 +48,12 @@ class DeviceBackend:
         thread's is.
     shares_host_memory:
         Tensors on the device and on the host are the same memory: nothing needs to be copied.
+    takes_host_memory:
+        What the device takes is missing on the host: there is no other memory to put things aside in.
     """
 
     shares_host_memory = False
+    takes_host_memory = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -61,6 +65,18 @@ class DeviceBackend:
     def used_bytes(self) -> int:
         """Memory that a budget counts as used before anything is loaded, in bytes: nothing on a GPU."""
         return 0
+
+    def attainable_bytes(self, budget_bytes: int) -> int:
+        """As much of a budget as there can be."""
+        return budget_bytes
+
+    def fuses_attention(self, dtype: torch.dtype) -> bool:
+        """Whether PyTorch has an attention for training in ``dtype`` that keeps no weights of all pairs of tokens."""
+        return True
+
+    def lacks_bfloat16(self) -> bool:
+        """Whether products of bfloat16 matrices are made without units for them."""
+        return False
 
     def reset_peak(self) -> None:
         """Forget the peaks so far."""
@@ -132,6 +148,7 @@ class CpuBackend(DeviceBackend):
     """
 
     shares_host_memory = True
+    takes_host_memory = True
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -190,6 +207,18 @@ class CudaBackend(DeviceBackend):
         """Memory of the device that no process has taken, in bytes."""
         return int(torch.cuda.mem_get_info(self.device)[0])
 
+    def attainable_bytes(self, budget_bytes: int) -> int:
+        """No more than is free: another program, or a desktop, may have taken the rest."""
+        return min(budget_bytes, self.free_bytes())
+
+    def fuses_attention(self, dtype: torch.dtype) -> bool:
+        """Flash attention needs compute capability 8.0; the memory-efficient one knows bfloat16 from there on only."""
+        return dtype != torch.bfloat16 or torch.cuda.get_device_capability(self.device) >= (8, 0)
+
+    def lacks_bfloat16(self) -> bool:
+        """Below compute capability 8.0."""
+        return torch.cuda.get_device_capability(self.device) < (8, 0)
+
     def reset_peak(self) -> None:
         """Forget the peaks so far."""
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -238,7 +267,7 @@ class CudaBackend(DeviceBackend):
 
 
 class MpsBackend(DeviceBackend):
-    """An Apple GPU.
+    """An Apple GPU. Its memory is the host's.
 
     It has one stream for everything, so copies run in order with computing and not beside it. The limit counts all that
     Metal has given to the process (``driver_allocated_memory``), and so does :meth:`peak_bytes`; tensors alone are
@@ -246,8 +275,15 @@ class MpsBackend(DeviceBackend):
     between.
     """
 
+    takes_host_memory = True
     #: PyTorch's own, where no limit was set: times the recommended size.
     _DEFAULT_FRACTION = 1.7
+    #: From what share of the recommended size on PyTorch's allocator is careful; its own value, and the least.
+    _CAREFUL, _LEAST_CAREFUL = 1.4, 0.01
+    #: Until then it takes memory in pieces of this size.
+    _PIECE_BYTES = 2**30
+    #: Share of the machine's memory that Metal recommends, about.
+    _RECOMMENDED_SHARE = 2 / 3
     #: The largest that PyTorch takes.
     _LARGEST_FRACTION = 2.0
 
@@ -256,8 +292,13 @@ class MpsBackend(DeviceBackend):
         self.reset_peak()
 
     def free_bytes(self) -> int:
-        """What is left of the size that Metal recommends for a process, in bytes."""
-        return max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory()))
+        """What is left of the size that Metal recommends for a process, and is free on the host, in bytes."""
+        left = int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory())
+        return max(0, min(left, int(psutil.virtual_memory().available)))
+
+    def fuses_attention(self, dtype: torch.dtype) -> bool:
+        """Metal's attention has no backward pass."""
+        return False
 
     def reset_peak(self) -> None:
         """Forget the peaks so far."""
@@ -279,10 +320,22 @@ class MpsBackend(DeviceBackend):
         if limit_bytes is None:
             fraction = self._DEFAULT_FRACTION
         else:
+            self._be_careful_within(limit_bytes)
             # Not 0, which would mean no limit: limit_bytes is at least 1.
             fraction = min(self._LARGEST_FRACTION, limit_bytes / int(torch.mps.recommended_max_memory()))
         torch.mps.set_per_process_memory_fraction(fraction)
         return True
+
+    def _be_careful_within(self, limit_bytes: int) -> None:
+        """Keep the allocator from taking a whole piece where the limit has no room for one.
+
+        Beyond a mark that only an environment variable sets, read when the device is first used, it takes memory in the
+        sizes asked for. What Metal recommends is not known before that, and guessed.
+        """
+        recommended = self._RECOMMENDED_SHARE * psutil.virtual_memory().total
+        mark = (limit_bytes - 1.25 * self._PIECE_BYTES) / recommended
+        mark = min(self._CAREFUL, max(self._LEAST_CAREFUL, mark))
+        os.environ.setdefault("PYTORCH_MPS_LOW_WATERMARK_RATIO", f"{mark:.3f}")
 
     def empty_cache(self) -> None:
         """Give kept buffers back to Metal."""
@@ -301,10 +354,19 @@ def backend(device: torch.device) -> DeviceBackend:
     ValueError
         ``device`` is neither CPU, CUDA nor MPS.
     """
+    return _kind(device)(device)
+
+
+def takes_host_memory(device: torch.device) -> bool:
+    """See :class:`DeviceBackend`; known of a device that is not there, too."""
+    return _kind(device).takes_host_memory
+
+
+def _kind(device: torch.device) -> type[DeviceBackend]:
     kinds: dict[str, type[DeviceBackend]] = {"cpu": CpuBackend, "cuda": CudaBackend, "mps": MpsBackend}
     if device.type not in kinds:
         raise ValueError(f"device {device} is none of {', '.join(kinds)}")
-    return kinds[device.type](device)
+    return kinds[device.type]
 
 
 def _check_limit(limit_bytes: int | None) -> None:

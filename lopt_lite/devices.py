@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from lopt_lite import host_memory
-from lopt_lite.backends import DeviceBackend, Event, backend
+from lopt_lite.backends import DeviceBackend, Event, backend, takes_host_memory
 from lopt_lite.errors import SettingsError
 from lopt_lite.freed_memory import FreedMemory
 
@@ -26,6 +26,7 @@ __all__ = [
     "release_cached_memory",
     "set_memory_limit",
     "synchronize",
+    "takes_host_memory",
     "used_bytes",
 ]
 

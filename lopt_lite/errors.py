@@ -88,11 +88,19 @@ class StoppedError(LoptError):
     exit_code = 75
 
 
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+    "Invalid buffer size",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` is what Python, PyTorch or a device raises when memory runs out."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    # The allocators of the CPU and of Apple's GPU have no exception class of their own.
-    said = str(error)
-    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in said or "MPS backend out of memory" in said)
+    # The others have no exception class of their own: the CPU's allocator, CUDA's driver and libraries, Metal.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 _LIGHT, _HEAVY = (2.0, 0.3), (5.0, 3.0)
 
 
-#: How fast the best rate falls with the width.
-_LLAMA, _QWEN = 0.78, 0.0775
+#: How fast the best rate falls with the width; and the rate of models of other kinds, unless a Llama's is lower.
+_LLAMA, _QWEN, _OTHERS = 0.78, 0.0775, 4e-4
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def lora_rate(model: ModelKind) -> float:
     """The adapters' learning rate, two digits of it: 5e-4 (2000 / width)^p, no more than at a width of 512.
 
     The law was fitted to the best rates of two families of models by "LoRA Without Regret" (Schulman et al., 2025; the
-    function ``get_lr`` of its tinker-cookbook): p is 0.78 for Llama, 0.0775 for Qwen. Others have the lower of the two.
+    function ``get_lr`` of its tinker-cookbook): p is 0.78 for Llama, 0.0775 for Qwen. Others have 4e-4, or what a Llama
+    has if that is lower.
     """
     llama, qwen = (5e-4 * (2000 / max(model.hidden_size, 512)) ** power for power in (_LLAMA, _QWEN))
     if model.architecture.startswith("Llama"):
@@ -42,7 +43,7 @@ def lora_rate(model: ModelKind) -> float:
     elif model.architecture.startswith("Qwen"):
         rate = qwen
     else:
-        rate = min(llama, qwen)
+        rate = min(llama, _OTHERS)
     return float(f"{rate:.2g}")
 
 

@@ -116,7 +116,7 @@ class TrainSettings:
         None,
         "Peak learning rate of the last block (cosine to 0 after 3 % linear warm-up). Default: by width and kind of "
         "model, 1.4e-3 up to 512, 8.4e-4 at 1,024, 4.9e-4 at 2,048, 2.9e-4 at 4,096 for Llama, about 5e-4 for Qwen, "
-        "the lower of the two for others (why: docs/recipe.md); 4e-4 with --schedule joint, 2e-5 with --tune full.",
+        "for others 4e-4 or what a Llama has (why: docs/recipe.md); 4e-4 with --schedule joint, 2e-5 with --tune full.",
     )
     lr_early: float | None = option(
         None,

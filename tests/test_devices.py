@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -144,6 +145,9 @@ def mps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: seen["driver"])
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: seen["tensors"])
     monkeypatch.setattr(torch.mps, "set_per_process_memory_fraction", lambda fraction: seen.update(fraction=fraction))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2000, total=24 * 2**30))
+    monkeypatch.setenv("PYTORCH_MPS_LOW_WATERMARK_RATIO", "")
+    monkeypatch.delenv("PYTORCH_MPS_LOW_WATERMARK_RATIO")
     return seen
 
 
@@ -163,6 +167,48 @@ def test_the_mps_peak_is_the_largest_size_seen_of_what_its_limit_counts(mps: dic
     counters.reset_peak()
     assert counters.peak_bytes() == 40
     assert (devices.free_bytes(device), devices.used_bytes(device)) == (960, 0)
+
+
+def test_what_an_apple_gpu_could_take_is_also_free_on_the_host(mps: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=300))
+    assert devices.free_bytes(torch.device("mps")) == 300
+
+
+@pytest.mark.parametrize(
+    ("limit_gib", "mark"), [(0.5, "0.010"), (2, "0.047"), (9.25, "0.500"), (100, "1.400"), (None, None)]
+)
+def test_a_small_mps_limit_makes_the_allocator_careful_in_time(mps: dict[str, Any], limit_gib, mark):
+    """Of 24 GiB, Metal is taken to recommend 16; the last 1.25 GiB before the limit are handled with care."""
+    devices.set_memory_limit(torch.device("mps"), None if limit_gib is None else int(limit_gib * 2**30))
+    assert os.environ.get("PYTORCH_MPS_LOW_WATERMARK_RATIO") == mark
+
+
+def test_the_users_own_mark_stays(mps: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTORCH_MPS_LOW_WATERMARK_RATIO", "0.3")
+    devices.set_memory_limit(torch.device("mps"), 2**30)
+    assert os.environ["PYTORCH_MPS_LOW_WATERMARK_RATIO"] == "0.3"
+
+
+@pytest.mark.parametrize(
+    ("capability", "fuses", "lacks"), [((7, 5), False, True), ((8, 0), True, False), ((12, 0), True, False)]
+)
+def test_what_a_cuda_device_has_for_bfloat16(cuda: dict[str, Any], capability, fuses, lacks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = backend(torch.device("cuda"))
+    assert device.fuses_attention(torch.bfloat16) == fuses
+    assert device.fuses_attention(torch.float32)
+    assert device.lacks_bfloat16() == lacks
+
+
+def test_only_metal_has_no_attention_to_train_with(mps: dict[str, Any]):
+    assert not backend(torch.device("mps")).fuses_attention(torch.float32)
+    assert backend(CPU).fuses_attention(torch.bfloat16)
+
+
+def test_a_budget_is_no_more_than_is_free_on_a_gpu(cuda: dict[str, Any]):
+    assert backend(torch.device("cuda")).attainable_bytes(1000) == 300
+    assert backend(torch.device("cuda")).attainable_bytes(200) == 200
+    assert backend(CPU).attainable_bytes(2**60) == 2**60
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])

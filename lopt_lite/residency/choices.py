@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ MIB = 2**20
 
 #: How far below the budget a prediction stays, which may be a little too low.
 _MARGIN_MIB = 8
+#: On a GPU, at least so much of the budget: its limit counts what the allocator holds, holes and rounding included.
+_GPU_MARGIN_SHARE = 0.08
 #: By how much a process's size varies when it starts.
 _SLACK_MIB = 8
 #: Share of the free memory that a run may take when no budget is named.
@@ -152,7 +155,7 @@ class Memory:
     def now(cls, device: torch.device, budget_bytes: int | None) -> Memory:
         """As it is at this moment."""
         return cls(
-            budget_bytes,
+            None if budget_bytes is None else devices.backend(device).attainable_bytes(budget_bytes),
             devices.used_bytes(device),
             devices.free_bytes(device),
             devices.free_bytes(torch.device("cpu")),
@@ -264,10 +267,11 @@ def _fit(
             forward_peak(shapes, block, job, candidate, candidate.forward_tokens, on_cpu=on_cpu),
         )
 
-    limit = memory.limit_bytes - _MARGIN_MIB * MIB
+    share = 0.0 if on_cpu else _GPU_MARGIN_SHARE
+    limit = min(memory.limit_bytes - _MARGIN_MIB * MIB, int((1 - share) * memory.limit_bytes))
     needed = peak(layout, 0)
     if needed > limit:
-        return needed + _MARGIN_MIB * MIB
+        return max(needed + _MARGIN_MIB * MIB, math.ceil(needed / (1 - share)))
     boundaries = job.boundary_bytes(shapes, block) if layout.recompute and job.trains else 0
     kept = min(boundaries, limit - needed)
     if layout.resident_layers == 0 and not shapes.full:
@@ -287,7 +291,7 @@ def _fit(
             if grouped <= max(predicted, memory.used_bytes if job.trains else limit):
                 group_tokens, predicted = tokens, max(predicted, grouped)
                 break
-    host = 0 if on_cpu else int(_HOST_SHARE * memory.free_host_bytes)
+    host = 0 if devices.takes_host_memory(device) else int(_HOST_SHARE * memory.free_host_bytes)
     return Residence(
         layers=block[1] - block[0],
         resident_layers=layout.resident_layers,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,14 @@ class ActivationCost:
 
 
 def activation_cost(
-    skeleton: Skeleton, index: int, *, targets: Sequence[str], rank: int, dropout: bool, full: bool
+    skeleton: Skeleton,
+    index: int,
+    *,
+    targets: Sequence[str],
+    rank: int,
+    dropout: bool,
+    full: bool,
+    fused_attention: bool = True,
 ) -> ActivationCost:
     """Measure layer ``index``.
 
@@ -57,6 +64,8 @@ def activation_cost(
         Names (within the layer) of the modules that get a LoRA adapter, and what it is like.
     full:
         Whether the layer's own weights are trained, so that every matrix product keeps its input.
+    fused_attention:
+        Whether the device has an attention that keeps no weights of all pairs of tokens.
     """
     layer = skeleton.layer_template(index).to("meta")
     for parameter in layer.parameters():
@@ -69,7 +78,8 @@ def activation_cost(
     try:
         kept = () if dropout else targets
         short, long = _PROBE_TOKENS
-        few, many = (_saved_bytes(skeleton, index, layer, tokens, kept) for tokens in _PROBE_TOKENS)
+        attention = _fused_attention if fused_attention else nullcontext
+        few, many = (_saved_bytes(skeleton, index, layer, tokens, kept, attention) for tokens in _PROBE_TOKENS)
         # few = a * short + b * short ** 2, and the same with many and long.
         pairs = max(0, round((many / long - few / short) / (long - short)))
         saved = few // short - pairs * short
@@ -116,7 +126,12 @@ def _estimated_saved_bytes(skeleton: Skeleton, shapes: list[torch.Size]) -> int:
 
 
 def _saved_bytes(
-    skeleton: Skeleton, index: int, layer: nn.Module, tokens: int = _PROBE_TOKENS[0], kept: Sequence[str] = ()
+    skeleton: Skeleton,
+    index: int,
+    layer: nn.Module,
+    tokens: int,
+    kept: Sequence[str],
+    attention: Callable[[], AbstractContextManager[None]],
 ) -> int:
     """Bytes that a layer keeps of the probe's tokens, the inputs of the modules called in ``kept`` included."""
     call = skeleton.probe(tokens)[index]
@@ -135,7 +150,7 @@ def _saved_bytes(
     shape = (1, tokens, skeleton.hidden_size)
     hidden = torch.empty(shape, dtype=skeleton.dtype, device="meta", requires_grad=True)
     with (
-        _fused_attention(),
+        attention(),
         fused_modules(),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         lora_cost.noting_inputs(layer, kept, note),

@@ -18,17 +18,19 @@ from lopt_lite.checkpoints.nf4 import dequantize, dequantize_matrix
 from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.errors import ModelError
+from lopt_lite.residency import fused
 
 
 class PackedLinear4bit(bnb.nn.Linear4bit):
     """A 4-bit linear layer whose matrix is dequantised in every product.
 
-    On the CPU by :func:`dequantize`, which is right for every width; elsewhere by bitsandbytes' own kernels.
+    Training has one way of doing so on all devices, which :class:`DequantizedLinear4bit` stands for. Where nothing is
+    trained a GPU has bitsandbytes' own products, which are faster for a few tokens, and round in other places.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out], in the dtype of ``x``."""
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" and not fused.in_use():
             output: torch.Tensor = super().forward(x)
             return output
         product: torch.Tensor = _PackedProduct.apply(x, self)

@@ -55,12 +55,15 @@ class Tuning:
         Whether adapters have dropout, which keeps its mask.
     eight_bit:
         Full tuning with Adam's moments in 8 bits.
+    fused_attention:
+        Whether the device has an attention that keeps no weights of all pairs of tokens.
     """
 
     targets: TargetNames = lambda index: ()
     rank: int | None = None
     dropout: bool = False
     eight_bit: bool = False
+    fused_attention: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ def model_shapes(
         rank=0 if tuning is None or tuning.rank is None else tuning.rank,
         dropout=tuning is not None and tuning.dropout,
         full=tuning is not None and tuning.rank is None,
+        fused_attention=tuning is None or tuning.fused_attention,
     )
     return ModelShapes(
         hidden=skeleton.hidden_size,
@@ -185,8 +189,8 @@ def _state_bytes(tuning: Tuning | None, itemsize: int) -> float:
         return 0
     if tuning.rank is not None:
         return _LORA_BYTES_PER_PARAMETER
-    # Value and gradient in the compute dtype; moments of one byte each with a float32 scale per 256, or like the value.
-    return 2 * itemsize + (2 * (1 + 4 / 256) if tuning.eight_bit else 2 * itemsize)
+    # Value and gradient in the compute dtype; moments of one byte each with a float32 scale per 256, or in float32.
+    return 2 * itemsize + (2 * (1 + 4 / 256) if tuning.eight_bit else 8)
 
 
 def _layer_shapes(

@@ -56,12 +56,18 @@ def attach_adapter(layer: nn.Module, index: int, *, skeleton: Skeleton, settings
             parameter.requires_grad_(True)
         else:
             parameter.requires_grad_(False)
-    # Started anew in float32: PEFT's own start was rounded to the dtype of the weight beside it.
+    # Started anew in float32: PEFT's own start was rounded to the dtype of the weight beside it. And on the CPU: each
+    # kind of device has random numbers of its own.
+    places = {p: p.device for p in adapter_parameters(layer).values() if p.device.type != "meta"}
+    for parameter in places:
+        parameter.data = torch.empty_like(parameter, device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(settings.seed, "adapter", index))
         for module in layer.modules():
             if isinstance(module, BaseTunerLayer):
                 module.reset_lora_parameters(_ADAPTER, True)
+    for parameter, device in places.items():
+        parameter.data = parameter.data.to(device)
     if skeleton.dtype != torch.float32:
         _compute_in_the_inputs_dtype(layer)
         fuse(layer, _ADAPTER)

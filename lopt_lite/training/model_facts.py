@@ -20,7 +20,7 @@ import torch
 
 from lopt_lite import user_cache
 from lopt_lite.checkpoints.locate import ModelDescription
-from lopt_lite.devices import choose_device
+from lopt_lite.devices import backend, choose_device
 from lopt_lite.recipe import ModelKind
 from lopt_lite.residency.shapes import ModelShapes, model_shapes
 from lopt_lite.settings import TrainSettings
@@ -158,9 +158,10 @@ def compute_dtype(settings: TrainSettings) -> torch.dtype:
 
 def _key(config: dict[str, Any], settings: TrainSettings) -> str:
     releases = {name: metadata.version(name) for name in ("torch", "transformers")}
-    # Adam's moments in full tuning depend on what the device has.
-    device = choose_device(settings.device).type if settings.tune == "full" else None
-    asked = [settings.quantize, settings.dtype, settings.tune, device, settings.lora_r, settings.lora_dropout > 0]
+    # Adam's moments in full tuning, and attention, depend on what the device has.
+    device = choose_device(settings.device)
+    has = [device.type if settings.tune == "full" else None, backend(device).fuses_attention(compute_dtype(settings))]
+    asked = [settings.quantize, settings.dtype, settings.tune, *has, settings.lora_r, settings.lora_dropout > 0]
     text = json.dumps(
         [_own_code(), config, releases, asked, settings.lora_targets, _field_names(ModelFacts)], sort_keys=True
     )

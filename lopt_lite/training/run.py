@@ -64,6 +64,10 @@ from lopt_lite.training.stopping import Stopper
 from lopt_lite.training.targets import target_names
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
+_NO_BFLOAT16 = (
+    "this GPU has no units for bfloat16, so its products are slow: --dtype float32 may be faster, and takes more memory"
+)
+
 
 def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
     """See :func:`lopt_lite.training.start.train`, the door."""
@@ -384,8 +388,16 @@ def _announce(bench: Workbench, given: _Given) -> None:
         bench.journal.add("announced")
 
 
+def _remarks(bench: Workbench) -> list[str]:
+    """What the user should know of these settings on this device."""
+    found = [*bench.settings.without_effect(), *remarks(bench.settings, bench.device)]
+    if bench.skeleton.dtype == torch.bfloat16 and devices.backend(bench.device).lacks_bfloat16():
+        found.append(_NO_BFLOAT16)
+    return found
+
+
 def _work(bench: Workbench, given: _Given) -> None:
-    for remark in [*bench.settings.without_effect(), *remarks(bench.settings, bench.device)]:
+    for remark in _remarks(bench):
         bench.on_event(Notice(text=remark))
     _measure_untouched_model(bench)
     bench.release_memory()

@@ -6,7 +6,7 @@ Apart from the adapters, whose library takes seconds to import.
 from __future__ import annotations
 
 from lopt_lite.checkpoints.skeleton import Skeleton
-from lopt_lite.devices import choose_device
+from lopt_lite.devices import backend, choose_device
 from lopt_lite.errors import SettingsError
 from lopt_lite.residency.shapes import Tuning
 from lopt_lite.settings import TrainSettings
@@ -42,9 +42,12 @@ def _is_called(full: str, name: str) -> bool:
 
 def tuning(skeleton: Skeleton, settings: TrainSettings) -> Tuning:
     """What is trained, for the memory plan."""
+    device = choose_device(settings.device)
+    fused_attention = backend(device).fuses_attention(skeleton.dtype)
     if settings.tune == "full":
-        return Tuning(eight_bit=has_eight_bit_moments(settings, choose_device(settings.device)))
+        return Tuning(eight_bit=has_eight_bit_moments(settings, device), fused_attention=fused_attention)
     return Tuning(
+        fused_attention=fused_attention,
         targets=lambda index: target_names(skeleton, index, settings),
         rank=settings.lora_r,
         dropout=settings.lora_dropout > 0,

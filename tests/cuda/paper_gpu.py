@@ -165,7 +165,9 @@ class _Functions(TorchFunctionMode):
         try:
             host = tree_map(lambda v: torch.device("cpu") if self._is_gpu(v) else v, (args, kwargs))
             result = func(*host[0], **host[1])
-            if named and self.makes_on_gpu and isinstance(result, torch.Tensor) and not self._storages.on_gpu(result):
+            if named and not self.makes_on_gpu and isinstance(result, torch.Tensor):
+                self._storages.put(result, on_gpu=False)
+            elif named and isinstance(result, torch.Tensor) and not self._storages.on_gpu(result):
                 taken = {t.untyped_storage()._cdata for t in leaves}
                 if result.untyped_storage()._cdata in taken:
                     return self._moved(result, result, on_gpu=True)
@@ -197,6 +199,9 @@ class _PaperBackend(DeviceBackend):
 
     def free_bytes(self) -> int:
         return 4 << 30
+
+    def fuses_attention(self, dtype: torch.dtype) -> bool:
+        return self.device.type == "cuda"
 
     def reset_peak(self) -> None:
         pass

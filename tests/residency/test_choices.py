@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from lopt_lite import TrainSettings
-from lopt_lite.residency.choices import Memory, choose_residence, smallest_budget
+from lopt_lite.residency.choices import Memory, Residence, choose_residence, smallest_budget
 from lopt_lite.training.block_plan import plan_blocks
 from lopt_lite.training.job import make_job
 from tests.rig import CPU, shapes_on_paper
@@ -17,8 +18,10 @@ MIB = 2**20
 PLENTY = 2**36
 
 
-def _logit_elements(directory: Path, vocabulary: int, *, tight: bool) -> int:
-    """Logits of one chunk for the last two layers of four, with memory that is plenty or the smallest that works."""
+def _residence(
+    directory: Path, vocabulary: int, *, tight: bool, device: torch.device = CPU
+) -> tuple[Residence, Memory]:
+    """Where the last two layers of four are, with memory that is plenty or the smallest that works."""
     settings = TrainSettings(model="model", data="data")
     shapes = shapes_on_paper(directory, settings, vocabulary, hidden_size=256)
     job = make_job(
@@ -35,9 +38,13 @@ def _logit_elements(directory: Path, vocabulary: int, *, tight: bool) -> int:
     )
     memory = Memory(budget_bytes=PLENTY, used_bytes=512 * MIB, free_bytes=PLENTY, free_host_bytes=PLENTY)
     if tight:
-        smallest = smallest_budget(shapes, [(2, 4)], job, device=CPU, memory=memory)
+        smallest = smallest_budget(shapes, [(2, 4)], job, device=device, memory=memory)
         memory = dataclasses.replace(memory, budget_bytes=smallest)
-    return choose_residence(shapes, [(2, 4)], job, device=CPU, memory=memory).logit_elements
+    return choose_residence(shapes, [(2, 4)], job, device=device, memory=memory), memory
+
+
+def _logit_elements(directory: Path, vocabulary: int, *, tight: bool) -> int:
+    return _residence(directory, vocabulary, tight=tight)[0].logit_elements
 
 
 @pytest.mark.parametrize(("vocabulary", "elements"), [(512, 2**24), (49_152, 2**24), (262_144, 2**26)])
@@ -47,3 +54,16 @@ def test_chunks_of_logits_have_many_tokens_however_large_the_vocabulary_is(tmp_p
 
 def test_where_memory_is_tight_chunks_of_logits_are_small(tmp_path):
     assert _logit_elements(tmp_path, 262_144, tight=True) <= 2**22
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_gpu_keeps_some_of_its_budget_for_the_holes_that_its_allocator_leaves(tmp_path, kind):
+    for tight in (True, False):
+        found, memory = _residence(tmp_path, 32_000, tight=tight, device=torch.device(kind))
+        assert found.predicted_bytes <= 0.92 * memory.budget_bytes
+
+
+def test_what_an_apple_gpu_has_no_room_for_is_not_put_in_the_hosts_memory(tmp_path):
+    found = {kind: _residence(tmp_path, 32_000, tight=True, device=torch.device(kind))[0] for kind in ("cuda", "mps")}
+    assert found["cuda"].cache_keep_bytes > 0
+    assert (found["mps"].cache_keep_bytes, found["mps"].boundary_host_bytes) == (0, 0)

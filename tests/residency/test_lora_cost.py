@@ -87,3 +87,18 @@ def test_only_the_modules_named_count(tmp_path: Path):
     # q_proj takes 32 values, down_proj 64, of two bytes each, and RANK values in the adapter's middle.
     assert cost(["self_attn.q_proj"]) - cost([]) == 32 * 2 + RANK * 2
     assert cost(["mlp.down_proj"]) - cost([]) == 64 * 2 + RANK * 2
+
+
+def test_without_fused_attention_the_weights_of_all_pairs_are_kept(tmp_path: Path):
+    make_config("llama", 300).save_pretrained(tmp_path)
+    skeleton = Skeleton(describe_model(str(tmp_path)), dtype=torch.bfloat16)
+
+    def pairs(fused: bool) -> int:
+        found = activation_cost(
+            skeleton, 0, targets=[], rank=RANK, dropout=False, full=False, fused_attention=fused
+        ).saved_bytes_per_pair
+        return int(found)
+
+    assert pairs(True) == 0
+    # A number of each of the four heads at least.
+    assert pairs(False) >= 4 * 2
