@@ -65,6 +65,35 @@ def state_of(name: str, tensors: dict[str, torch.Tensor], device: torch.device) 
     return state
 
 
+def without_tensors(state: bnb.QuantState) -> bnb.QuantState:
+    """A copy of ``state`` that keeps only what is no tensor of the store's; for :func:`renewed`."""
+    bare = copy.copy(state)
+    bare.absmax = bare.code = None
+    if bare.nested:
+        bare.state2 = copy.copy(bare.state2)
+        bare.state2.absmax = bare.state2.code = None
+    return bare
+
+
+def renewed(bare: bnb.QuantState, name: str, tensors: dict[str, torch.Tensor]) -> bnb.QuantState:
+    """What :func:`state_of` gives for the same matrix with ``tensors`` on their device, without reading a value.
+
+    A value that lies on a device is waited for, and everything that was queued before it.
+
+    Parameters
+    ----------
+    bare:
+        What :func:`without_tensors` left of it.
+    """
+    state = copy.copy(bare)
+    state.absmax, state.code = tensors[f"{name}.absmax"], tensors[f"{name}.quant_map"]
+    if state.nested:
+        state.state2 = copy.copy(state.state2)
+        state.state2.absmax = tensors[f"{name}.nested_absmax"]
+        state.state2.code = tensors[f"{name}.nested_quant_map"]
+    return state
+
+
 def dequantize_matrix(name: str, tensors: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
     """The matrix [out, in] that NF4 tensors stand for, in the dtype they were made for, on ``device``."""
     return dequantize(tensors[name].to(device), state_of(name, tensors, device))

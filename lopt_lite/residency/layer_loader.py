@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lopt_lite.checkpoints.names import split_nf4_suffix
-from lopt_lite.checkpoints.nf4 import dequantize, dequantize_matrix
+from lopt_lite.checkpoints.nf4 import dequantize, renewed, state_of, without_tensors
 from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.errors import ModelError
@@ -94,6 +94,7 @@ class LayerShell:
             setattr(self.layer.get_submodule(parent_name), leaf, self._linear4bit(self.layer.get_submodule(name)))
         # Modules are found by name now: an adapter wraps them later, under other names.
         self._linears = {f"{name}.weight": self.layer.get_submodule(name) for name in quantised}
+        self._states: dict[str, bnb.functional.QuantState] = {}
         self._plain: dict[str, tuple[nn.Module, str]] = {}
         self._buffers: dict[str, tuple[nn.Module, str]] = {}
         for module_name, module in self.layer.named_modules():
@@ -136,19 +137,17 @@ class LayerShell:
         """
         expected = self._skeleton.layer_parameters(self._index)
         for name, module in self._linears.items():
-            packed = {k: v for k, v in tensors.items() if split_nf4_suffix(k)[0] == name}
+            packed = {k: v.to(device) for k, v in tensors.items() if split_nf4_suffix(k)[0] == name}
             if name not in packed:
                 raise ModelError(f"layer {self._index}: the store has nothing for {name}", fix="make the store again")
+            state = self._state(name, packed, device)
+            if tuple(state.shape) != expected[name]:
+                raise ModelError(f"layer {self._index}: {name} has shape {list(state.shape)} once dequantised")
             if self._dequantize:
-                dense = dequantize_matrix(name, packed, device).to(self._skeleton.dtype)
-                if tuple(dense.shape) != expected[name]:
-                    raise ModelError(f"layer {self._index}: {name} has shape {list(dense.shape)} once dequantised")
+                dense = dequantize(packed[name], state).to(self._skeleton.dtype)
                 _put(module, "weight", _as_4bit_weight(dense))
             else:
-                sides = {k[len(name) + 1 :]: v for k, v in packed.items() if k != name}
-                module.weight = bnb.nn.Params4bit.from_prequantized(
-                    data=packed[name], quantized_stats=sides, requires_grad=False, device=device, module=module
-                )
+                module.weight, module.quant_state = _packed_weight(packed[name], state, module), state
         for name, (module, leaf) in self._plain.items():
             if name not in tensors or tuple(tensors[name].shape) != expected[name]:
                 found = list(tensors[name].shape) if name in tensors else "nothing"
@@ -163,6 +162,14 @@ class LayerShell:
             )
         for name, (module, leaf) in self._buffers.items():
             module._buffers[leaf] = tensors.get(name, module._buffers[leaf]).to(device)
+
+    def _state(self, name: str, packed: dict[str, torch.Tensor], device: torch.device) -> bnb.functional.QuantState:
+        """How a matrix is quantised: found out when it is put in for the first time, and the same ever after."""
+        if name not in self._states:
+            state = state_of(name, packed, device)
+            self._states[name] = without_tensors(state)
+            return state
+        return renewed(self._states[name], name, packed)
 
     def empty(self) -> None:
         """Let go of the weights; the module and what is attached to it stay."""
@@ -188,6 +195,23 @@ class LayerShell:
 def _put(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
     parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
     module._parameters[leaf] = parameter
+
+
+def _packed_weight(
+    packed: torch.Tensor, state: bnb.functional.QuantState, module: bnb.nn.Linear4bit
+) -> bnb.nn.Params4bit:
+    """The parameter that bitsandbytes' ``from_prequantized`` makes, of a state that is known."""
+    return bnb.nn.Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=packed.dtype,
+        module=module,
+        bnb_quantized=True,
+    )
 
 
 def _as_4bit_weight(dense: torch.Tensor) -> nn.Parameter:

@@ -6,7 +6,14 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from lopt_lite.checkpoints.nf4 import dequantize, dequantize_matrix, quantize_matrix, state_of
+from lopt_lite.checkpoints.nf4 import (
+    dequantize,
+    dequantize_matrix,
+    quantize_matrix,
+    renewed,
+    state_of,
+    without_tensors,
+)
 
 CPU = torch.device("cpu")
 #: The levels of QLoRA (arXiv:2305.14314), appendix E.
@@ -46,3 +53,14 @@ def test_widths_that_bitsandbytes_reads_rightly_keep_its_bits():
     tensors = quantize_matrix("w", torch.randn(48, 192), dtype=torch.bfloat16, device=CPU)
     state = state_of("w", tensors, CPU)
     assert torch.equal(dequantize(tensors["w"], state), bnb.dequantize_4bit(tensors["w"], state))
+
+
+def test_a_state_that_is_known_is_renewed_without_looking_at_values(monkeypatch):
+    torch.manual_seed(0)
+    tensors = quantize_matrix("w", torch.randn(48, 96), dtype=torch.bfloat16, device=CPU)
+    known = without_tensors(state_of("w", tensors, CPU))
+    assert known.absmax is known.code is known.state2.absmax is known.state2.code is None
+    expected = dequantize_matrix("w", tensors, CPU)
+    elsewhere = {name: tensor.clone() for name, tensor in tensors.items()}
+    monkeypatch.setattr(bnb.QuantState, "from_dict", None)
+    assert torch.equal(dequantize(elsewhere["w"], renewed(known, "w", elsewhere)), expected)
