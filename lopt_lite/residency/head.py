@@ -191,7 +191,7 @@ class WholeHead:
 
     def close(self) -> None:
         """See :meth:`AnswerHead.close`."""
-        self._trained = []
+        self._trained, self._anchor = [], None
         self._skeleton.place_head(None)
 
     def _predict(self, hidden: torch.Tensor, labels: torch.Tensor, *, answer_tokens: int) -> tuple[float, torch.Tensor]:

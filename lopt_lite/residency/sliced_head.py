@@ -110,6 +110,7 @@ class SlicedHead:
 
     def close(self) -> None:
         """See :meth:`~lopt_lite.residency.head.AnswerHead.close`."""
+        self._anchor = None
         self._skeleton.place_head(None)
         self._stream.close()
 
