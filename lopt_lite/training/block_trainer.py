@@ -149,7 +149,7 @@ class BlockTrainer:
         """Go through the phases and write what was trained; returns a sha256 of each block's result."""
         self._pool = pool
         phases = self._plan_phases()
-        cursor = self._cursor()
+        cursor, self._restore_name = self._take_up()
         for phase in phases[[p.name for p in phases].index(cursor.phase) :]:
             self._run_phase(phase, cursor if phase.name == cursor.phase else Cursor(phase.name, 0))
         return {block.index: self._write(block) for block in self._stage.blocks if block.objective != "none"}
@@ -205,22 +205,25 @@ class BlockTrainer:
             is_early = group.startswith("head-") or (group == EMBEDDING and first_of_last > 0)
         return settings.early_lr if is_early else settings.peak_lr
 
-    def _cursor(self) -> Cursor:
-        """Where to begin: at the last journalled checkpoint if it is sound, or at the first phase."""
+    def _take_up(self) -> tuple[Cursor, str | None]:
+        """Where to begin, and the checkpoint to begin with: the last journalled one if it is sound.
+
+        Else it is the start of the first phase, and none. All other checkpoints are deleted.
+        """
         fact = self._bench.journal.last("checkpoint", block=self._stage.index)
         first = self._plan_phases()[0].name
-        self._restore_name = None if fact is None else str(fact["name"])
+        name = None if fact is None else str(fact["name"])
         if fact is not None:
             try:
                 self._checkpoints.check(str(fact["name"]), fact.get("sha256"))
             except DamagedFileError as error:
-                self._restore_name = None
+                name = None
                 text = f"{error.found}; {self._stage.name} is trained again from its start"
                 self._bench.on_event(Notice(text=text))
-        self._checkpoints.keep_only(self._restore_name)
-        if self._restore_name is None:
-            return Cursor(first, 0)
-        return read_cursor(self._checkpoints.path(self._restore_name))
+        self._checkpoints.keep_only(name)
+        if name is None:
+            return Cursor(first, 0), None
+        return read_cursor(self._checkpoints.path(name)), name
 
     def _run_phase(self, phase: _Phase, cursor: Cursor) -> None:
         bench, stage = self._bench, self._stage
