@@ -340,7 +340,8 @@ def _alternatives(draft: Draft, chosen: Residence) -> tuple[PlanAlternative, ...
     for count in _OTHER_BLOCKS:
         if count != draft.settings.blocks and count <= layers:
             # With one block there is no anchor, unless one is asked for.
-            anchor = {"retain": 0.0} if count == 1 and draft.settings.retain is None else {}
+            asked = draft.settings.retain is not None or draft.settings.retain_data or draft.settings.retain_answers
+            anchor = {} if asked or count > 1 else {"retain": 0.0}
             other = draft.with_settings(blocks=count, last_layers=None, **anchor)
             rows.append(_alternative(other, f"--blocks {count}"))
     return tuple(rows)

@@ -260,10 +260,11 @@ def paper_gpu(monkeypatch: pytest.MonkeyPatch, kind: str = "cuda") -> Iterator[t
 
     for module in (torch.autograd.graph, torch.autograd):
         monkeypatch.setattr(module, "_engine_run_backward", run_backward)
+    # Also where they were imported by name.
     for module in [m for name, m in sys.modules.items() if name.startswith("lopt_lite")]:
-        if getattr(module, "choose_device", None) is chosen:
-            monkeypatch.setattr(module, "choose_device", choose)
-    monkeypatch.setattr(devices, "backend", backend)
+        for name, real, instead in (("choose_device", chosen, choose), ("backend", real_backend, backend)):
+            if getattr(module, name, None) is real:
+                monkeypatch.setattr(module, name, instead)
     monkeypatch.setattr(torch, "Event", _Event)
     monkeypatch.setattr(torch, "Generator", _HostGenerator)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU on paper")

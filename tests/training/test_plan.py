@@ -437,3 +437,14 @@ def test_one_example_cannot_be_planned_to_be_split(model, tmp_path):
     make_data(tmp_path / "one.jsonl", 1)
     with pytest.raises(DataError, match="1 example, which cannot be split"):
         run_plan(model, tmp_path / "one.jsonl", validation="0.5")
+
+
+def test_one_block_is_planned_without_the_anchor_that_it_would_not_have(tmp_path):
+    model, data = make_model(tmp_path / "model", "llama"), make_data(tmp_path / "data.jsonl", 12)
+
+    def one_block(**options):
+        planned = lopt_lite.plan(PlanSettings(model=str(model), data=str(data), device="cpu", **options))
+        (row,) = (row for row in planned.alternatives if row.options == "--blocks 1")
+        return row.disk_bytes
+
+    assert one_block() < one_block(retain=1.0) < one_block(retain_data=str(data))
