@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print one table per probe."""
     options = _options().parse_args(arguments)
     bench = Bench.start(NAME, __doc__, options, arguments)
-    recipes = _QUICK if bench.quick else options.recipes.split(",") if options.recipes else tuple(_PLAIN)
+    recipes = _QUICK if bench.quick else options.recipes.split(",") if options.recipes else ("default", *_PLAIN)
     for name in recipes:
         if name not in RECIPES:
             raise SystemExit(f"there is no recipe {name!r}; there are {_NAMES}")

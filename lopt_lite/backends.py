@@ -208,8 +208,8 @@ class CudaBackend(DeviceBackend):
         return int(torch.cuda.mem_get_info(self.device)[0])
 
     def attainable_bytes(self, budget_bytes: int) -> int:
-        """No more than is free: another program, or a desktop, may have taken the rest."""
-        return min(budget_bytes, self.free_bytes())
+        """No more than is free or taken by this process: another program, or a desktop, may have the rest."""
+        return min(budget_bytes, self.free_bytes() + int(torch.cuda.memory_reserved(self.device)))
 
     def fuses_attention(self, dtype: torch.dtype) -> bool:
         """Flash attention needs compute capability 8.0; the memory-efficient one knows bfloat16 from there on only."""

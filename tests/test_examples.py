@@ -8,9 +8,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from lopt_lite_cli.options import flag
 
 from lopt_lite import TrainSettings
+from lopt_lite.option_fields import flag
 from lopt_lite.settings_file import load_yaml
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -75,8 +75,8 @@ def without_tensors(state: bnb.QuantState) -> bnb.QuantState:
     return bare
 
 
-def renewed(bare: bnb.QuantState, name: str, tensors: dict[str, torch.Tensor]) -> bnb.QuantState:
-    """What :func:`state_of` gives for the same matrix with ``tensors`` on their device, without reading a value.
+def renewed(bare: bnb.QuantState, name: str, tensors: dict[str, torch.Tensor], device: torch.device) -> bnb.QuantState:
+    """What :func:`state_of` gives for the same matrix whose tensors lie elsewhere, without reading a value.
 
     A value that lies on a device is waited for, and everything that was queued before it.
 
@@ -86,11 +86,10 @@ def renewed(bare: bnb.QuantState, name: str, tensors: dict[str, torch.Tensor]) -
         What :func:`without_tensors` left of it.
     """
     state = copy.copy(bare)
-    state.absmax, state.code = tensors[f"{name}.absmax"], tensors[f"{name}.quant_map"]
+    state.absmax, state.code = (tensors[f"{name}.{key}"].to(device) for key in ("absmax", "quant_map"))
     if state.nested:
-        state.state2 = copy.copy(state.state2)
-        state.state2.absmax = tensors[f"{name}.nested_absmax"]
-        state.state2.code = tensors[f"{name}.nested_quant_map"]
+        state.state2 = second = copy.copy(state.state2)
+        second.absmax, second.code = (tensors[f"{name}.nested_{key}"].to(device) for key in ("absmax", "quant_map"))
     return state
 
 

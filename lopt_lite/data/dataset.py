@@ -73,6 +73,10 @@ class TokenizedDataset:
         begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
         return self.tokens[begin:end], self.is_target[begin:end]
 
+    def stretch(self, examples: range) -> torch.Tensor:
+        """A view of the tokens of examples that follow each other: int32 [their tokens]."""
+        return self.tokens[int(self.offsets[examples.start]) : int(self.offsets[examples.stop])]
+
     def select(self, indices: Sequence[int] | torch.Tensor) -> TokenizedDataset:
         """The examples named, in that order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)

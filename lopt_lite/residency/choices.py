@@ -139,17 +139,21 @@ class Memory:
     Attributes
     ----------
     budget_bytes:
-        What the run may use of the device, as the user named it; None for most of what is free.
+        What the run may use of the device: what the user named, as far as it is to be had; None for most of what is
+        free.
     used_bytes, free_bytes:
         What the budget counts as used already (on the CPU the process), and what could still be allocated.
     free_host_bytes:
         What could still be allocated on the host.
+    named_bytes:
+        The budget as the user named it.
     """
 
     budget_bytes: int | None
     used_bytes: int
     free_bytes: int
     free_host_bytes: int
+    named_bytes: int | None = None
 
     @classmethod
     def now(cls, device: torch.device, budget_bytes: int | None) -> Memory:
@@ -159,6 +163,7 @@ class Memory:
             devices.used_bytes(device),
             devices.free_bytes(device),
             devices.free_bytes(torch.device("cpu")),
+            budget_bytes,
         )
 
     @property
@@ -192,10 +197,14 @@ def choose_residence(
         if isinstance(fitted, Residence):
             return fitted
     smallest = smallest_budget(shapes, ranges, job, device=device, memory=memory)
+    named, more = "", "raise --memory"
+    if memory.named_bytes is not None and memory.limit_bytes < memory.named_bytes:
+        named = f" (of {memory.named_bytes / MIB:,.0f} MiB named, no more is free)"
+        more = "end what else uses the device"
     raise DoesNotFitError(
-        f"a budget of {memory.limit_bytes / MIB:,.0f} MiB is too small for this model and batch",
+        f"a budget of {memory.limit_bytes / MIB:,.0f} MiB{named} is too small for this model and batch",
         expected=f"at least --memory {smallest // MIB}MiB",
-        fix="raise --memory, or lower --batch-size, --max-length or --lora-r, or use more --blocks",
+        fix=f"{more}, or lower --batch-size, --max-length or --lora-r, or use more --blocks",
     )
 
 

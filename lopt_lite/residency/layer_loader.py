@@ -137,17 +137,17 @@ class LayerShell:
         """
         expected = self._skeleton.layer_parameters(self._index)
         for name, module in self._linears.items():
-            packed = {k: v.to(device) for k, v in tensors.items() if split_nf4_suffix(k)[0] == name}
+            packed = {k: v for k, v in tensors.items() if split_nf4_suffix(k)[0] == name}
             if name not in packed:
                 raise ModelError(f"layer {self._index}: the store has nothing for {name}", fix="make the store again")
             state = self._state(name, packed, device)
             if tuple(state.shape) != expected[name]:
                 raise ModelError(f"layer {self._index}: {name} has shape {list(state.shape)} once dequantised")
             if self._dequantize:
-                dense = dequantize(packed[name], state).to(self._skeleton.dtype)
+                dense = dequantize(packed[name].to(device), state).to(self._skeleton.dtype)
                 _put(module, "weight", _as_4bit_weight(dense))
             else:
-                module.weight, module.quant_state = _packed_weight(packed[name], state, module), state
+                module.weight, module.quant_state = _packed_weight(packed[name].to(device), state, module), state
         for name, (module, leaf) in self._plain.items():
             if name not in tensors or tuple(tensors[name].shape) != expected[name]:
                 found = list(tensors[name].shape) if name in tensors else "nothing"
@@ -169,7 +169,7 @@ class LayerShell:
             state = state_of(name, packed, device)
             self._states[name] = without_tensors(state)
             return state
-        return renewed(self._states[name], name, packed)
+        return renewed(self._states[name], name, packed, device)
 
     def empty(self) -> None:
         """Let go of the weights; the module and what is attached to it stay."""

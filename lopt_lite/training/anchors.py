@@ -107,8 +107,11 @@ class AnchorSample:
         most = head_cost.COMPARED_TOKENS
         if vocabulary <= most:
             return torch.arange(vocabulary)
-        texts = self._dataset.select([*range(self._train_count), *self.others])
-        counts = torch.bincount(texts.tokens, minlength=vocabulary)
+        # Counted where they lie: a copy would be as large as the data.
+        counts = sum(
+            torch.bincount(self._dataset.stretch(examples), minlength=vocabulary)
+            for examples in (range(self._train_count), self.others)
+        )
         present = torch.argsort(counts, descending=True, stable=True)[: int((counts > 0).sum())]
         chosen = torch.zeros(vocabulary, dtype=torch.bool)
         chosen[present[: most // 2]] = True

@@ -188,11 +188,13 @@ class TrainedParameters:
         else:
             total = _together(norms)
             units = [total] * len(waiting)
-        # Looked at before any update is queued: reading a number waits for the device.
-        good = [finite and math.isfinite(float(norm)) for norm in (units if self._per_layer else units[:1])]
-        good = good if self._per_layer else good * len(waiting)
-        for (name, group), norm, updates in zip(waiting.items(), units, good, strict=True):
-            if updates:
+        # Looked at before any update is queued, since reading a number waits for the device.
+        if self._per_layer:
+            good = [math.isfinite(float(norm)) for norm in units]
+        else:
+            good = [math.isfinite(float(total))] * len(waiting)
+        for (name, group), norm, is_good in zip(waiting.items(), units, good, strict=True):
+            if finite and is_good:
                 self._update_where_it_is(name, group, norm)
             _drop_gradients(group)
             group.norms = None

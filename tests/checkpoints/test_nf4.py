@@ -63,4 +63,4 @@ def test_a_state_that_is_known_is_renewed_without_looking_at_values(monkeypatch)
     expected = dequantize_matrix("w", tensors, CPU)
     elsewhere = {name: tensor.clone() for name, tensor in tensors.items()}
     monkeypatch.setattr(bnb.QuantState, "from_dict", None)
-    assert torch.equal(dequantize(elsewhere["w"], renewed(known, "w", elsewhere)), expected)
+    assert torch.equal(dequantize(elsewhere["w"], renewed(known, "w", elsewhere, CPU)), expected)

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 from lopt_lite_cli.main import COMMANDS
-from lopt_lite_cli.options import flag
 
 from lopt_lite import TrainSettings
+from lopt_lite.option_fields import flag
 
 
 def test_defaults_apply_when_nothing_is_given(lopt, fake, trained):

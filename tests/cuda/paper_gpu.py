@@ -29,7 +29,7 @@ _BETWEEN_DEVICES = {_ATEN.copy_.default, _ATEN._copy_from.default, _ATEN.set_.so
 #: Operations whose integer tensors may lie on the host.
 _INDEXED_FROM_HOST = {_ATEN.index.Tensor, _ATEN.index_put_.default, _ATEN.index_put.default}
 _ABOUT_DEVICES = {torch.device, torch._C._nn._parse_to}
-_READS = {torch.Tensor.numpy, torch.Tensor.data_ptr, torch.Tensor.__array__}
+_READS = {torch.Tensor.numpy, torch.Tensor.__array__}
 
 
 class WrongDeviceError(RuntimeError):

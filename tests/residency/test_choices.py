@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lopt_lite import TrainSettings
+from lopt_lite.errors import DoesNotFitError
 from lopt_lite.residency.choices import Memory, Residence, choose_residence, smallest_budget
 from lopt_lite.training.block_plan import plan_blocks
 from lopt_lite.training.job import make_job
@@ -19,9 +20,9 @@ PLENTY = 2**36
 
 
 def _residence(
-    directory: Path, vocabulary: int, *, tight: bool, device: torch.device = CPU
+    directory: Path, vocabulary: int, *, tight: bool, device: torch.device = CPU, **changes: int
 ) -> tuple[Residence, Memory]:
-    """Where the last two layers of four are, with memory that is plenty or the smallest that works."""
+    """Where the last two layers of four are, with memory that is plenty or the smallest that works, but for changes."""
     settings = TrainSettings(model="model", data="data")
     shapes = shapes_on_paper(directory, settings, vocabulary, hidden_size=256)
     job = make_job(
@@ -40,6 +41,7 @@ def _residence(
     if tight:
         smallest = smallest_budget(shapes, [(2, 4)], job, device=device, memory=memory)
         memory = dataclasses.replace(memory, budget_bytes=smallest)
+    memory = dataclasses.replace(memory, **changes)
     return choose_residence(shapes, [(2, 4)], job, device=device, memory=memory), memory
 
 
@@ -67,3 +69,11 @@ def test_what_an_apple_gpu_has_no_room_for_is_not_put_in_the_hosts_memory(tmp_pa
     found = {kind: _residence(tmp_path, 32_000, tight=True, device=torch.device(kind))[0] for kind in ("cuda", "mps")}
     assert found["cuda"].cache_keep_bytes > 0
     assert (found["mps"].cache_keep_bytes, found["mps"].boundary_host_bytes) == (0, 0)
+
+
+def test_a_budget_that_is_not_to_be_had_is_no_reason_to_raise_it(tmp_path):
+    for named, says, fix in ((PLENTY, "MiB named, no more is free", "end what else"), (100 * MIB, "MiB is", "raise")):
+        with pytest.raises(DoesNotFitError) as refused:
+            _residence(tmp_path, 512, tight=False, budget_bytes=100 * MIB, named_bytes=named)
+        assert says in refused.value.found
+        assert refused.value.fix.startswith(fix)

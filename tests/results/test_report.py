@@ -23,7 +23,7 @@ from lopt_lite.errors import RunDirectoryError
 from lopt_lite.locks import locked
 from lopt_lite.outcomes import ReportOutcome
 from lopt_lite.recipe import ModelKind
-from lopt_lite.results.commands import Commands
+from lopt_lite.results.commands import Commands, changed_settings
 from lopt_lite.results.loss_plot import draw_losses
 from lopt_lite.results.run_record import read_run
 from tests.tiny_models import make_data, make_model
@@ -582,3 +582,18 @@ def test_a_real_run_is_reported_and_can_still_be_trained_anew(tmp_path):
     assert not lopt_lite.train(TrainSettings(**settings, fresh=True)).already_done
     assert not (tmp_path / "run" / "report.html").exists()
     assert not (tmp_path / "run" / "loss.png").exists()
+
+
+def test_runs_of_earlier_versions_had_the_rate_of_a_llama_whatever_they_trained():
+    settings = TrainSettings(model="m", data="d")
+    for model, kind in (
+        ({"hidden_size": 640, "layers": 4}, ModelKind("LlamaForCausalLM", 640, 4)),
+        (
+            {"hidden_size": 640, "layers": 4, "architecture": "Gemma3ForCausalLM"},
+            ModelKind("Gemma3ForCausalLM", 640, 4),
+        ),
+    ):
+        settled = settings.settle(has_prompts=True, model=kind).result_settings()
+        assert changed_settings({"settings": settled, "model": model}) == []
+        other = {**settled, "lr": 7e-4}
+        assert ("--lr", "0.0007", str(settled["lr"])) in changed_settings({"settings": other, "model": model})

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lopt_lite_cli.options import flag
 
 import lopt_lite
 from lopt_lite.checkpoints.header import read_header
@@ -22,6 +21,7 @@ from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.errors import DataError, DoesNotFitError, ModelError, SettingsError
 from lopt_lite.freed_memory import FreedMemory
 from lopt_lite.journal import read_facts
+from lopt_lite.option_fields import flag
 from lopt_lite.recipe import ModelKind
 from lopt_lite.residency import machine
 from lopt_lite.residency.choices import Memory, Residence
