@@ -164,8 +164,8 @@ class Study:
         return {
             "name": ", ".join([f"lopt-lite K={blocks}", *changed]),
             "blocks": blocks,
-            "lr": decided["lr"],
-            "retain": _anchor_weight(output, decided["retain"]),
+            "lr": _decided(output, "learning-rate", "lr", decided["lr"]),
+            "retain": _decided(output, "anchor-weight", "weight", decided["retain"] or 0.0),
             "training_s": total_s - ready_s,
             "total_s": total_s,
             "peak_bytes": found["peak_bytes"],
@@ -206,12 +206,10 @@ class Study:
         return losses
 
 
-def _anchor_weight(run: Path, asked: float | None) -> float:
-    """The weight that was asked for, or the one that the run found out."""
-    if asked is not None:
-        return asked
-    fact = last_fact(read_facts(RunPaths(run).journal)[0], "anchor-weight")
-    return 0.0 if fact is None else float(fact["weight"])
+def _decided(run: Path, fact: str, name: str, settled: float) -> float:
+    """What the run found out before its first step, if it did; else what was settled before."""
+    found = last_fact(read_facts(RunPaths(run).journal)[0], fact)
+    return settled if found is None else float(found[name])
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-#: (loss of the answers, the anchor's weight): the least and the most, and between them by the weight's logarithm.
-_LIGHT, _HEAVY = (2.0, 0.3), (5.0, 3.0)
+#: Nats a token that likely answers cost a model at most, and unlikely ones at least; between them there are degrees.
+_LIKELY, _UNLIKELY = 2.0, 5.0
 
+#: For likely answers and for unlikely ones: the anchor's weight, and what a short run multiplies the model's rate by.
+_WEIGHTS, _RATES = (0.3, 3.0), (2.0, 0.6)
+
+#: Steps of a run that is as short as can be, and of one that is no longer short.
+_SHORT, _LONG = 100, 1000
 
 #: How fast the best rate falls with the width; and the rate of models of other kinds, unless a Llama's is lower.
 _LLAMA, _QWEN, _OTHERS = 0.78, 0.0775, 4e-4
@@ -31,7 +36,7 @@ class ModelKind:
 
 
 def lora_rate(model: ModelKind) -> float:
-    """The adapters' learning rate, two digits of it: 5e-4 (2000 / width)^p, no more than at a width of 512.
+    """The adapters' learning rate in a long run, two digits of it: 5e-4 (2000 / width)^p, at most that at width 512.
 
     The law was fitted to the best rates of two families of models by "LoRA Without Regret" (Schulman et al., 2025; the
     function ``get_lr`` of its tinker-cookbook): p is 0.78 for Llama, 0.0775 for Qwen. Others have 4e-4, or what a Llama
@@ -47,6 +52,17 @@ def lora_rate(model: ModelKind) -> float:
     return float(f"{rate:.2g}")
 
 
+def short_run_rate(rate: float, loss: float, steps: int) -> float:
+    """The adapters' rate in a run of so many steps, whose answers cost the model so many nats a token before.
+
+    Likely answers ask for small changes, and in a short run for fast ones; unlikely ones move the model far enough. In
+    a long run it is the ``rate`` of :func:`lora_rate`, which was fitted to such.
+    """
+    short = math.log(_LONG / steps) / math.log(_LONG / _SHORT)
+    factor = _between(_RATES, _unlikely(loss)) ** min(1.0, max(0.0, short))
+    return float(f"{rate * factor:.2g}")
+
+
 def larger_last_block(layers: int) -> int:
     """Layers of the last of two blocks when the first learns nothing: three quarters of them."""
     return max(1, 3 * layers // 4)
@@ -57,6 +73,16 @@ def anchor_weight(loss: float) -> float:
 
     The less likely answers are to the untouched model, the further it is moved to give them, and the more it forgets.
     """
-    share = (loss - _LIGHT[0]) / (_HEAVY[0] - _LIGHT[0])
-    share = min(1.0, max(0.0, share)) if math.isfinite(share) else 1.0
-    return float(f"{_LIGHT[1] * (_HEAVY[1] / _LIGHT[1]) ** share:.2g}")
+    return float(f"{_between(_WEIGHTS, _unlikely(loss)):.2g}")
+
+
+def _unlikely(loss: float) -> float:
+    """How far answers are from what the model would have given: 0 to 1."""
+    share = (loss - _LIKELY) / (_UNLIKELY - _LIKELY)
+    return min(1.0, max(0.0, share)) if math.isfinite(share) else 1.0
+
+
+def _between(ends: tuple[float, float], share: float) -> float:
+    """So far from the first to the second, by their logarithms."""
+    first, second = ends
+    return first * (second / first) ** share

@@ -116,12 +116,14 @@ class TrainSettings:
         None,
         "Peak learning rate of the last block (cosine to 0 after 3 % linear warm-up). Default: by width and kind of "
         "model, 1.4e-3 up to 512, 8.4e-4 at 1,024, 4.9e-4 at 2,048, 2.9e-4 at 4,096 for Llama, about 5e-4 for Qwen, "
-        "for others 4e-4 or what a Llama has (why: docs/recipe.md); 4e-4 with --schedule joint, 2e-5 with --tune full.",
+        "for others 4e-4 or what a Llama has; times 2 to 0.6 in runs of up to 100 steps, the more the likelier the "
+        "answers are before, less so in longer ones, and no more from 1,000 steps on (why: docs/recipe.md). 4e-4 with "
+        "--schedule joint, 2e-5 with --tune full.",
     )
     lr_early: float | None = option(
         None,
-        "Peak learning rate of the blocks before the last. Default: a tenth of --lr, whatever is tuned (with --preset "
-        "paper, which fits no reconstruction head first, the same as --lr).",
+        "Peak learning rate of the blocks before the last. Default: a tenth of --lr, or of what it is by the model, "
+        "whatever is tuned (with --preset paper, which fits no reconstruction head first, the same as --lr).",
     )
     head_fit_epochs: int = option(
         None,

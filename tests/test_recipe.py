@@ -19,6 +19,24 @@ def test_the_less_likely_answers_are_the_heavier_is_the_anchor(loss, weight):
 
 
 @pytest.mark.parametrize(
+    ("loss", "steps", "rate"),
+    [
+        (0.0, 1, 2.6e-3),
+        (2.0, 100, 2.6e-3),
+        (2.0, 316, 1.8e-3),
+        (2.0, 1000, 1.3e-3),
+        (2.0, 100_000, 1.3e-3),
+        (3.5, 100, 1.4e-3),
+        (5.0, 100, 7.8e-4),
+        (5.0, 1000, 1.3e-3),
+        (math.nan, 10, 7.8e-4),
+    ],
+)
+def test_short_runs_learn_faster_where_answers_are_likely_and_slower_where_they_are_not(loss, steps, rate):
+    assert recipe.short_run_rate(1.3e-3, loss, steps) == rate
+
+
+@pytest.mark.parametrize(
     ("architecture", "width", "rate"),
     [
         ("LlamaForCausalLM", 64, 1.4e-3),

@@ -227,6 +227,7 @@ def _given(record: RunRecord) -> Rows:
     what = "the weights themselves" if settings.get("tune") == "full" else "a LoRA adapter"
     count = counted(len(record.status.blocks), "block")
     rows.append(("trained", f"{what}, {count}, {settings.get('schedule', 'sequential')} schedule"))
+    rows.append(("learning rate", _rate(record)))
     anchor = _anchor(record)
     if anchor is not None:
         rows.append(("anchor", anchor))
@@ -238,6 +239,12 @@ def _given(record: RunRecord) -> Rows:
     versions = content.get("versions") or {}
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
     return rows
+
+
+def _rate(record: RunRecord) -> str:
+    """The peak learning rate of the last block."""
+    found_out, asked = last_fact(record.facts, "learning-rate"), record.settings["lr"]
+    return f"{float(asked if found_out is None else found_out['lr']):g} at its peak"
 
 
 def _anchor(record: RunRecord) -> str | None:

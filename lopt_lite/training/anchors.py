@@ -153,7 +153,7 @@ class AnchorReader:
     Attributes
     ----------
     weight:
-        What they count for beside the task's loss; None until it is found out (:mod:`.anchor_weight`).
+        What they count for beside the task's loss; None until it is found out (:mod:`.from_answers`).
 
     Raises
     ------

@@ -26,13 +26,13 @@ from lopt_lite.residency.pool import LayerPool, MicroBatch
 from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_training
-from lopt_lite.training.anchor_weight import anchor_weight, weighed_examples
 from lopt_lite.training.anchors import AnchorReader
 from lopt_lite.training.around import EMBEDDING
 from lopt_lite.training.block_inputs import BlockInputs
 from lopt_lite.training.block_plan import Block, Stage
 from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_cursor, restore_checkpoint, save_lazily
 from lopt_lite.training.fast_layers import fast_layers
+from lopt_lite.training.from_answers import FromAnswers, sampled_examples
 from lopt_lite.training.full import has_eight_bit_moments, own_weights, write_layers
 from lopt_lite.training.job import other_rows
 from lopt_lite.training.matching import Targets
@@ -92,6 +92,7 @@ class BlockTrainer:
         self._last_checkpoint_s = time.monotonic()
         self._not_finite = 0
         self._working_on = stage.blocks[0].index
+        self._last_lr: float | None = None
         self._sizes = MicroBatchSize(
             bench.journal,
             stage=stage.index,
@@ -203,7 +204,9 @@ class BlockTrainer:
             is_early = group < first_of_last
         else:
             is_early = group.startswith("head-") or (group == EMBEDDING and first_of_last > 0)
-        return settings.early_lr if is_early else settings.peak_lr
+        if is_early:
+            return settings.early_lr
+        return settings.peak_lr if self._last_lr is None else self._last_lr
 
     def _take_up(self) -> tuple[Cursor, str | None]:
         """Where to begin, and the checkpoint to begin with: the last journalled one if it is sound.
@@ -246,9 +249,8 @@ class BlockTrainer:
             )
         )
         self._last_checkpoint_s = time.monotonic()
-        if phase.name == "train" and self._anchors is not None and self._anchors.weight is None:
-            weighed = weighed_examples(bench)
-            self._anchors.weight = anchor_weight(bench, lambda task: self._loss_of(weighed, task))
+        if phase.name == "train" and self._is_last:
+            self._follow_answers(steps, begun=cursor.step > 0)
         if cursor.step > 0 and cursor.step % self._steps_per_epoch == 0:
             # The checkpoint was made between an epoch's last step and its validation.
             self._end_epoch(phase, cursor.step // self._steps_per_epoch)
@@ -266,6 +268,15 @@ class BlockTrainer:
                 took_s = self._step(phase, epoch, number, steps, indices, following)
                 self._stop_or_checkpoint(phase, number + 1, needed_s=took_s)
             self._end_epoch(phase, epoch + 1)
+
+    def _follow_answers(self, steps: int, *, begun: bool) -> None:
+        """Find out what nobody has said of the last block: how heavy its anchor is, and how fast it learns."""
+        sample = sampled_examples(self._bench)
+        found = FromAnswers(self._bench, lambda task: self._loss_of(sample, task))
+        if self._anchors is not None and self._anchors.weight is None:
+            self._anchors.weight = found.anchor_weight()
+        if self._bench.lr_follows_answers:
+            self._last_lr = found.learning_rate(steps, begun=begun)
 
     def _examples(self, phase: _Phase, number: int, indices: list[int]) -> list[int]:
         """The examples ``indices`` of a step, and others to anchor on."""

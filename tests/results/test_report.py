@@ -403,6 +403,13 @@ def test_the_anchors_weight_is_told_once_it_is_known(tmp_path):
     assert "anchor weight" not in none.report()[1].text
 
 
+def test_the_peak_rate_is_told_as_it_was_found_out(tmp_path):
+    run = Run(tmp_path / "run", lr=1.3e-3).started()
+    assert "learning rate 0.0013 at its peak" in run.report()[1].text
+    run.note("learning-rate", lr=2.6e-3, loss=1.7633, answer_tokens=3215)
+    assert "learning rate 0.0026 at its peak" in run.report()[1].text
+
+
 def test_full_tuning_leads_to_the_model(tmp_path):
     run = Run(tmp_path / "run", tune="full").started().first_block().steps(1, "train", [1.0] * 20)
     (run.root / "model").mkdir()

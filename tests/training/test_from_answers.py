@@ -1,0 +1,112 @@
+"""What follows from how likely the answers are: the learning rate that nobody gave (the anchor's weight: test_anchors)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lopt_lite
+from lopt_lite import TrainSettings, recipe
+from lopt_lite.errors import StoppedError
+from lopt_lite.events import Event, Progress, Step
+from lopt_lite.journal import last_fact, read_facts
+from lopt_lite.training import stopping
+from tests.tiny_models import make_data, make_model
+
+#: Of a tiny Llama, whose random answers cost it as many nats as the vocabulary has room for.
+_LAW = 1.4e-3
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    directory = tmp_path_factory.mktemp("inputs")
+    return make_model(directory / "model", "llama"), make_data(directory / "data.jsonl", 12)
+
+
+def _settings(inputs: tuple[Path, Path], run: Path, **changes: Any) -> TrainSettings:
+    model, data = inputs
+    values: dict[str, Any] = {"dtype": "float32", "epochs": 2, "batch_size": 4, **changes}
+    return TrainSettings(model=str(model), data=str(data), output=str(run), **values)
+
+
+def _train(inputs: tuple[Path, Path], run: Path, **changes: Any) -> list[Event]:
+    events: list[Event] = []
+    lopt_lite.train(_settings(inputs, run, **changes), events.append)
+    return events
+
+
+def _rates(events: list[Event]) -> list[float]:
+    return [event.lr for event in events if isinstance(event, Step) and event.phase == "train"]
+
+
+def _found(run: Path) -> dict[str, Any] | None:
+    return last_fact(read_facts(run / "journal.jsonl")[0], "learning-rate")
+
+
+def _weights(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("changes", [{}, {"blocks": 1}, {"retain": 0.0}, {"retain": 0.5}], ids=str)
+def test_the_rate_follows_from_the_answers_where_nobody_gives_one(tmp_path, inputs, changes):
+    run = tmp_path / "run"
+    events = _train(inputs, run, **changes)
+    found = _found(run)
+    assert found["lr"] == recipe.short_run_rate(_LAW, found["loss"], 6) != _LAW
+    assert max(_rates(events)) == found["lr"]
+    measured = [e for e in events if isinstance(e, Progress) and e.task == "how likely the answers are"]
+    assert sum(event.done == event.total for event in measured) == 1, "once for the weight and the rate"
+    weight = last_fact(read_facts(run / "journal.jsonl")[0], "anchor-weight")
+    assert weight is None or weight["loss"] == found["loss"]
+    # What the settings say is the model's own.
+    assert json.loads((run / "settings.json").read_text())["settings"]["lr"] == _LAW
+
+    given = _train(inputs, tmp_path / "given", lr=found["lr"], **changes)
+    assert _found(tmp_path / "given") is None
+    assert _rates(given) == _rates(events)
+    assert _weights(tmp_path / "given") == _weights(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate"),
+    [({"lr": _LAW}, _LAW), ({"schedule": "joint"}, 4e-4), ({"tune": "full", "quantize": "none"}, 2e-5)],
+    ids=str,
+)
+def test_a_rate_that_is_given_stays(tmp_path, inputs, changes, rate):
+    run = tmp_path / "run"
+    events = _train(inputs, run, **changes)
+    assert _found(run) is None
+    assert max(_rates(events)) == rate
+
+
+def test_earlier_blocks_keep_a_tenth_of_the_models_rate(tmp_path, inputs):
+    events = _train(inputs, tmp_path / "run", objective="task")
+    first = [event.lr for event in events if isinstance(event, Step) and event.block == 0]
+    assert max(first) == pytest.approx(_LAW / 10)
+
+
+def test_a_run_that_goes_on_keeps_its_rate(tmp_path, inputs, monkeypatch):
+    whole, cut, old = tmp_path / "whole", tmp_path / "cut", tmp_path / "old"
+    _train(inputs, whole)
+    _stop_in_the_second_step(inputs, cut)
+    _stop_in_the_second_step(inputs, old, lr=_LAW)
+    monkeypatch.setattr(recipe, "short_run_rate", lambda *_: pytest.fail("it is a fact"))
+    _train(inputs, cut)
+    assert _weights(cut) == _weights(whole)
+    # Begun by an earlier version, which knew of no such fact.
+    _train(inputs, tmp_path / "given", lr=_LAW)
+    _train(inputs, old)
+    assert _found(old) is None
+    assert _weights(old) == _weights(tmp_path / "given")
+
+
+def _stop_in_the_second_step(inputs: tuple[Path, Path], run: Path, **changes: Any) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, Step) and event.block == 1 and event.step == 2:
+            raise stopping.stopped("the test")
+
+    with pytest.raises(StoppedError):
+        lopt_lite.train(_settings(inputs, run, checkpoint_every="0s", **changes), stop)
