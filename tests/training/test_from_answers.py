@@ -1,4 +1,4 @@
-"""What follows from how likely the answers are: the learning rate that nobody gave (the anchor's weight: test_anchors)."""
+"""The learning rate that nobody gave follows from how likely the answers are (the anchor's weight: test_anchors)."""
 
 from __future__ import annotations
 
