@@ -164,7 +164,7 @@ class Study:
         return {
             "name": ", ".join([f"lopt-lite K={blocks}", *changed]),
             "blocks": blocks,
-            "lr": _decided(output, "learning-rate", "lr", decided["lr"]),
+            "lr": _decided(output, "learning-rate", "lr", decided["lr"] or 0.0),
             "retain": _decided(output, "anchor-weight", "weight", decided["retain"] or 0.0),
             "training_s": total_s - ready_s,
             "total_s": total_s,

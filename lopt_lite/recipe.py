@@ -11,7 +11,7 @@ _LIKELY, _UNLIKELY = 2.0, 5.0
 #: For likely answers and for unlikely ones: the anchor's weight, and what a short run multiplies the model's rate by.
 _WEIGHTS, _RATES = (0.3, 3.0), (2.0, 0.6)
 
-#: Steps of a run that is as short as can be, and of one that is no longer short.
+#: Steps up to which a run is short, and from which it is long; between them there are degrees.
 _SHORT, _LONG = 100, 1000
 
 #: How fast the best rate falls with the width; and the rate of models of other kinds, unless a Llama's is lower.
@@ -50,6 +50,11 @@ def lora_rate(model: ModelKind) -> float:
     else:
         rate = min(llama, _OTHERS)
     return float(f"{rate:.2g}")
+
+
+def is_short(steps: int) -> bool:
+    """Whether a run of so many steps has a rate of its own."""
+    return steps < _LONG
 
 
 def short_run_rate(rate: float, loss: float, steps: int) -> float:

@@ -117,8 +117,8 @@ class TrainSettings:
         "Peak learning rate of the last block (cosine to 0 after 3 % linear warm-up). Default: by width and kind of "
         "model, 1.4e-3 up to 512, 8.4e-4 at 1,024, 4.9e-4 at 2,048, 2.9e-4 at 4,096 for Llama, about 5e-4 for Qwen, "
         "for others 4e-4 or what a Llama has; times 2 to 0.6 in runs of up to 100 steps, the more the likelier the "
-        "answers are before, less so in longer ones, and no more from 1,000 steps on (why: docs/recipe.md). 4e-4 with "
-        "--schedule joint, 2e-5 with --tune full.",
+        "answers are before, less so in longer ones, and not at all from 1,000 steps on (why: docs/recipe.md). 4e-4 "
+        "with --schedule joint, 2e-5 with --tune full.",
     )
     lr_early: float | None = option(
         None,
@@ -280,7 +280,6 @@ class TrainSettings:
         return dataclasses.replace(
             self,
             retain=0.0 if self.retain is None and not has_prompts else self.retain,
-            lr=recipe.lora_rate(model) if self.lr is None else self.lr,
             last_layers=self.last_block_layers(model.layers),
         )
 
@@ -308,31 +307,18 @@ class TrainSettings:
         """Whether embedding, final norm and LM head are trained too, as in the paper."""
         return self.tune == "full" and self.schedule == "joint"
 
-    @property
-    def peak_lr(self) -> float:
-        """``lr`` once it is settled.
+    def model_lr(self, model: recipe.ModelKind) -> float:
+        """``lr``, or what it is by the model where nobody gave it. (A short run may have another in its last block.)"""
+        return recipe.lora_rate(model) if self.lr is None else self.lr
 
-        Raises
-        ------
-        ValueError
-            It is not (see :meth:`settle`).
-        """
-        if self.lr is None:
-            raise ValueError("the learning rate depends on the model")
-        return self.lr
+    def early_lr(self, model: recipe.ModelKind) -> float:
+        """Peak learning rate of the blocks before the last."""
+        return self._early_lr(self.model_lr(model))
 
-    @property
-    def early_lr(self) -> float:
-        """Peak learning rate of the blocks before the last.
-
-        Raises
-        ------
-        ValueError
-            It follows from ``lr``, which is not settled.
-        """
+    def _early_lr(self, lr: float) -> float:
         if self.lr_early is not None:
             return self.lr_early
-        return self.peak_lr if self.preset == "paper" else self.peak_lr / 10
+        return lr if self.preset == "paper" else lr / 10
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -351,7 +337,8 @@ class TrainSettings:
         values = dataclasses.asdict(self)
         for name in _FREE_TO_CHANGE:
             del values[name]
-        values["lr_early"] = self.early_lr
+        if self.lr is not None:
+            values["lr_early"] = self._early_lr(self.lr)
         return values
 
 

@@ -180,8 +180,10 @@ def test_validation_is_a_fraction_unless_a_file_has_that_name(tmp_path, monkeypa
 
 
 def test_early_blocks_learn_at_a_tenth_unless_told():
-    assert _train(lr=1e-3).early_lr == 1e-4
-    assert _train(lr=1e-3, lr_early=5e-4).early_lr == 5e-4
+    model = ModelKind("LlamaForCausalLM", 576, 4)
+    assert _train(lr=1e-3).early_lr(model) == 1e-4
+    assert _train(lr=1e-3, lr_early=5e-4).early_lr(model) == 5e-4
+    assert _train(lr_early=1e-5).early_lr(model) == 1e-5
 
 
 @pytest.mark.parametrize(
@@ -200,16 +202,15 @@ def test_early_blocks_learn_at_a_tenth_unless_told():
 def test_the_rate_follows_from_the_recipe_and_the_models_width(options, expected, early):
     """``expected``: None for the law of widths."""
     for width, by_width in ((64, 1.4e-3), (512, 1.4e-3), (576, 1.3e-3), (2000, 5e-4), (4096, 2.9e-4)):
-        settings = _train(**options).settle(has_prompts=True, model=ModelKind("LlamaForCausalLM", width, 4))
-        assert settings.peak_lr == (by_width if expected is None else expected)
-        assert settings.early_lr == pytest.approx(early * settings.peak_lr)
+        model = ModelKind("LlamaForCausalLM", width, 4)
+        settings = _train(**options).settle(has_prompts=True, model=model)
+        assert settings.model_lr(model) == (by_width if expected is None else expected)
+        assert settings.early_lr(model) == pytest.approx(early * settings.model_lr(model))
 
 
-def test_a_rate_that_is_not_settled_is_no_number():
-    for take in (lambda: _train().peak_lr, lambda: _train().early_lr, _train().result_settings):
-        with pytest.raises(ValueError, match="depends on the model"):
-            take()
-    assert _train(lr_early=1e-5).early_lr == 1e-5
+def test_a_rate_that_nobody_gave_is_none_of_the_settings():
+    settled = _train().settle(has_prompts=True, model=ModelKind("LlamaForCausalLM", 576, 4)).result_settings()
+    assert (settled["lr"], settled["lr_early"]) == (None, None)
 
 
 def test_targets_are_names_or_everything():

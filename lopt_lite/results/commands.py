@@ -27,13 +27,9 @@ def changed_settings(content: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def recorded_kind(model: dict[str, Any]) -> ModelKind:
-    """What settings.json says of a run's model.
-
-    Runs that do not say how wide it is come from a release with the same rate for all, which is named then; those that
-    do not say of which architecture, from one with the rates of Llama models for all.
-    """
+    """What settings.json says of a run's model; of a run of an earlier version, as far as it does."""
     return ModelKind(
-        architecture=str(model.get("architecture", "Llama")),
+        architecture=str(model.get("architecture", "")),
         hidden_size=int(model.get("hidden_size", 0)),
         layers=int(model.get("layers", 0)),
     )

@@ -227,10 +227,7 @@ def _given(record: RunRecord) -> Rows:
     what = "the weights themselves" if settings.get("tune") == "full" else "a LoRA adapter"
     count = counted(len(record.status.blocks), "block")
     rows.append(("trained", f"{what}, {count}, {settings.get('schedule', 'sequential')} schedule"))
-    rows.append(("learning rate", _rate(record)))
-    anchor = _anchor(record)
-    if anchor is not None:
-        rows.append(("anchor", anchor))
+    rows += [(what, text) for what, text in (("learning rate", _rate(record)), ("anchor", _anchor(record))) if text]
     times = [t for m in record.lines if math.isfinite(t := number(m, "time"))]
     if times:
         rows.append(("first step", _moment(min(times))))
@@ -241,10 +238,11 @@ def _given(record: RunRecord) -> Rows:
     return rows
 
 
-def _rate(record: RunRecord) -> str:
-    """The peak learning rate of the last block."""
-    found_out, asked = last_fact(record.facts, "learning-rate"), record.settings["lr"]
-    return f"{float(asked if found_out is None else found_out['lr']):g} at its peak"
+def _rate(record: RunRecord) -> str | None:
+    """The peak learning rate of the last block; None where it is not known yet."""
+    found_out, asked = last_fact(record.facts, "learning-rate"), record.settings.get("lr")
+    rate = asked if found_out is None else found_out["lr"]
+    return None if rate is None else f"{float(rate):g} at its peak"
 
 
 def _anchor(record: RunRecord) -> str | None:

@@ -92,7 +92,7 @@ class BlockTrainer:
         self._last_checkpoint_s = time.monotonic()
         self._not_finite = 0
         self._working_on = stage.blocks[0].index
-        self._last_lr: float | None = None
+        self._last_block_lr: float | None = None
         self._sizes = MicroBatchSize(
             bench.journal,
             stage=stage.index,
@@ -196,7 +196,7 @@ class BlockTrainer:
 
     def _peak_lr(self, phase: _Phase, group: int | str) -> float:
         """The last block and what follows it learn by ``--lr``; earlier blocks, heads and embeddings by their own."""
-        settings = self._bench.settings
+        settings, model = self._bench.settings, self._bench.skeleton.kind
         if phase.name == "head-fit":
             return HEAD_FIT_LR
         first_of_last = self._bench.blocks[-1].first
@@ -205,8 +205,8 @@ class BlockTrainer:
         else:
             is_early = group.startswith("head-") or (group == EMBEDDING and first_of_last > 0)
         if is_early:
-            return settings.early_lr
-        return settings.peak_lr if self._last_lr is None else self._last_lr
+            return settings.early_lr(model)
+        return settings.model_lr(model) if self._last_block_lr is None else self._last_block_lr
 
     def _take_up(self) -> tuple[Cursor, str | None]:
         """Where to begin, and the checkpoint to begin with: the last journalled one if it is sound.
@@ -250,7 +250,7 @@ class BlockTrainer:
         )
         self._last_checkpoint_s = time.monotonic()
         if phase.name == "train" and self._is_last:
-            self._follow_answers(steps, begun=cursor.step > 0)
+            self._follow_answers(steps)
         if cursor.step > 0 and cursor.step % self._steps_per_epoch == 0:
             # The checkpoint was made between an epoch's last step and its validation.
             self._end_epoch(phase, cursor.step // self._steps_per_epoch)
@@ -269,14 +269,14 @@ class BlockTrainer:
                 self._stop_or_checkpoint(phase, number + 1, needed_s=took_s)
             self._end_epoch(phase, epoch + 1)
 
-    def _follow_answers(self, steps: int, *, begun: bool) -> None:
+    def _follow_answers(self, steps: int) -> None:
         """Find out what nobody has said of the last block: how heavy its anchor is, and how fast it learns."""
         sample = sampled_examples(self._bench)
         found = FromAnswers(self._bench, lambda task: self._loss_of(sample, task))
         if self._anchors is not None and self._anchors.weight is None:
             self._anchors.weight = found.anchor_weight()
-        if self._bench.lr_follows_answers:
-            self._last_lr = found.learning_rate(steps, begun=begun)
+        if self._bench.settings.lr is None and self._bench.settings.preset is None:
+            self._last_block_lr = found.learning_rate(steps)
 
     def _examples(self, phase: _Phase, number: int, indices: list[int]) -> list[int]:
         """The examples ``indices`` of a step, and others to anchor on."""

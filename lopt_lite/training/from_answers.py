@@ -18,6 +18,9 @@ from lopt_lite.training.workbench import Workbench
 #: Examples of the sample.
 _EXAMPLES = 32
 
+#: The journal's facts.
+_WEIGHT, _RATE = _FACTS = ("anchor-weight", "learning-rate")
+
 
 def sampled_examples(bench: Workbench) -> list[int]:
     """The training examples whose answers' loss decides."""
@@ -38,38 +41,36 @@ class FromAnswers:
 
     @functools.cached_property
     def _loss(self) -> tuple[float, int]:
+        for name in _FACTS:
+            fact = self._bench.journal.last(name)
+            if fact is not None and "loss" in fact:
+                return float(fact["loss"]), int(fact["answer_tokens"])
         loss, answer_tokens = self._loss_of_answers("how likely the answers are")
         self._bench.on_event(Notice(text=f"answers cost the model {loss:.2f} nats a token so far"))
         return loss, answer_tokens
 
     def anchor_weight(self) -> float:
         """The weight of the run's anchor."""
-        fact = self._bench.journal.last("anchor-weight")
+        fact = self._bench.journal.last(_WEIGHT)
         if fact is not None:
             return float(fact["weight"])
         loss, answer_tokens = self._loss
         weight = recipe.anchor_weight(loss)
-        self._bench.journal.add("anchor-weight", weight=weight, loss=loss, answer_tokens=answer_tokens)
+        self._bench.journal.add(_WEIGHT, weight=weight, loss=loss, answer_tokens=answer_tokens)
         self._bench.on_event(Notice(text=f"so the anchor's weight is {weight:g} (--retain)"))
         return weight
 
-    def learning_rate(self, steps: int, *, begun: bool) -> float:
-        """The peak learning rate of the last block.
-
-        Parameters
-        ----------
-        steps:
-            Of the last block, in all.
-        begun:
-            Some are done. Without a fact it was an earlier version that began, with the same rate for all answers.
-        """
-        fact, rate = self._bench.journal.last("learning-rate"), self._bench.settings.peak_lr
+    def learning_rate(self, steps: int) -> float:
+        """The peak learning rate of the last block, which takes so many ``steps`` in all."""
+        fact = self._bench.journal.last(_RATE)
         if fact is not None:
             return float(fact["lr"])
-        if begun:
+        rate = self._bench.settings.model_lr(self._bench.skeleton.kind)
+        if not recipe.is_short(steps):
+            self._bench.journal.add(_RATE, lr=rate)
             return rate
         loss, answer_tokens = self._loss
         rate = recipe.short_run_rate(rate, loss, steps)
-        self._bench.journal.add("learning-rate", lr=rate, loss=loss, answer_tokens=answer_tokens)
+        self._bench.journal.add(_RATE, lr=rate, loss=loss, answer_tokens=answer_tokens)
         self._bench.on_event(Notice(text=f"so the peak learning rate of {steps:,} steps is {rate:g} (--lr)"))
         return rate

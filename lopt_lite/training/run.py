@@ -114,7 +114,7 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
 
 @dataclass(frozen=True)
 class _Given:
-    """What the user brought, read and checked. ``has_lr``: a learning rate, so that none follows from the rest."""
+    """What the user brought, read and checked."""
 
     model: ModelFiles
     skeleton: Skeleton
@@ -125,7 +125,6 @@ class _Given:
     other: TokenizedDataset | None
     answered: TokenizedDataset | None
     sample: AnchorSample | None
-    has_lr: bool
 
     @functools.cached_property
     def dataset(self) -> TokenizedDataset:
@@ -188,8 +187,7 @@ def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _
     if other is not None:
         other = _used(other, settings, len(training))
     answered = _answered(settings, training, skeleton)
-    has_lr = settings.lr is not None
-    given = _Given(model, skeleton, blocks, tokenizer, training, held_out, other, answered, None, has_lr)
+    given = _Given(model, skeleton, blocks, tokenizer, training, held_out, other, answered, None)
     if settings.retain == 0:
         return given
     count, own = len(given.dataset), 0 if answered is None else len(answered)
@@ -305,7 +303,6 @@ def _open_bench(
         skeleton.place_root_tensors(store.root(skeleton), device)
         yield Workbench(
             settings=settings,
-            lr_follows_answers=not given.has_lr,
             paths=paths,
             journal=journal,
             metrics=metrics,

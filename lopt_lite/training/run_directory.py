@@ -286,8 +286,9 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], *, done: bool) -
         if isinstance(value, (tuple, list)):
             value = list(value)
         if old != value and not (done and name == "memory"):
+            began = f"no {flag(name)}" if old is None else f"{flag(name)} {old}"
             now = "which is not given" if value is None else f"not {value}"
-            differences.append(f"{flag(name)} {old}, {now}")
+            differences.append(f"{began}, {now}")
             reshaped = reshaped or name in _SHAPE_DATA
     reshaped = reshaped or found.get("validation", {}).get("given") != wanted["validation"]["given"]
     for part, name in _READ:

@@ -34,11 +34,9 @@ class Workbench:
     only there to anchor on (``--retain-data``, ``--retain-answers``), of which no token is to be predicted.
     ``matching_residence`` says where unquantised layers are while a block's targets are made of them, ``answering``
     where all are while the untouched model answers prompts; None where nothing is to be matched or answered.
-    ``lr_follows_answers``: nobody gave the learning rate, and it may be another one than the model's own.
     """
 
     settings: TrainSettings
-    lr_follows_answers: bool
     paths: RunPaths
     journal: Journal
     metrics: Metrics

@@ -113,7 +113,7 @@ def run_directory_in_use(place):
     return place.train()
 
 
-@bad(RUN_DIRECTORY, "--lr 0.0014, not 0.001", "go back to the old value", "--fresh", "another --output")
+@bad(RUN_DIRECTORY, "no --lr, not 0.001", "go back to the old value", "--fresh", "another --output")
 def another_learning_rate_for_a_finished_run(place):
     place.finished_run()
     return place.train("--lr", "1e-3")

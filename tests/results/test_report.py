@@ -174,7 +174,7 @@ def test_a_finished_run_tells_what_was_run_what_came_of_it_and_how_to_use_it(tmp
         "after epoch 1 1.5000 4.482 -0.2500",
         "700MiB 600 MiB 512 MiB",
         "all 3 layers of a block are streamed from disk",
-        "--lr 0.001 0.0014",
+        "--lr 0.001 None",
         "--memory 700MiB auto",
         "80 (8 per step, 10 steps per epoch)",
         "a LoRA adapter, 2 blocks, sequential schedule",
@@ -404,8 +404,9 @@ def test_the_anchors_weight_is_told_once_it_is_known(tmp_path):
 
 
 def test_the_peak_rate_is_told_as_it_was_found_out(tmp_path):
-    run = Run(tmp_path / "run", lr=1.3e-3).started()
-    assert "learning rate 0.0013 at its peak" in run.report()[1].text
+    assert "learning rate 0.0013 at its peak" in Run(tmp_path / "given", lr=1.3e-3).started().report()[1].text
+    run = Run(tmp_path / "run").started()
+    assert "at its peak" not in run.report()[1].text
     run.note("learning-rate", lr=2.6e-3, loss=1.7633, answer_tokens=3215)
     assert "learning rate 0.0026 at its peak" in run.report()[1].text
 
@@ -591,16 +592,10 @@ def test_a_real_run_is_reported_and_can_still_be_trained_anew(tmp_path):
     assert not (tmp_path / "run" / "loss.png").exists()
 
 
-def test_runs_of_earlier_versions_had_the_rate_of_a_llama_whatever_they_trained():
-    settings = TrainSettings(model="m", data="d")
-    for model, kind in (
-        ({"hidden_size": 640, "layers": 4}, ModelKind("LlamaForCausalLM", 640, 4)),
-        (
-            {"hidden_size": 640, "layers": 4, "architecture": "Gemma3ForCausalLM"},
-            ModelKind("Gemma3ForCausalLM", 640, 4),
-        ),
-    ):
-        settled = settings.settle(has_prompts=True, model=kind).result_settings()
-        assert changed_settings({"settings": settled, "model": model}) == []
-        other = {**settled, "lr": 7e-4}
-        assert ("--lr", "0.0007", str(settled["lr"])) in changed_settings({"settings": other, "model": model})
+def test_a_run_of_an_earlier_version_names_the_rate_that_was_its_default():
+    model = {"hidden_size": 576, "layers": 4}
+    settled = TrainSettings(model="m", data="d").settle(has_prompts=True, model=ModelKind("", 576, 4))
+    content = {"settings": settled.result_settings(), "model": model}
+    assert changed_settings(content) == []
+    content["settings"] |= {"lr": 1.3e-3, "lr_early": 1.3e-4}
+    assert changed_settings(content) == [("--lr", "0.0013", "None")]

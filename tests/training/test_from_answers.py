@@ -10,7 +10,7 @@ import pytest
 
 import lopt_lite
 from lopt_lite import TrainSettings, recipe
-from lopt_lite.errors import StoppedError
+from lopt_lite.errors import RunDirectoryError, StoppedError
 from lopt_lite.events import Event, Progress, Step
 from lopt_lite.journal import last_fact, read_facts
 from lopt_lite.training import stopping
@@ -61,8 +61,7 @@ def test_the_rate_follows_from_the_answers_where_nobody_gives_one(tmp_path, inpu
     assert sum(event.done == event.total for event in measured) == 1, "once for the weight and the rate"
     weight = last_fact(read_facts(run / "journal.jsonl")[0], "anchor-weight")
     assert weight is None or weight["loss"] == found["loss"]
-    # What the settings say is the model's own.
-    assert json.loads((run / "settings.json").read_text())["settings"]["lr"] == _LAW
+    assert json.loads((run / "settings.json").read_text())["settings"]["lr"] is None
 
     given = _train(inputs, tmp_path / "given", lr=found["lr"], **changes)
     assert _found(tmp_path / "given") is None
@@ -89,18 +88,38 @@ def test_earlier_blocks_keep_a_tenth_of_the_models_rate(tmp_path, inputs):
 
 
 def test_a_run_that_goes_on_keeps_its_rate(tmp_path, inputs, monkeypatch):
-    whole, cut, old = tmp_path / "whole", tmp_path / "cut", tmp_path / "old"
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
     _train(inputs, whole)
     _stop_in_the_second_step(inputs, cut)
-    _stop_in_the_second_step(inputs, old, lr=_LAW)
     monkeypatch.setattr(recipe, "short_run_rate", lambda *_: pytest.fail("it is a fact"))
     _train(inputs, cut)
     assert _weights(cut) == _weights(whole)
-    # Begun by an earlier version, which knew of no such fact.
-    _train(inputs, tmp_path / "given", lr=_LAW)
-    _train(inputs, old)
-    assert _found(old) is None
-    assert _weights(old) == _weights(tmp_path / "given")
+
+
+@pytest.mark.parametrize(("began", "goes_on"), [({}, {"lr": _LAW}), ({"lr": _LAW}, {})], ids=("not given", "given"))
+def test_the_models_rate_and_none_are_not_the_same(tmp_path, inputs, began, goes_on):
+    """Where nobody gives it, the answers change it: a run keeps to what it was told."""
+    run = tmp_path / "run"
+    _stop_in_the_second_step(inputs, run, **began)
+    with pytest.raises(
+        RunDirectoryError, match="no --lr, not 0.0014" if goes_on else "--lr 0.0014, which is not given"
+    ):
+        _train(inputs, run, **goes_on)
+    _train(inputs, run, **began)
+
+
+def test_a_long_run_has_the_models_rate_and_asks_no_answers(tmp_path, inputs, monkeypatch):
+    monkeypatch.setattr(recipe, "is_short", lambda steps: steps < 6)
+    events = _train(inputs, tmp_path / "run", retain=0.0)
+    assert max(_rates(events)) == _found(tmp_path / "run")["lr"] == _LAW
+    assert not any(isinstance(e, Progress) and e.task == "how likely the answers are" for e in events)
+
+
+def test_all_blocks_have_one_rate_where_the_paper_has(tmp_path, inputs):
+    changes = {"preset": "paper", "schedule": "sequential", "tune": "lora", "quantize": "nf4", "objective": "task"}
+    events = _train(inputs, tmp_path / "run", **changes)
+    for block in range(2):
+        assert max(e.lr for e in events if isinstance(e, Step) and e.block == block) == _LAW
 
 
 def _stop_in_the_second_step(inputs: tuple[Path, Path], run: Path, **changes: Any) -> None:
