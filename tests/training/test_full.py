@@ -20,6 +20,7 @@ from lopt_lite.data.dataset import TokenizedDataset, collate
 from lopt_lite.data.load import load_dataset
 from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.events import Event, Step
+from lopt_lite.recipe import ModelKind
 from lopt_lite.residency.streamed import StreamedLayers
 from lopt_lite.training import memory_choice
 from lopt_lite.training.checkpoint import save_tensors
@@ -207,7 +208,8 @@ def test_moments_have_8_bits_in_bfloat16_where_there_is_such_an_optimiser(tmp_pa
 
 def test_defaults_follow_what_is_tuned():
     full, lora = _settings(), _settings(tune="lora")
-    assert (full.quantize, full.lr, full.early_lr) == ("none", 2e-5, pytest.approx(2e-6))
+    assert (full.quantize, full.lr) == ("none", 2e-5)
+    assert full.early_lr(ModelKind("LlamaForCausalLM", 64, 4)) == pytest.approx(2e-6)
     assert (lora.quantize, lora.lr) == ("nf4", None), "an adapter's rate depends on the model"
     assert _settings(quantize="none", lr=2e-5).result_settings() == full.result_settings()
 
