@@ -280,6 +280,8 @@ class TrainSettings:
         return dataclasses.replace(
             self,
             retain=0.0 if self.retain is None and not has_prompts else self.retain,
+            # A preset is no setting of the run: what follows from it has to be one.
+            lr=self.lr if self.preset is None else self.model_lr(model),
             last_layers=self.last_block_layers(model.layers),
         )
 

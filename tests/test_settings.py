@@ -213,6 +213,13 @@ def test_a_rate_that_nobody_gave_is_none_of_the_settings():
     assert (settled["lr"], settled["lr_early"]) == (None, None)
 
 
+def test_a_rate_that_follows_from_a_preset_is_one_of_the_settings():
+    """The preset itself is not: a run may go on with its options typed out."""
+    settings = _train(preset="paper", tune="lora", schedule="sequential")
+    settled = settings.settle(has_prompts=True, model=ModelKind("LlamaForCausalLM", 576, 4)).result_settings()
+    assert (settled["lr"], settled["lr_early"]) == (1.3e-3, 1.3e-3)
+
+
 def test_targets_are_names_or_everything():
     assert _train().target_names == ()
     assert _train(lora_targets="q_proj, v_proj,").target_names == ("q_proj", "v_proj")

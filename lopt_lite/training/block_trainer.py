@@ -275,7 +275,7 @@ class BlockTrainer:
         found = FromAnswers(self._bench, lambda task: self._loss_of(sample, task))
         if self._anchors is not None and self._anchors.weight is None:
             self._anchors.weight = found.anchor_weight()
-        if self._bench.settings.lr is None and self._bench.settings.preset is None:
+        if self._bench.settings.lr is None:
             self._last_block_lr = found.learning_rate(steps)
 
     def _examples(self, phase: _Phase, number: int, indices: list[int]) -> list[int]:

@@ -19,7 +19,7 @@ from lopt_lite.training.workbench import Workbench
 _EXAMPLES = 32
 
 #: The journal's facts.
-_WEIGHT, _RATE = _FACTS = ("anchor-weight", "learning-rate")
+_WEIGHT, _RATE = "anchor-weight", "learning-rate"
 
 
 def sampled_examples(bench: Workbench) -> list[int]:
@@ -41,10 +41,10 @@ class FromAnswers:
 
     @functools.cached_property
     def _loss(self) -> tuple[float, int]:
-        for name in _FACTS:
-            fact = self._bench.journal.last(name)
-            if fact is not None and "loss" in fact:
-                return float(fact["loss"]), int(fact["answer_tokens"])
+        # The weight is found out first: a run may have been cut off since.
+        fact = self._bench.journal.last(_WEIGHT)
+        if fact is not None:
+            return float(fact["loss"]), int(fact["answer_tokens"])
         loss, answer_tokens = self._loss_of_answers("how likely the answers are")
         self._bench.on_event(Notice(text=f"answers cost the model {loss:.2f} nats a token so far"))
         return loss, answer_tokens

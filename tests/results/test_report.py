@@ -242,6 +242,7 @@ def test_a_stopped_run_says_what_is_next_and_gives_the_command_that_goes_on(tmp_
         {},
         {"model": "my models/a$(b) 'c'", "data": "it's.jsonl", "validation": "0.25"},
         {"preset": "paper", "model": "org/name", "epochs": 1},
+        {"preset": "paper", "tune": "lora", "schedule": "sequential"},
         {"tune": "full", "lr": 1e-5, "cache": "int8", "objective": "none"},
         {"retain": 0.5, "retain_data": "other.jsonl", "skip_bad_lines": True, "memory": "6GiB"},
         {"blocks": 4, "objective": "none,task,reconstruct", "lr": 1e-3, "lr_early": 3e-4, "lora_targets": "q_proj"},
