@@ -296,6 +296,14 @@ class TrainSettings:
     def without_effect(self) -> list[str]:
         """What was asked for and changes nothing, in words for the user."""
         found = []
+        if self.blocks == 1 and self.schedule == "sequential" and self.objective != "none":
+            found.append(f"--objective {self.objective} has no effect: there is one block, and it learns the task")
+        if (
+            self.preset is None
+            and self.head_fit_epochs != _DEFAULTS["head_fit_epochs"]
+            and "reconstruct" not in self.objectives()
+        ):
+            found.append("--head-fit-epochs has no effect: no block learns by reconstruction (--objective)")
         if self.lr_early is not None and set(self.objectives()[:-1]) <= {"none"}:
             found.append("--lr-early has no effect: no block before the last learns anything (--objective)")
         if self.cache != "exact" and self.blocks == 1:

@@ -382,6 +382,8 @@ def test_generate_takes_the_seeds_that_train_takes(seed):
         ({"blocks": 1, "lr_early": 1e-4}, "--lr-early has no effect"),
         ({"blocks": 1, "cache": "int8"}, "--cache int8 has no effect"),
         ({"retain": 0.0, "retain_tokens": 8}, "--retain-tokens has no effect"),
+        ({"blocks": 1, "objective": "reconstruct"}, "--objective reconstruct has no effect"),
+        ({"head_fit_epochs": 3}, "--head-fit-epochs has no effect"),
     ],
 )
 def test_what_was_asked_for_in_vain_is_told(options, says):
@@ -399,6 +401,9 @@ def test_what_was_asked_for_in_vain_is_told(options, says):
         {"lr_early": 1e-4, "objective": "none,task", "blocks": 3},
         {"cache": "int8"},
         {"retain_tokens": 8},
+        {"blocks": 1, "schedule": "joint"},
+        {"head_fit_epochs": 3, "objective": "reconstruct"},
+        {"head_fit_epochs": 1},
     ],
 )
 def test_what_has_an_effect_is_not_told(options):
