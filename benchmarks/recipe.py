@@ -52,6 +52,7 @@ _PLAIN: dict[str, dict[str, Any]] = {
     "end-to-end-13e-4": {"blocks": 1, "lr": 13e-4},
     "end-to-end-16e-4": {"blocks": 1, "lr": 16e-4},
     "end-to-end-26e-4": {"blocks": 1, "lr": 26e-4},
+    "end-to-end-40e-4": {"blocks": 1, "lr": 40e-4},
     "frozen-4e-4": {"objective": "none", "lr": 4e-4, "last_share": 1 / 2},
     "frozen-8e-4": {"objective": "none", "lr": 8e-4, "last_share": 1 / 2},
     "frozen-13e-4": {"objective": "none", "lr": 13e-4, "last_share": 1 / 2},

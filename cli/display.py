@@ -26,12 +26,13 @@ class _Progress(Protocol):
 class Display:
     """A listener that shows events; use it in a ``with`` block around the operation.
 
-    On a terminal that can be drawn on it is one live display, otherwise lines; with ``quiet`` only notices.
+    On a terminal that can be drawn on it is one live display, otherwise lines; with ``quiet`` only
+    notices of what is not ordinary.
 
     Parameters
     ----------
     quiet:
-        Show notices only.
+        Show only notices, and not of what is ordinary.
     json_lines:
         Write events as JSON, one a line, whatever the stream is.
     stream:
@@ -62,9 +63,11 @@ class Display:
 
     def on_event(self, event: Event) -> None:
         """Show ``event``."""
+        if self._quiet and not (isinstance(event, Notice) and not event.ordinary):
+            return
         if isinstance(event, Notice):
             self._progress.notice(event)
-        elif not self._quiet:
+        else:
             self._progress.update(event)
 
     def _write_line(self, text: str) -> None:

@@ -22,9 +22,18 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Notice(Event):
-    """Something the user should know: a fallback, dropped examples, a library's limit. ``text`` is one sentence."""
+    """Something the user should know: a fallback, dropped examples, a library's limit.
+
+    Attributes
+    ----------
+    text:
+        One sentence.
+    ordinary:
+        It tells what was decided, and is no warning.
+    """
 
     text: str
+    ordinary: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

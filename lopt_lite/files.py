@@ -52,7 +52,7 @@ def explain_os_error(error: OSError, path: Path, doing: str) -> LoptError:
     reason = error.strerror or str(error)
     return RunDirectoryError(
         f"cannot {doing} {path}: {reason}",
-        fix="check that the directory exists, is writable and its disk is healthy, or choose another with --output",
+        fix="check that the directory exists, is writable and its disk is healthy, or use another directory",
     )
 
 
@@ -161,7 +161,7 @@ def append_line(file: BinaryIO, value: Any, *, durable: bool = True) -> None:
     """Append ``value`` as one line of JSON to an open file; with ``durable`` it is fsynced before the return."""
     path = Path(str(file.name))
     try:
-        file.write((json.dumps(value) + "\n").encode())
+        file.write((json.dumps(value, allow_nan=False) + "\n").encode())
         file.flush()
         if durable:
             os.fsync(file.fileno())

@@ -13,6 +13,7 @@ from typing import Any
 
 from lopt_lite import files
 from lopt_lite.errors import RunDirectoryError
+from lopt_lite.journal_facts import as_read, as_written, damage
 
 Fact = dict[str, Any]
 
@@ -23,7 +24,8 @@ def read_facts(path: Path) -> tuple[list[Fact], int]:
     Raises
     ------
     RunDirectoryError
-        A line other than a cut-short last one is not a JSON object with a ``fact``.
+        A line other than a cut-short last one is not a JSON object with a ``fact``, or does not say what facts of its
+        name say.
     """
     try:
         content = path.read_bytes()
@@ -38,12 +40,15 @@ def read_facts(path: Path) -> tuple[list[Fact], int]:
             fact = json.loads(line)
             if not isinstance(fact, dict) or not isinstance(fact.get("fact"), str):
                 raise ValueError("not an object with a 'fact'")
+            wrong = damage(fact)
+            if wrong is not None:
+                raise ValueError(wrong)
         except (ValueError, RecursionError) as error:
             raise RunDirectoryError(
                 f"the journal {path} is damaged at line {number}: {error}",
                 fix="start anew with --fresh, or restore the journal from a backup",
             ) from error
-        facts.append(fact)
+        facts.append(as_read(fact))
         length += len(line) + 1
     return facts, length
 
@@ -79,7 +84,7 @@ class Journal:
     def add(self, fact: str, **values: Any) -> None:
         """Append a fact; durable on return."""
         entry = {"fact": fact, **values}
-        files.append_line(self._file, entry)
+        files.append_line(self._file, as_written(entry))
         self.facts.append(entry)
 
     def last(self, fact: str, **match: Any) -> Fact | None:

@@ -310,6 +310,12 @@ class TrainSettings:
             found.append(f"--cache {self.cache} has no effect: there is one block, and nothing between blocks")
         if self.retain_tokens != TrainSettings.retain_tokens and self.retain == 0:
             found.append("--retain-tokens has no effect: there is no anchor (--retain)")
+        elif self.retain_tokens != TrainSettings.retain_tokens and self.retain_answers and self.retain_data is None:
+            found.append("--retain-tokens has no effect: the anchor is on the model's answers (--retain-answers)")
+        if self.reconstruction_weight != TrainSettings.reconstruction_weight and (
+            "reconstruct" not in self.objectives()
+        ):
+            found.append("--reconstruction-weight has no effect: no block learns by reconstruction (--objective)")
         return found
 
     @property

@@ -384,6 +384,11 @@ def test_generate_takes_the_seeds_that_train_takes(seed):
         ({"retain": 0.0, "retain_tokens": 8}, "--retain-tokens has no effect"),
         ({"blocks": 1, "objective": "reconstruct"}, "--objective reconstruct has no effect"),
         ({"head_fit_epochs": 3}, "--head-fit-epochs has no effect"),
+        ({"retain_answers": 4, "retain_tokens": 5}, "--retain-tokens has no effect"),
+        (
+            {"schedule": "joint", "objective": "task", "reconstruction_weight": 5.0},
+            "--reconstruction-weight has no effect",
+        ),
     ],
 )
 def test_what_was_asked_for_in_vain_is_told(options, says):
@@ -404,6 +409,8 @@ def test_what_was_asked_for_in_vain_is_told(options, says):
         {"blocks": 1, "schedule": "joint"},
         {"head_fit_epochs": 3, "objective": "reconstruct"},
         {"head_fit_epochs": 1},
+        {"retain_answers": 4, "retain_tokens": 5, "retain_data": "more.jsonl"},
+        {"schedule": "joint", "reconstruction_weight": 5.0},
     ],
 )
 def test_what_has_an_effect_is_not_told(options):

@@ -45,8 +45,10 @@ class Job:
     longest:
         Tokens of the longest example.
     answer_tokens:
-        Most answer tokens of one optimiser step (without training: of one forward batch); None when any token may be
-        one.
+        Most answer tokens of one optimiser step; None when any token may be one.
+    measured_tokens:
+        Most answer tokens of one batch of a pass that measures losses without training; 0 where there is none, None
+        when any token may be one.
     all_tokens:
         Padded tokens of all examples together; None when they are many.
     early_blocks:
@@ -67,6 +69,7 @@ class Job:
     step_tokens: int
     longest: int
     answer_tokens: int | None = None
+    measured_tokens: int | None = None
     all_tokens: int | None = None
     early_blocks: bool = False
     matches: bool = False
@@ -81,8 +84,12 @@ class Job:
         return self.step_tokens > 0
 
     def answers_among(self, tokens: int) -> int:
-        """Most answer tokens among ``tokens`` that go through a layer at once."""
+        """Most answer tokens among ``tokens`` that go through a layer at once in a step."""
         return tokens if self.answer_tokens is None else min(tokens, self.answer_tokens)
+
+    def measured_among(self, tokens: int) -> int:
+        """As :meth:`answers_among`, in a pass that only measures."""
+        return tokens if self.measured_tokens is None else min(tokens, self.measured_tokens)
 
     def present(self, tokens: int) -> int:
         """How many of ``tokens`` there can be."""
@@ -228,7 +235,7 @@ def forward_peak(
         kept = max(layer.trained_parameters for layer in shapes.layers)
         trained = item * (kept if layout.offload_state else shapes.trained_parameters(*block))
     inside = tokens * (shapes.transient_bytes_per_token + shapes.saved_bytes_per_pair * job.longest // 2)
-    losses = _loss_bytes(shapes, layout, job.answers_among(tokens), gradient=False)
+    losses = _loss_bytes(shapes, layout, job.measured_among(tokens), gradient=False)
     return int(
         _weights(shapes, block, layout)
         + _head(shapes, layout, job)

@@ -120,7 +120,7 @@ def _job(dataset: TokenizedDataset) -> Job:
     return Job(
         step_tokens=0,
         longest=longest,
-        answer_tokens=int(dataset.target_counts.sum()),
+        measured_tokens=int(dataset.target_counts.sum()),
         all_tokens=len(dataset) * longest,
     )
 

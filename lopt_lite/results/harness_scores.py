@@ -195,7 +195,7 @@ class _Rows(Sequence[Batch]):
         return Job(
             step_tokens=0,
             longest=longest,
-            answer_tokens=sum(self._rated),
+            measured_tokens=sum(self._rated),
             all_tokens=len(self._inputs) * longest,
         )
 

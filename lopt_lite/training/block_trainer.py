@@ -32,7 +32,7 @@ from lopt_lite.training.block_inputs import BlockInputs
 from lopt_lite.training.block_plan import Block, Stage
 from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_cursor, restore_checkpoint, save_lazily
 from lopt_lite.training.fast_layers import fast_layers
-from lopt_lite.training.from_answers import FromAnswers, sampled_examples
+from lopt_lite.training.from_answers import NO_FINITE_LOSS, FromAnswers, sampled_examples
 from lopt_lite.training.full import has_eight_bit_moments, own_weights, write_layers
 from lopt_lite.training.job import other_rows
 from lopt_lite.training.matching import Targets
@@ -42,6 +42,7 @@ from lopt_lite.training.stage_losses import Local, StageLosses, StepLosses
 from lopt_lite.training.stopping import stopped
 from lopt_lite.training.trained import TrainedParameters
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
+from lopt_lite.units import counted
 
 PHASES = ("head-fit", "train")
 HEAD_FIT_LR = 1e-3
@@ -268,6 +269,8 @@ class BlockTrainer:
                 took_s = self._step(phase, epoch, number, steps, indices, following)
                 self._stop_or_checkpoint(phase, number + 1, needed_s=took_s)
             self._end_epoch(phase, epoch + 1)
+        if steps and self._not_finite >= steps:
+            raise self._diverged(steps)
 
     def _follow_answers(self, steps: int) -> None:
         """Find out what nobody has said of the last block: how heavy its anchor is, and how fast it learns."""
@@ -419,12 +422,23 @@ class BlockTrainer:
             return
         self._not_finite += 1
         if self._not_finite >= _STEPS_WITHOUT_FINITE_LOSS:
-            raise DivergedError(
-                f"{self._stage.name}: the loss or its gradient was not a finite number for "
-                f"{self._not_finite} steps in a row, up to step {step}",
-                fix="lower --lr (and --lr-early) and start anew with --fresh; the last good checkpoint is kept",
-            )
+            raise self._diverged(step)
         self._bench.on_event(Notice(text=f"step {step}: the loss or its gradient is not finite; the step is skipped"))
+
+    def _diverged(self, step: int) -> DivergedError:
+        """The error of a block whose last steps, up to ``step``, were all skipped."""
+        if self._not_finite >= step:
+            return DivergedError(
+                f"{self._stage.name}: the loss or its gradient was not finite in any step so far, up to {step}",
+                fix=f"lower --lr (and --lr-early); {NO_FINITE_LOSS}",
+            )
+        kept = self._bench.journal.last("checkpoint", block=self._stage.index) is not None
+        fix = "lower --lr (and --lr-early) and start anew with --fresh"
+        return DivergedError(
+            f"{self._stage.name}: the loss or its gradient was not a finite number for "
+            f"{counted(self._not_finite, 'step')} in a row, up to step {step}",
+            fix=f"{fix}; the last good checkpoint is kept" if kept else fix,
+        )
 
     # -- between steps ------------------------------------------------------------------------------------------------
 

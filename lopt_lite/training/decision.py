@@ -57,7 +57,8 @@ def decide(
     lengths: torch.Tensor,
     train_examples: int,
     other_examples: int,
-    most_answers: int | None,
+    most_answers: int,
+    held_out_answers: int,
     most_anchors: int,
     answered: int,
     longest_answered: int,
@@ -71,7 +72,7 @@ def decide(
         The journal's facts so far.
     lengths:
         int64 [examples], tokens of each example of any kind.
-    train_examples, other_examples, most_answers, most_anchors:
+    train_examples, other_examples, most_answers, held_out_answers, most_anchors:
         See :func:`make_job`.
     answered, longest_answered:
         See :class:`Demand`.
@@ -104,6 +105,7 @@ def decide(
         longest=int(lengths.max()),
         all_tokens=int(lengths.sum()),
         most_answers=most_answers,
+        held_out_answers=held_out_answers,
         most_anchors=most_anchors,
     )
     stages = [(stage.first, stage.end) for stage in plan_stages(blocks, settings.schedule)]

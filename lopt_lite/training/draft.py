@@ -86,6 +86,7 @@ class Draft:
             longest=max(part.longest for part in everything),
             all_tokens=self.cached_tokens,
             most_answers=None,
+            held_out_answers=0 if self.held_out is None else None,
             most_anchors=self._most_anchors,
         )
 

@@ -8,15 +8,18 @@ that goes on has what it began with.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 from lopt_lite import recipe
 from lopt_lite.data.seeding import permutation
+from lopt_lite.errors import DivergedError
 from lopt_lite.events import Notice
+from lopt_lite.training.job import measured_examples
 from lopt_lite.training.workbench import Workbench
 
-#: Examples of the sample.
-_EXAMPLES = 32
+#: What can be tried with a model that never has a finite loss.
+NO_FINITE_LOSS = "--quantize none or --dtype float32 tell whether it is a matter of precision"
 
 #: The journal's facts.
 _WEIGHT, _RATE = "anchor-weight", "learning-rate"
@@ -24,7 +27,25 @@ _WEIGHT, _RATE = "anchor-weight", "learning-rate"
 
 def sampled_examples(bench: Workbench) -> list[int]:
     """The training examples whose answers' loss decides."""
-    return sorted(permutation(bench.train_count, (bench.settings.seed, "anchor weight"))[:_EXAMPLES].tolist())
+    count = measured_examples(bench.settings, bench.train_count)
+    return sorted(permutation(bench.train_count, (bench.settings.seed, "anchor weight"))[:count].tolist())
+
+
+def check_finite(loss: float, examples: str) -> None:
+    """Refuse to train a model that has no finite ``loss`` of such examples before its first step.
+
+    Raises
+    ------
+    DivergedError
+        The loss is not a finite number.
+    """
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the model's loss of {examples} is {loss}, before anything was trained",
+            expected="a finite number",
+            fix=f"see whether the model's files are whole and of the right model, and whether it runs elsewhere; "
+            f"{NO_FINITE_LOSS}",
+        )
 
 
 class FromAnswers:
@@ -46,7 +67,8 @@ class FromAnswers:
         if fact is not None:
             return float(fact["loss"]), int(fact["answer_tokens"])
         loss, answer_tokens = self._loss_of_answers("how likely the answers are")
-        self._bench.on_event(Notice(text=f"answers cost the model {loss:.2f} nats a token so far"))
+        check_finite(loss, "the training examples")
+        self._bench.on_event(Notice(text=f"answers cost the model {loss:.2f} nats a token so far", ordinary=True))
         return loss, answer_tokens
 
     def anchor_weight(self) -> float:
@@ -57,7 +79,7 @@ class FromAnswers:
         loss, answer_tokens = self._loss
         weight = recipe.anchor_weight(loss)
         self._bench.journal.add(_WEIGHT, weight=weight, loss=loss, answer_tokens=answer_tokens)
-        self._bench.on_event(Notice(text=f"so the anchor's weight is {weight:g} (--retain)"))
+        self._bench.on_event(Notice(text=f"so the anchor's weight is {weight:g} (--retain)", ordinary=True))
         return weight
 
     def learning_rate(self, steps: int) -> float:
@@ -72,5 +94,6 @@ class FromAnswers:
         loss, answer_tokens = self._loss
         rate = recipe.short_run_rate(rate, loss, steps)
         self._bench.journal.add(_RATE, lr=rate, loss=loss, answer_tokens=answer_tokens)
-        self._bench.on_event(Notice(text=f"so the peak learning rate of {steps:,} steps is {rate:g} (--lr)"))
+        text = f"so the peak learning rate of {steps:,} steps is {rate:g} (--lr)"
+        self._bench.on_event(Notice(text=text, ordinary=True))
         return rate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lopt_lite import recipe
 from lopt_lite.errors import DataError
 from lopt_lite.residency.memory_model import Job, around_state_bytes
 from lopt_lite.residency.shapes import ModelShapes
@@ -16,6 +17,24 @@ from lopt_lite.training.own_prompts import MOST_PROMPTS
 _OTHERS_PER_EXAMPLE = 0.25
 
 
+#: Examples whose answers' loss is measured where something follows from it.
+_MEASURED_EXAMPLES = 32
+
+
+def steps_of(settings: TrainSettings, train_examples: int) -> int:
+    """Optimiser steps of each block."""
+    return settings.epochs * math.ceil(train_examples / settings.batch_size)
+
+
+def measured_examples(settings: TrainSettings, train_examples: int) -> int:
+    """Training examples whose answers are measured before the last block learns, as what was not said follows from it.
+
+    See ``from_answers.py``. ``settings`` are settled.
+    """
+    follows = settings.retain is None or (settings.lr is None and recipe.is_short(steps_of(settings, train_examples)))
+    return min(_MEASURED_EXAMPLES, train_examples) if follows else 0
+
+
 def other_rows(batch_size: int, others: int) -> int:
     """How many of ``others`` examples that are only there to anchor on are in each step."""
     return min(others, max(1, round(_OTHERS_PER_EXAMPLE * batch_size))) if others else 0
@@ -25,8 +44,7 @@ def answered_count(settings: TrainSettings, train_examples: int) -> int:
     """Prompts that the untouched model answers, at most: no more than the steps take, 0 unless it is asked to."""
     if settings.retain == 0 or not settings.retain_answers:
         return 0
-    steps = settings.epochs * math.ceil(train_examples / settings.batch_size)
-    taken = steps * other_rows(settings.batch_size, MOST_PROMPTS)
+    taken = steps_of(settings, train_examples) * other_rows(settings.batch_size, MOST_PROMPTS)
     return min(MOST_PROMPTS, taken, train_examples)
 
 
@@ -59,6 +77,7 @@ def make_job(
     longest: int,
     all_tokens: int,
     most_answers: int | None,
+    held_out_answers: int | None,
     most_anchors: int,
 ) -> Job:
     """The largest step of a run.
@@ -70,7 +89,9 @@ def make_job(
     other_examples:
         Those that are only there to anchor on.
     most_answers:
-        Answer tokens of one example, None when any token may be one.
+        Answer tokens of one training example, None when any token may be one.
+    held_out_answers:
+        Answer tokens of the held-out examples that pass together, 0 without any, None when any token may be one.
     most_anchors:
         Anchored tokens of one example, 0 without an anchor.
     """
@@ -78,12 +99,18 @@ def make_job(
     rows = min(settings.batch_size, train_examples)
     others = other_rows(settings.batch_size, other_examples)
     anchored_rows = others if settings.retain_answers else rows + others
+    measured = measured_examples(settings, train_examples)
+    if held_out_answers is None or (most_answers is None and measured):
+        measured_tokens = None
+    else:
+        measured_tokens = max(held_out_answers, 0 if most_answers is None else measured * most_answers)
     row_bytes = shapes.hidden * shapes.itemsize
     cached_tokens = all_tokens if len(blocks) > 1 and not together else 0
     return Job(
         step_tokens=(rows + others) * longest,
         longest=longest,
         answer_tokens=None if most_answers is None else rows * most_answers,
+        measured_tokens=measured_tokens,
         all_tokens=all_examples * longest,
         early_blocks="reconstruct" in settings.objectives(),
         matches="match" in settings.objectives(),

@@ -154,4 +154,4 @@ def _job(shapes: ModelShapes, train_examples: int, longest: int) -> Job:
     """The pass that writes targets: no gradients, no LM head."""
     tokens = train_examples * longest
     row_bytes = shapes.hidden * shapes.itemsize
-    return Job(step_tokens=0, longest=longest, answer_tokens=0, all_tokens=tokens, cache_bytes=tokens * row_bytes)
+    return Job(step_tokens=0, longest=longest, measured_tokens=0, all_tokens=tokens, cache_bytes=tokens * row_bytes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,8 +39,9 @@ from lopt_lite.training.block_results import check_block
 from lopt_lite.training.decision import Decision, decide
 from lopt_lite.training.disk_plan import require_disk
 from lopt_lite.training.draft import Draft
+from lopt_lite.training.from_answers import check_finite
 from lopt_lite.training.full import remarks
-from lopt_lite.training.job import answered_count, nothing_to_answer, other_rows
+from lopt_lite.training.job import answered_count, nothing_to_answer, other_rows, steps_of
 from lopt_lite.training.joint import train_jointly
 from lopt_lite.training.memory_choice import check_unquantised
 from lopt_lite.training.metrics import Metrics, read_metrics
@@ -225,8 +225,7 @@ def _answered(settings: TrainSettings, training: TokenizedDataset, skeleton: Ske
 
 def _used(other: TokenizedDataset, settings: TrainSettings, train_count: int) -> TokenizedDataset:
     """Of the examples that are only there to anchor on, as many as the run has use for: a sample if there are more."""
-    steps = settings.epochs * math.ceil(train_count / settings.batch_size)
-    needed = steps * other_rows(settings.batch_size, len(other))
+    needed = steps_of(settings, train_count) * other_rows(settings.batch_size, len(other))
     if len(other) <= needed:
         return other
     chosen = permutation(len(other), (settings.seed, "other text"))[:needed]
@@ -325,7 +324,7 @@ def _open_bench(
 
 
 def _decide(known: Sequence[Fact], given: _Given, settings: TrainSettings, device: torch.device) -> Decision:
-    sample = given.sample
+    sample, held_out = given.sample, given.held_out
     return decide(
         known,
         settings,
@@ -334,7 +333,10 @@ def _decide(known: Sequence[Fact], given: _Given, settings: TrainSettings, devic
         lengths=given.dataset.lengths,
         train_examples=len(given.train),
         other_examples=sum(len(part) for part in (given.other, given.answered) if part is not None),
-        most_answers=int(given.train.target_counts.max()) if given.held_out is None else None,
+        most_answers=int(given.train.target_counts.max()),
+        held_out_answers=0
+        if held_out is None
+        else min(FORWARD_ROWS, len(held_out)) * int(held_out.target_counts.max()),
         most_anchors=0 if sample is None else int(sample.counts.max()),
         answered=0 if given.answered is None else len(given.answered),
         longest_answered=0 if given.answered is None else int(given.answered.lengths.max()),
@@ -447,6 +449,7 @@ def _measure_untouched_model(bench: Workbench) -> None:
         on_event=bench.on_event,
         task="held-out loss before",
     )
+    check_finite(loss, "the held-out examples")
     answer_tokens = int(held_out.target_counts.sum())
     bench.journal.add("validation", epoch=0, loss=loss, answer_tokens=answer_tokens)
     bench.on_event(Validation(epoch=0, epochs=bench.settings.epochs, loss=loss, answer_tokens=answer_tokens))

@@ -30,6 +30,16 @@ _SHAPE_DATA = ("max_length", "skip_bad_lines", "seed", "epochs", "batch_size")
 #: What a run reads, and how the user names it.
 _READ = (("model", "MODEL"), ("data", "DATA"), ("validation", "--validation"), ("retain", "--retain-data"))
 
+#: Options whose defaults follow from others: where those have changed, they are what there is to tell.
+_FOLLOWS = {
+    "lr": ("tune", "schedule"),
+    "lr_early": ("lr", "tune", "schedule"),
+    "quantize": ("tune",),
+    "objective": ("schedule",),
+    "last_layers": ("blocks", "objective", "schedule"),
+    "retain": ("blocks", "schedule"),
+}
+
 _START_ANEW = "restore it from a backup, start anew with --fresh, or choose another directory"
 _PACKAGES = ("lopt-lite", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
@@ -274,8 +284,7 @@ def _last_layers(settings: dict[str, Any], layers: int) -> int:
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any], *, done: bool) -> list[str]:
     """What tells a run from the one that is wanted, for the user; the budget of one that is done does not."""
-    differences = []
-    reshaped = False
+    changed: dict[str, tuple[Any, Any]] = {}
     # An option that came with a later release was at its default when the run was started.
     defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
     for name, value in wanted["settings"].items():
@@ -286,10 +295,13 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], *, done: bool) -
         if isinstance(value, (tuple, list)):
             value = list(value)
         if old != value and not (done and name == "memory"):
-            began = f"no {flag(name)}" if old is None else f"{flag(name)} {old}"
-            now = "which is not given" if value is None else f"not {value}"
-            differences.append(f"{began}, {now}")
-            reshaped = reshaped or name in _SHAPE_DATA
+            changed[name] = old, value
+    differences = [
+        _difference(name, old, value)
+        for name, (old, value) in changed.items()
+        if not any(leader in changed for leader in _FOLLOWS.get(name, ()))
+    ]
+    reshaped = any(name in _SHAPE_DATA for name in changed)
     reshaped = reshaped or found.get("validation", {}).get("given") != wanted["validation"]["given"]
     for part, name in _READ:
         old, new = found.get(part, {}), wanted[part]
@@ -297,6 +309,19 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], *, done: bool) -
             same_name = old.get("given") == new["given"]
             if same_name and reshaped:
                 continue  # the same file, of which other tokens or examples are taken: that was said
-            which = "with other content than it has now" if same_name else f"not {new['given']} (the contents differ)"
-            differences.append(f"{name} {old.get('given')}, {which}")
+            if same_name:
+                which = "with other content than it has now"
+            else:
+                given = new["given"]
+                which = "which is not given" if given is None else f"not {given} (the contents differ)"
+            began = f"no {name}" if old.get("given") is None else f"{name} {old['given']}"
+            differences.append(f"{began}, {which}")
     return differences
+
+
+def _difference(name: str, old: Any, value: Any) -> str:
+    """What an option was when the run was started, and what it is now."""
+    if isinstance(value, bool):
+        return f"{flag(name)}, which is not given" if old else f"no {flag(name)}, which is given now"
+    began = f"no {flag(name)}" if old is None else f"{flag(name)} {old}"
+    return f"{began}, which is not given" if value is None else f"{began}, not {value}"

@@ -147,7 +147,8 @@ def test_other_work_between_steps_does_not_spoil_the_time_left():
 def test_quiet_shows_notices_alone():
     stream = io.StringIO()
     with Display(quiet=True, stream=stream) as display:
-        for event in (RUN, block_started(), step(100), events.Notice(text="3 examples were cut")):
+        decided = events.Notice(text="so the rate is 1", ordinary=True)
+        for event in (RUN, block_started(), step(100), decided, events.Notice(text="3 examples were cut")):
             display.on_event(event)
     assert stream.getvalue() == "note: 3 examples were cut\n"
 
@@ -215,7 +216,7 @@ def test_with_json_every_event_of_a_training_is_one_line_of_json(lopt, fake, tra
 def test_with_json_and_quiet_only_notices_are_lines(lopt, fake, trained):
     fake("train", trained, events=(RUN, step(1), events.Notice(text="take note")))
     lines = lopt("train", "m", "d", "--json", "--quiet").err.splitlines()
-    assert [json.loads(line) for line in lines] == [{"event": "Notice", "text": "take note"}]
+    assert [json.loads(line) for line in lines] == [{"event": "Notice", "text": "take note", "ordinary": False}]
 
 
 def test_other_commands_show_progress_as_text_with_json_too(lopt, fake, capsys):

@@ -35,6 +35,7 @@ def _residence(
         longest=512,
         all_tokens=300_000,
         most_answers=300,
+        held_out_answers=0,
         most_anchors=32,
     )
     memory = Memory(budget_bytes=PLENTY, used_bytes=512 * MIB, free_bytes=PLENTY, free_host_bytes=PLENTY)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import lopt_lite
 from lopt_lite import TrainSettings, recipe
-from lopt_lite.errors import RunDirectoryError, StoppedError
+from lopt_lite.errors import DivergedError, RunDirectoryError, StoppedError
 from lopt_lite.events import Event, Progress, Step
 from lopt_lite.journal import last_fact, read_facts
 from lopt_lite.training import stopping
@@ -129,3 +132,35 @@ def _stop_in_the_second_step(inputs: tuple[Path, Path], run: Path, **changes: An
 
     with pytest.raises(StoppedError):
         lopt_lite.train(_settings(inputs, run, checkpoint_every="0s", **changes), stop)
+
+
+def test_a_model_without_a_finite_loss_is_refused_before_anything_follows_from_it(tmp_path, inputs):
+    broken = _broken(inputs, tmp_path)
+    for validation, examples in ((None, "training"), ("0.25", "held-out")):
+        run = tmp_path / examples
+        with pytest.raises(DivergedError, match=f"loss of the {examples} examples is nan") as caught:
+            _train(broken, run, validation=validation)
+        assert "--quantize none" in caught.value.fix
+        facts = {fact["fact"] for fact in read_facts(run / "journal.jsonl")[0]}
+        assert not facts & {"anchor-weight", "learning-rate", "validation"}
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_a_run_whose_steps_were_all_skipped_is_not_done(tmp_path, inputs, epochs):
+    """Four skipped steps in a row are not yet too many for a run that goes on."""
+    run = tmp_path / "run"
+    with pytest.raises(DivergedError, match="not finite in any step so far") as caught:
+        _train(_broken(inputs, tmp_path), run, lr=1e-3, retain=0.0, epochs=epochs)
+    assert "checkpoint" not in caught.value.fix
+    assert not (run / "adapter").exists()
+
+
+def _broken(inputs: tuple[Path, Path], directory: Path) -> tuple[Path, Path]:
+    """A model of finite weights whose final norm is so large that logits are not."""
+    model, data = inputs
+    broken = directory / "broken"
+    shutil.copytree(model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 3e38)
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    return broken, data

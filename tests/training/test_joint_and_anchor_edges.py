@@ -104,6 +104,7 @@ def test_a_head_that_is_trained_is_not_read_in_slices(tmp_path, changes):
         longest=512,
         all_tokens=300_000,
         most_answers=300,
+        held_out_answers=0,
         most_anchors=0,
     )
     memory = Memory(budget_bytes=0, used_bytes=2**29, free_bytes=2**36, free_host_bytes=2**36)
@@ -173,3 +174,39 @@ def test_what_is_trained_around_the_layers_is_in_the_result(tmp_path, architectu
             tokens += batch.answer_tokens
     assert outcome.loss_after == pytest.approx(total / tokens, rel=1e-5)
     assert outcome.loss_after < outcome.loss_before
+
+
+@pytest.mark.parametrize(
+    ("changes", "examples", "most_answers", "held_out", "measured"),
+    [
+        ({}, 1000, 300, 0, 32 * 300),
+        ({}, 5, 300, 0, 5 * 300),
+        ({}, 1000, 300, 64 * 400, 64 * 400),
+        ({}, 1000, None, 0, None),
+        ({"lr": 1e-3}, 1000, 300, 0, 32 * 300),
+        ({"lr": 1e-3, "retain": 0.0}, 1000, 300, 0, 0),
+        ({"lr": 1e-3, "retain": 0.0}, 1000, None, 0, 0),
+        ({"lr": 1e-3, "retain": 0.0}, 1000, None, None, None),
+        ({"retain": 1.0}, 1000, 300, 0, 32 * 300),
+        ({"retain": 1.0}, 8000, 300, 0, 0),
+        ({"schedule": "joint"}, 1000, 300, 0, 0),
+        ({"preset": "paper"}, 1000, 300, 640, 640),
+    ],
+    ids=str,
+)
+def test_the_pass_that_measures_answers_is_in_the_plan(tmp_path, changes, examples, most_answers, held_out, measured):
+    settings = TrainSettings(model="model", data="data", **changes)
+    job = make_job(
+        settings,
+        shapes_on_paper(tmp_path, settings, 128, hidden_size=64),
+        plan_blocks(4, settings.objectives()),
+        train_examples=examples,
+        all_examples=examples,
+        other_examples=0,
+        longest=512,
+        all_tokens=300_000,
+        most_answers=most_answers,
+        held_out_answers=held_out,
+        most_anchors=0,
+    )
+    assert job.measured_tokens == measured

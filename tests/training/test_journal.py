@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_facts_are_read_back_in_the_order_they_were_added(path):
-    facts = [{"fact": "shard", "number": n, "name": f"größe-{n}"} for n in (3, 1, 2)]
+    facts = [{"fact": "part", "number": n, "name": f"größe-{n}"} for n in (3, 1, 2)]
     _write(path, *facts)
     assert read_facts(path) == (facts, path.stat().st_size)
     assert Journal(path).facts == facts
@@ -78,6 +79,55 @@ def test_a_damaged_line_that_is_whole_is_an_error_that_names_it(path, damaged):
     assert str(path) in caught.value.found
     assert "--fresh" in caught.value.fix
     assert path.read_bytes() == content, "the evidence must stay"
+
+
+@pytest.mark.parametrize(
+    ("fact", "said"),
+    [
+        ({"fact": "learning-rate"}, "'learning-rate' does not say 'lr'"),
+        ({"fact": "learning-rate", "lr": "fast"}, "'lr' is \"fast\", where a number above 0"),
+        ({"fact": "learning-rate", "lr": None}, "'lr' is null"),
+        ({"fact": "learning-rate", "lr": -1.0}, "'lr' is -1.0"),
+        ({"fact": "learning-rate", "lr": 1e30}, "'lr' is 1e+30"),
+        ({"fact": "learning-rate", "lr": True}, "'lr' is true"),
+        ({"fact": "anchor-weight", "loss": 2.0, "answer_tokens": 3}, "does not say 'weight'"),
+        ({"fact": "anchor-weight", "weight": -1, "loss": 2.0, "answer_tokens": 3}, "'weight' is -1"),
+        ({"fact": "anchor-weight", "weight": 1, "answer_tokens": 3}, "does not say 'loss'"),
+        ({"fact": "checkpoint", "block": 0}, "does not say 'name'"),
+        ({"fact": "checkpoint", "block": -1, "name": "a"}, "'block' is -1"),
+        ({"fact": "validation", "epoch": 1, "loss": "low"}, "'loss' is \"low\""),
+        ({"fact": "started", "examples": "many"}, "'examples' is \"many\""),
+        ({"fact": "answers", "tokens": [[1, 2], 3]}, "'tokens' is [[1, 2], 3]"),
+        ({"fact": "residence", "device": "cpu", "micro_batch_tokens": None}, "'micro_batch_tokens' is null"),
+        ({"fact": "residence", "device": "cpu", "recompute": 1}, "'recompute' is 1"),
+    ],
+    ids=str,
+)
+def test_a_fact_that_does_not_say_what_it_has_to_is_damage(path, fact, said):
+    path.write_text(json.dumps({"fact": "one"}) + "\n" + json.dumps(fact) + "\n")
+    with pytest.raises(RunDirectoryError, match="damaged at line 2") as caught:
+        read_facts(path)
+    assert said in caught.value.found
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        {"fact": "learning-rate", "lr": 1e-3},
+        {"fact": "checkpoint", "block": 0, "name": "a"},
+        {"fact": "residence", "device": "cpu", "micro_batch_tokens": 8, "head_slice_rows": None, "mode": "streamed"},
+        {"fact": "of another version", "anything": [None]},
+    ],
+    ids=str,
+)
+def test_what_is_left_out_or_unknown_is_no_damage(path, fact):
+    assert Journal(_write(path, fact)).facts == [fact]
+
+
+def test_a_loss_that_is_no_finite_number_is_written_as_json_has_it(path):
+    _write(path, {"fact": "validation", "epoch": 1, "loss": math.nan, "answer_tokens": 3})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["loss"] is None
+    assert math.isnan(read_facts(path)[0][0]["loss"])
 
 
 def test_a_fact_is_on_the_disk_before_add_returns(path, monkeypatch):

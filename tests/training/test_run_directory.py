@@ -78,7 +78,7 @@ def test_settings_say_what_was_given_and_with_which_versions(claimed):
         ({"model_fingerprint": "m2"}, "MODEL model.safetensors, with other content"),
         ({"model_fingerprint": "m2", "model": "other"}, "MODEL model.safetensors, not other"),
         ({"data_fingerprint": "d2"}, "DATA data.jsonl, with other content"),
-        ({"validation_fingerprint": "v2", "validation": "held_out.jsonl"}, "--validation None, not held_out.jsonl"),
+        ({"validation_fingerprint": "v2", "validation": "held_out.jsonl"}, "no --validation, not held_out.jsonl"),
     ],
 )
 def test_what_would_change_the_result_is_refused_by_name_with_the_ways_on(claimed, changes, said):
@@ -102,6 +102,26 @@ def test_a_run_whose_blocks_are_all_alike_goes_on_with_blocks_of_that_size(paths
     assert claim(paths, _identity(last_layers=2)) == []
 
 
+@pytest.mark.parametrize(
+    ("began", "now", "said"),
+    [
+        ({}, {"lr": 1e-3}, ["no --lr, not 0.001"]),
+        ({"lr": 1e-3}, {}, ["--lr 0.001, which is not given"]),
+        ({}, {"blocks": 1}, ["--blocks 2, not 1"]),
+        ({}, {"skip_bad_lines": True}, ["no --skip-bad-lines, which is given now"]),
+        ({"skip_bad_lines": True}, {}, ["--skip-bad-lines, which is not given"]),
+        ({"lr": 1e-3}, {"lr": 1e-3, "lr_early": 1e-3}, ["--lr-early 0.0001, not 0.001"]),
+    ],
+    ids=str,
+)
+def test_only_what_was_asked_for_is_told(paths, began, now, said):
+    """And not the defaults that follow from it."""
+    assert claim(paths, _identity(**began)) == []
+    with pytest.raises(RunDirectoryError) as caught:
+        claim(paths, _identity(**now))
+    assert caught.value.found.partition("was started with ")[2].split("; ") == said
+
+
 def test_a_run_of_some_weight_goes_on_with_that_weight(paths):
     """As runs of earlier versions are, whose default was a number."""
     assert claim(paths, _identity(retain=3.0)) == []
@@ -111,7 +131,7 @@ def test_a_run_of_some_weight_goes_on_with_that_weight(paths):
 
 
 def test_all_differences_are_named(claimed):
-    with pytest.raises(RunDirectoryError, match=r"--blocks 2, not 4; --last-layers 3, not 1; --seed 0, not 3"):
+    with pytest.raises(RunDirectoryError, match=r"--blocks 2, not 4; --seed 0, not 3"):
         claim(claimed, _identity(blocks=4, seed=3))
 
 
