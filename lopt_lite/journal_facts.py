@@ -43,8 +43,8 @@ _COUNT = _Kind("a whole number, 0 or more", _is_count)
 _AMOUNT = _Kind("a number, 0 or more", lambda value: _is_number(value) and value >= 0)
 #: Adam moves a parameter by about its rate in each step: more than 1 is none that anyone has meant.
 _RATE = _Kind("a number above 0, and at most 1", lambda value: _is_number(value) and 0 < value <= 1)
-#: Mean loss in nats; null where it was not a finite number.
-_LOSS = _Kind("a number", _is_number).or_nothing()
+#: Mean loss in nats; null where it was not a finite number (earlier versions wrote NaN, which is not JSON).
+_LOSS = _Kind("a number, or null", lambda value: value is None or isinstance(value, float) or _is_number(value))
 _ANSWERS = _Kind(
     "lists of whole numbers",
     lambda value: isinstance(value, list) and all(isinstance(v, list) and all(map(_is_count, v)) for v in value),
@@ -60,7 +60,7 @@ _RESIDENCE = {
     **dict.fromkeys(("predicted_bytes", "predicted_host_bytes"), _COUNT.where_written()),
     **dict.fromkeys(("dequantised", "recompute", "offload_state"), _FLAG.where_written()),
     "head_slice_rows": _COUNT.or_nothing(),
-    "device": _TEXT,
+    "device": _TEXT.where_written(),
     "mode": _TEXT.where_written(),
 }
 _FACTS: dict[str, dict[str, _Kind]] = {
@@ -110,6 +110,6 @@ def as_written(values: dict[str, Any]) -> dict[str, Any]:
 
 def as_read(fact: dict[str, Any]) -> dict[str, Any]:
     """``fact`` as it was before :func:`as_written`."""
-    if fact["fact"] == "validation" and fact.get("loss") is None:
+    if fact["fact"] == "validation" and fact["loss"] is None:
         return {**fact, "loss": math.nan}
     return fact

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -152,6 +153,14 @@ def damaged_journal(place):
     journal = place.finished_run() / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join([lines[0], lines[1][5:], *lines[2:]]))
+    return place.train()
+
+
+@bad(RUN_DIRECTORY, "journal.jsonl is damaged at line 1", "micro_batch_tokens", "--fresh", "backup")
+def altered_journal(place):
+    journal = place.finished_run() / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([json.dumps({**json.loads(lines[0]), "micro_batch_tokens": "many"}) + "\n", *lines[1:]]))
     return place.train()
 
 

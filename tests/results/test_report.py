@@ -496,7 +496,7 @@ def test_hostile_names_and_settings_are_only_text(tmp_path):
     content["device"] = evil
     (root / "settings.json").write_text(json.dumps(content))
     run.started().steps(0, "train", [1.0, 2.0]).steps(1, "train", [1.0, 2.0])
-    run.note("residence", mode=evil, layers=evil, predicted_bytes=1)
+    run.note("residence", mode=evil, layers=2, predicted_bytes=1)
     _, page = run.report()
     assert not {"script", "i"} & set(page.elements)
     assert page.elements.count("img") == 1

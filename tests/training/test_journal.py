@@ -96,6 +96,7 @@ def test_a_damaged_line_that_is_whole_is_an_error_that_names_it(path, damaged):
         ({"fact": "checkpoint", "block": 0}, "does not say 'name'"),
         ({"fact": "checkpoint", "block": -1, "name": "a"}, "'block' is -1"),
         ({"fact": "validation", "epoch": 1, "loss": "low"}, "'loss' is \"low\""),
+        ({"fact": "validation", "epoch": 1}, "does not say 'loss'"),
         ({"fact": "started", "examples": "many"}, "'examples' is \"many\""),
         ({"fact": "answers", "tokens": [[1, 2], 3]}, "'tokens' is [[1, 2], 3]"),
         ({"fact": "residence", "device": "cpu", "micro_batch_tokens": None}, "'micro_batch_tokens' is null"),
