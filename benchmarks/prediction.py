@@ -25,6 +25,8 @@ SHAPES = {
     "narrow": Shape(512, 24, 1536, 8, 8, 32000),
     "middle": Shape(1024, 16, 2816, 16, 4, 8192),
     "wide": Shape(2048, 8, 5632, 32, 4, 32000),
+    # More words than its layers have weights: what is measured before training outweighs a step.
+    "wordy": Shape(256, 8, 512, 4, 2, 131072),
     "tiny": Shape(64, 4, 128, 4, 2, 512),
 }
 
@@ -40,6 +42,7 @@ class Case:
     blocks: int = 2
     tune: str = "lora"
     quantize: Quantize = "nf4"
+    steps: int = 2
 
     @property
     def key(self) -> str:
@@ -70,6 +73,9 @@ CASES = [
     Case("wide", 4.0, 4, 256),
     Case("wide", 1.2, 2, 256, blocks=1, quantize="none"),
     Case("wide", _SMALLEST, 2, 128, tune="full", quantize="none"),
+    Case("wordy", _SMALLEST, 1, 64, steps=32),
+    Case("wordy", 1.5, 1, 64, steps=32),
+    Case("wordy", 1.2, 2, 64, blocks=1, steps=16),
 ]
 QUICK = [Case("tiny", 1.2, 2, 32), Case("tiny", 2.0, 2, 32, blocks=1)]
 
@@ -103,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(bench: Bench, case: Case) -> dict[str, Any]:
-    data = write_data(bench.directory / f"data-{case.batch}-{case.tokens}.jsonl", 2 * case.batch, case.tokens)
+    data = write_data(
+        bench.directory / f"data-{case.steps}-{case.batch}-{case.tokens}.jsonl", case.steps * case.batch, case.tokens
+    )
     model = write_store(bench.directory / f"store-{case.shape}-{case.quantize}", SHAPES[case.shape], case.quantize)
     output = bench.directory / "run"
     settings: dict[str, Any] = {
