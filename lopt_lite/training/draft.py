@@ -117,7 +117,8 @@ class Draft:
     def with_settings(self, **changes: Any) -> Draft:
         """The same with other values of some options, and with an anchor if it has one, which others may turn off."""
         # What it costs does not depend on its weight.
-        retain = 1.0 if self.settings.retain is None else self.settings.retain
+        turned_off = self.settings.retain is None and not changes.keys().isdisjoint(("blocks", "schedule"))
+        retain = 1.0 if turned_off else self.settings.retain
         return replace(self, settings=dataclasses.replace(self.settings, **{"retain": retain, **changes}))
 
     def with_budget(self, budget_bytes: int) -> Draft:
