@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import stat
@@ -157,11 +158,22 @@ def read_json(path: Path, *, what: str, error: type[LoptError], fix: str | None 
         raise error(f"{what} {path} is not valid JSON: {cause}", fix=fix) from cause
 
 
+def as_json(value: Any) -> Any:
+    """``value`` with null for each number that is not finite, for which JSON has no word."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    return value
+
+
 def append_line(file: BinaryIO, value: Any, *, durable: bool = True) -> None:
-    """Append ``value`` as one line of JSON to an open file; with ``durable`` it is fsynced before the return."""
+    """Append :func:`as_json` of ``value`` as a line to an open file; with ``durable`` it is fsynced before the return."""
     path = Path(str(file.name))
     try:
-        file.write((json.dumps(value, allow_nan=False) + "\n").encode())
+        file.write((json.dumps(as_json(value), allow_nan=False) + "\n").encode())
         file.flush()
         if durable:
             os.fsync(file.fileno())

@@ -13,7 +13,7 @@ from typing import Any
 
 from lopt_lite import files
 from lopt_lite.errors import RunDirectoryError
-from lopt_lite.journal_facts import as_read, as_written, damage
+from lopt_lite.journal_facts import as_read, damage
 
 Fact = dict[str, Any]
 
@@ -84,7 +84,7 @@ class Journal:
     def add(self, fact: str, **values: Any) -> None:
         """Append a fact; durable on return."""
         entry = {"fact": fact, **values}
-        files.append_line(self._file, as_written(entry))
+        files.append_line(self._file, entry)
         self.facts.append(entry)
 
     def last(self, fact: str, **match: Any) -> Fact | None:

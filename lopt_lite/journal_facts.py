@@ -103,13 +103,8 @@ def damage(fact: dict[str, Any]) -> str | None:
     return None
 
 
-def as_written(values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` as JSON can hold them: no number stands for a loss that is not finite."""
-    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-
-
 def as_read(fact: dict[str, Any]) -> dict[str, Any]:
-    """``fact`` as it was before :func:`as_written`."""
+    """``fact`` as it was before it became JSON (:func:`lopt_lite.files.as_json`)."""
     if fact["fact"] == "validation" and fact["loss"] is None:
         return {**fact, "loss": math.nan}
     return fact

@@ -32,7 +32,7 @@ def sampled_examples(bench: Workbench) -> list[int]:
 
 
 def check_finite(loss: float, examples: str) -> None:
-    """Refuse to train a model that has no finite ``loss`` of such examples before its first step.
+    """Refuse to train a last block that has no finite ``loss`` of such examples before its first step.
 
     Raises
     ------
@@ -41,9 +41,9 @@ def check_finite(loss: float, examples: str) -> None:
     """
     if not math.isfinite(loss):
         raise DivergedError(
-            f"the model's loss of {examples} is {loss}, before anything was trained",
+            f"the model's loss of {examples} is {loss}, before its last block has learnt anything",
             expected="a finite number",
-            fix=f"see whether the model's files are whole and of the right model, and whether it runs elsewhere; "
+            fix="see whether the model's files are whole and of the right model, and whether it runs elsewhere; "
             f"{NO_FINITE_LOSS}",
         )
 

@@ -7,7 +7,6 @@ when the run goes on, so that the lines of an interrupted run, put together, are
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,11 +31,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _or_null(value: Any) -> Any:
-    """JSON has no word for what is not a finite number."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _open(path: Path) -> BinaryIO:
     try:
         return open(path, "ab")
@@ -53,7 +47,7 @@ class Metrics:
 
     def add(self, step: Step) -> None:
         """Append one step."""
-        record = {name: _or_null(value) for name, value in step.to_json().items() if name != "event"}
+        record = {name: value for name, value in step.to_json().items() if name != "event"}
         files.append_line(self._file, record, durable=False)
 
     def forget_undone(self, block: int, phase_order: tuple[str, ...], phase: str, step: int) -> None:
