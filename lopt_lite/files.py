@@ -170,7 +170,7 @@ def as_json(value: Any) -> Any:
 
 
 def append_line(file: BinaryIO, value: Any, *, durable: bool = True) -> None:
-    """Append :func:`as_json` of ``value`` as a line to an open file; with ``durable`` it is fsynced before the return."""
+    """Append ``value``, see :func:`as_json`, as one line to an open file; with ``durable`` it is fsynced on return."""
     path = Path(str(file.name))
     try:
         file.write((json.dumps(as_json(value), allow_nan=False) + "\n").encode())
