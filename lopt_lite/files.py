@@ -53,7 +53,8 @@ def explain_os_error(error: OSError, path: Path, doing: str) -> LoptError:
     reason = error.strerror or str(error)
     return RunDirectoryError(
         f"cannot {doing} {path}: {reason}",
-        fix="check that the directory exists, is writable and its disk is healthy, or use another directory",
+        fix="check that the directory exists, is writable and its disk is healthy, or choose another one "
+        "(with --output, where there is that option)",
     )
 
 
