@@ -325,6 +325,10 @@ def _open_bench(
 
 def _decide(known: Sequence[Fact], given: _Given, settings: TrainSettings, device: torch.device) -> Decision:
     sample, held_out = given.sample, given.held_out
+    if held_out is None:
+        held_out_answers = 0
+    else:
+        held_out_answers = min(FORWARD_ROWS, len(held_out)) * int(held_out.target_counts.max())
     return decide(
         known,
         settings,
@@ -334,9 +338,7 @@ def _decide(known: Sequence[Fact], given: _Given, settings: TrainSettings, devic
         train_examples=len(given.train),
         other_examples=sum(len(part) for part in (given.other, given.answered) if part is not None),
         most_answers=int(given.train.target_counts.max()),
-        held_out_answers=0
-        if held_out is None
-        else min(FORWARD_ROWS, len(held_out)) * int(held_out.target_counts.max()),
+        held_out_answers=held_out_answers,
         most_anchors=0 if sample is None else int(sample.counts.max()),
         answered=0 if given.answered is None else len(given.answered),
         longest_answered=0 if given.answered is None else int(given.answered.lengths.max()),
