@@ -325,10 +325,8 @@ def _open_bench(
 
 def _decide(known: Sequence[Fact], given: _Given, settings: TrainSettings, device: torch.device) -> Decision:
     sample, held_out = given.sample, given.held_out
-    if held_out is None:
-        held_out_answers = 0
-    else:
-        held_out_answers = min(FORWARD_ROWS, len(held_out)) * int(held_out.target_counts.max())
+    of_held_out = torch.zeros(1) if held_out is None else held_out.target_counts
+    held_out_answers = min(FORWARD_ROWS, len(of_held_out)) * int(of_held_out.max())
     return decide(
         known,
         settings,
