@@ -7,11 +7,13 @@ which it is not shown, and on unrelated instructions. Capitals, backwards: the w
 Losses are nats per answer token of held-out examples, as 'lopt-lite evaluate' measures them. Several seeds give mean ±
 standard deviation. Seconds are those of training, without loading and preparing weights.
 
-"default" is what lopt-lite does when nothing is said. The other names say what is trained, and its learning rate:
-"end-to-end" all layers at once, "frozen" the second half of them and "larger" the last three quarters, with the others
-left as they are. Then they may say: "longer", half as many passes again over the data (rounded down); and what the last
-block is held by, nothing unless it is said: "anchor", the default anchor; "retain", one of the weight that follows,
-or 1; "tokens-8", of at most so many tokens an example; "answers", on the untouched model's own answers.
+"default" is what lopt-lite does when nothing is said, and "default-half" what it does with a last block of half the
+layers. The other names say what is trained, and its learning rate: "end-to-end" all layers at once, "frozen" the second
+half of them and "larger" the last three quarters, with the others left as they are. Then they may say: "longer", half
+as many passes again over the data (rounded down); and what the last block is held by, nothing unless it is said:
+"anchor", the default anchor; "retain", one of the weight that follows, or 1; "tokens-8", of at most so many tokens an
+example; "answers", on the untouched model's own answers. "steps-69" at the end of any name: so many optimiser steps, in
+place of passes over the data.
 """
 
 from __future__ import annotations
@@ -100,12 +102,19 @@ RECIPES: dict[str, dict[str, Any]] = {
     if not ("retain" not in weight and name.startswith(("end-to-end", "joint", "full-end-to-end")))
     if not (weight.get("retain") != 0 and name in _NO_ANCHOR)
 }
-RECIPES |= {f"default{longer}": {"passes": passes} for longer, passes in _PASSES.items()}
+_DEFAULTS: dict[str, dict[str, Any]] = {"default": {}, "default-half": {"last_share": 1 / 2}}
+RECIPES |= {
+    f"{name}{longer}": {**options, "passes": passes}
+    for longer, passes in _PASSES.items()
+    for name, options in _DEFAULTS.items()
+}
 _NAMES = (
-    f"default, {', '.join(_PLAIN)}, each with {' or '.join(e for e in _PASSES if e)} and then (but for default) with "
-    f"{' or '.join(e for e in _ANCHORS if e)} at its end"
+    f"{', '.join((*_DEFAULTS, *_PLAIN))}, each with {' or '.join(e for e in _PASSES if e)}, then (but for the "
+    f"defaults) with {' or '.join(e for e in _ANCHORS if e)}, and then with -steps-N at its end"
 )
-_QUICK = ("end-to-end-4e-4", "frozen-8e-4")
+#: What comes before a number of steps at the end of a name.
+_STEPS = "-steps-"
+_QUICK = ("end-to-end-4e-4", "frozen-8e-4", "default-half-steps-3")
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench.start(NAME, __doc__, options, arguments)
     recipes = _QUICK if bench.quick else options.recipes.split(",") if options.recipes else ("default", *_PLAIN)
     for name in recipes:
-        if name not in RECIPES:
+        if _recipe(name) is None:
             raise SystemExit(f"there is no recipe {name!r}; there are {_NAMES}")
     grid = _Grid(bench, options)
     for name in options.probe.split(","):
@@ -171,6 +180,14 @@ def _options() -> argparse.ArgumentParser:
         "--probe", default="worked,numbers", help=f"separated by commas: {', '.join(PROBES)} (worked,numbers)"
     )
     return made
+
+
+def _recipe(name: str) -> dict[str, Any] | None:
+    """Options of ``lopt-lite train``, and ``passes``; None for a name without meaning."""
+    known, _, steps = name.partition(_STEPS)
+    if known not in RECIPES or (_STEPS in name and not (steps.isdecimal() and int(steps))):
+        return None
+    return {**RECIPES[known], **({"max_steps": int(steps)} if steps else {})}
 
 
 class _Grid:
@@ -224,14 +241,16 @@ class _Grid:
 
     def _run(self, probe: Probe, name: str, seed: int, epochs: int) -> dict[str, Any]:
         """One recipe on one probe with one seed: ``before`` and ``after`` by column, and ``seconds``."""
-        options, recipe = self._options, dict(RECIPES[name])
+        options, recipe = self._options, _recipe(name)
+        assert recipe is not None
         epochs = int(epochs * recipe.pop("passes"))
+        duration = f"{recipe['max_steps']} steps" if "max_steps" in recipe else f"{epochs} epochs"
         if "last_share" in recipe:
             recipe["last_layers"] = int(self._layers * recipe.pop("last_share"))
         settings: dict[str, Any] = {
             "model": options.model,
             "data": str(self._data[probe.train]),
-            "epochs": epochs,
+            **({} if "max_steps" in recipe else {"epochs": epochs}),
             "batch_size": options.batch_size,
             "memory": options.memory,
             "device": "cpu",
@@ -240,7 +259,7 @@ class _Grid:
         }
         # The recipe itself is in the key: a name may come to mean something else.
         means = hashlib.sha256(repr(sorted(recipe.items())).encode()).hexdigest()[:8]
-        key = f"{probe.title}, {name} {means}, seed {seed}, {epochs} epochs, batch {options.batch_size}, {self._same}"
+        key = f"{probe.title}, {name} {means}, seed {seed}, {duration}, batch {options.batch_size}, {self._same}"
         return self._bench.measure(key, lambda: self._train_and_evaluate(probe, settings))
 
     def _train_and_evaluate(self, probe: Probe, settings: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def _render(outcome: PlanOutcome) -> str:
 def _what(outcome: PlanOutcome) -> list[str]:
     weights = "" if outcome.weights_found else "; its weights are not here yet"
     held_out = f", {counted(outcome.held_out_examples, 'held-out example')}" if outcome.held_out_examples else ""
+    in_all = f", {outcome.steps:,} in all for each block" if outcome.steps != outcome.steps_per_epoch else ""
     how = {"counted": "", "sampled": " (from a sample)", "from bytes": " (guessed from the file's size)"}
     return [
         f"{outcome.model}: {outcome.architecture}, {outcome.parameters / 1e9:.2f} billion parameters, "
@@ -59,7 +60,7 @@ def _what(outcome: PlanOutcome) -> list[str]:
         f"{outcome.data}: {counted(outcome.examples, 'example')}{held_out}, about {counted(outcome.tokens, 'token')}, "
         f"{outcome.answer_tokens:,} of them answers{how[outcome.data_how]}; the longest has {outcome.longest_tokens:,}",
         f"Steps: {counted(outcome.batch_size, 'example')} (about {outcome.step_tokens:,} tokens) each, "
-        f"{outcome.steps_per_epoch:,} for a pass over the data",
+        f"{outcome.steps_per_epoch:,} for a pass over the data{in_all}",
     ]
 
 

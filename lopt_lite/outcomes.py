@@ -141,6 +141,7 @@ class PlanOutcome(Outcome):
     longest_tokens: int
     device: str
     steps_per_epoch: int
+    steps: int
     batch_size: int
     step_tokens: int
     hiding_tokens: int | None

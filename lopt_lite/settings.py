@@ -15,6 +15,7 @@ from typing import Any, Literal
 from lopt_lite import recipe
 from lopt_lite.errors import SettingsError
 from lopt_lite.option_fields import argument, check_at_least, check_positive, check_types, expand_home, flag, option
+from lopt_lite.step_counts import StepCounts, step_counts
 from lopt_lite.units import parse_duration_s, parse_memory, parse_time_of_day
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
@@ -112,6 +113,11 @@ class TrainSettings:
         path=True,
     )
     epochs: int = option(1, "Passes over the data for each block.")
+    max_steps: int | None = option(
+        None,
+        "Optimiser steps of each block, in place of --epochs: the data is passed over as often as they take, the last "
+        "time perhaps in part. The learning rate falls to 0 by then. Default: all steps of --epochs.",
+    )
     lr: float | None = option(
         None,
         "Peak learning rate of the last block (cosine to 0 after 3 % linear warm-up). Default: by width and kind of "
@@ -195,7 +201,7 @@ class TrainSettings:
             _check_full_tuning(self)
         _check_schedule(self)
         _check_anchor(self)
-        check_at_least(self, 1, "blocks", "epochs", "batch_size", "lora_r", "retain_tokens", "last_layers")
+        check_at_least(self, 1, "blocks", "epochs", "max_steps", "batch_size", "lora_r", "retain_tokens", "last_layers")
         if self.last_layers is not None and self.blocks == 1:
             raise SettingsError(
                 "--last-layers cuts off the last block, and with --blocks 1 there is no other",
@@ -296,6 +302,8 @@ class TrainSettings:
     def without_effect(self) -> list[str]:
         """What was asked for and changes nothing, in words for the user."""
         found = []
+        if self.max_steps is not None and self.epochs != TrainSettings.epochs:
+            found.append("--epochs has no effect: --max-steps says how long each block is trained")
         if self.blocks == 1 and self.schedule == "sequential" and self.objective != "none":
             found.append(f"--objective {self.objective} has no effect: there is one block, and it learns the task")
         if (
@@ -317,6 +325,16 @@ class TrainSettings:
         ):
             found.append("--reconstruction-weight has no effect: no block learns by reconstruction (--objective)")
         return found
+
+    def step_counts(self, train_examples: int) -> StepCounts:
+        """Optimiser steps of each block."""
+        return step_counts(
+            train_examples,
+            batch_size=self.batch_size,
+            epochs=self.epochs,
+            head_fit_epochs=self.head_fit_epochs,
+            max_steps=self.max_steps,
+        )
 
     @property
     def trains_around(self) -> bool:

@@ -13,7 +13,7 @@ from benchmarks.baselines import measure, peft_loop
 from benchmarks.baselines.common import Clock, Job, read_tokens, write_tokens
 from benchmarks.loss_picture import Curve, seconds_to
 from benchmarks.questions import bare_numbers, final_number, first_lines, tiny_questions
-from benchmarks.recipe import _PLAIN, RECIPES
+from benchmarks.recipe import _PLAIN, RECIPES, _recipe
 from lopt_lite import EvaluateSettings, TrainSettings, evaluate, train
 from lopt_lite.data.dataset import IGNORED, TokenizedDataset, collate
 from lopt_lite.data.load import load_dataset
@@ -178,3 +178,11 @@ def test_every_recipe_is_one_that_train_accepts(name):
     assert options.pop("passes") >= 1
     assert 0 < options.pop("last_share", 1 / 2) < 1
     TrainSettings(model="model", data="data", **options)
+
+
+def test_a_recipe_may_end_with_its_steps():
+    assert _recipe("default-steps-69") == {"passes": 1.0, "max_steps": 69}
+    assert _recipe("end-to-end-26e-4-longer-steps-7") == {**RECIPES["end-to-end-26e-4-longer"], "max_steps": 7}
+    assert _recipe("default") == {"passes": 1.0}
+    for name in ("default-steps-", "default-steps-0", "default-steps-x", "nothing-steps-3", "nothing"):
+        assert _recipe(name) is None, name

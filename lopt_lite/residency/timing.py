@@ -11,6 +11,7 @@ The two factors below were fitted to steps of SmolLM2-135M on the CPU build.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ class Amounts:
     mean_length:
         Tokens of an example.
     epochs, head_fit_epochs:
-        Passes over the data.
+        Passes over the data; of training the last one perhaps in part.
     other_tokens, anchored_tokens:
         Of one epoch: tokens of examples that are only there to anchor on, and anchored tokens; 0 without an anchor.
     anchored_prompts:
@@ -63,7 +64,7 @@ class Amounts:
     padding: float
     steps_per_epoch: int
     mean_length: float
-    epochs: int
+    epochs: float
     head_fit_epochs: int
     other_tokens: int = 0
     anchored_tokens: int = 0
@@ -352,7 +353,8 @@ class TimeModel:
                 head_fit = amounts.head_fit_epochs * (passes * fit_s + self.reconstruction_s(padded))
         if last and amounts.held_out_tokens:
             once = self.forward_all_s(block, amounts.held_out_tokens, mean)
-            held_out = amounts.epochs * (once + self.task_loss_s(amounts.held_out_answer_tokens, train=False))
+            once += self.task_loss_s(amounts.held_out_answer_tokens, train=False)
+            held_out = math.ceil(amounts.epochs) * once
         if together and objective == "none":
             seconds, waited = self.step_s(block, padded / amounts.steps_per_epoch, mean, train=False)
             train = amounts.epochs * passes * seconds

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lopt_lite.results.stage_steps import Curve, StageSteps, is_finite
+from lopt_lite.step_counts import StepCounts
 from lopt_lite.text import plain
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _SMOOTHED_SHARE, _SMOOTHED_FROM_STEPS = 40, 60
 _RAW, _SMOOTH, _HELD_OUT, _SKIPPED, _RATE = "#9cc3e0", "#1f6fb2", "#d1590a", "#c01c28", "#5f6b76"
 
 
-def draw_losses(stages: Sequence[StageSteps], held_out: Mapping[int, float], *, steps_per_epoch: int) -> bytes | None:
+def draw_losses(stages: Sequence[StageSteps], held_out: Mapping[int, float], step_counts: StepCounts) -> bytes | None:
     """Draw all steps so far.
 
     Parameters
@@ -51,7 +52,7 @@ def draw_losses(stages: Sequence[StageSteps], held_out: Mapping[int, float], *, 
         all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
         for number, (axes, (stage, curve)) in enumerate(zip(all_axes, panels, strict=True)):
             is_last_of_run = stage is stages[-1] and curve.learns_task
-            _draw_curve(axes, stage, curve, held_out if is_last_of_run else {}, steps_per_epoch)
+            _draw_curve(axes, stage, curve, held_out if is_last_of_run else {}, step_counts)
             if number == 0 or panels[number - 1][0] is not stage:
                 # Settings may hold any text, and fonts have no glyphs for some.
                 title = plain(f"{stage.name}: {stage.objective}").encode("ascii", "backslashreplace").decode()
@@ -66,7 +67,7 @@ def draw_losses(stages: Sequence[StageSteps], held_out: Mapping[int, float], *, 
 
 
 def _draw_curve(
-    axes: Axes, stage: StageSteps, curve: Curve, held_out: Mapping[int, float], steps_per_epoch: int
+    axes: Axes, stage: StageSteps, curve: Curve, held_out: Mapping[int, float], step_counts: StepCounts
 ) -> None:
     """One panel; its legend names what is drawn beside the values of single steps."""
     from matplotlib.ticker import MaxNLocator
@@ -89,7 +90,9 @@ def _draw_curve(
             label = "skipped: not finite" if position == skipped[0] else None
             axes.axvline(position, color=_SKIPPED, linewidth=1, linestyle=":", zorder=1, label=label)
     points = [
-        (fit_steps + epoch * steps_per_epoch, loss) for epoch, loss in sorted(held_out.items()) if math.isfinite(loss)
+        (fit_steps + step_counts.at_end_of(epoch), loss)
+        for epoch, loss in sorted(held_out.items())
+        if math.isfinite(loss)
     ]
     if points:
         where, losses = zip(*points, strict=True)

@@ -35,7 +35,7 @@ def report(settings: ReportSettings, on_event: OnEvent = ignore) -> ReportOutcom
     record = read_run(settings.run)
     content = report_content(record)
     root = record.paths.root
-    picture = draw_losses(record.stages, record.held_out, steps_per_epoch=record.steps_per_epoch)
+    picture = draw_losses(record.stages, record.held_out, record.step_counts)
     if picture is not None:
         files.write_bytes(root / "loss.png", picture)
     files.write_bytes(root / "report.html", render(content, picture).encode())

@@ -103,7 +103,7 @@ def _held_out_card(record: RunRecord) -> tuple[str, ...]:
     if 0 in found and last:
         ends = f"{loss_text(found[0])} → {loss_text(found[last])}"
         perplexities = f"{_perplexity(found[0])} → {_perplexity(found[last])}"
-        of_epochs = "" if last >= int(record.settings["epochs"]) else f", after epoch {last}"
+        of_epochs = "" if last >= record.step_counts.epochs else f", after epoch {last}"
         return "Held-out loss", ends, f"nats per answer token{of_epochs}; perplexity {perplexities}"
     if 0 in found:
         return "Held-out loss", loss_text(found[0]), f"before training; perplexity {_perplexity(found[0])}"
@@ -222,7 +222,7 @@ def _given(record: RunRecord) -> Rows:
         if value is not None:
             rows.append((name, str(value)))
     if record.examples is not None:
-        per_step = f"{settings['batch_size']} per step, {counted(record.steps_per_epoch, 'step')} per epoch"
+        per_step = f"{settings['batch_size']} per step, {counted(record.step_counts.per_epoch, 'step')} per epoch"
         rows.append(("training examples", f"{record.examples:,} ({per_step})"))
     what = "the weights themselves" if settings.get("tune") == "full" else "a LoRA adapter"
     count = counted(len(record.status.blocks), "block")

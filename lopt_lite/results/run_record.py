@@ -12,7 +12,8 @@ from lopt_lite.errors import SettingsError
 from lopt_lite.journal import Fact, read_facts
 from lopt_lite.outcomes import StatusOutcome
 from lopt_lite.results.stage_steps import Line, StageSteps, number, stage_steps
-from lopt_lite.results.status import status
+from lopt_lite.results.status import recorded_examples, recorded_step_counts, status
+from lopt_lite.step_counts import StepCounts
 from lopt_lite.training.metrics import read_metrics
 from lopt_lite.training.run_directory import RunPaths, current_store, read_settings
 from lopt_lite.units import parse_memory
@@ -41,12 +42,12 @@ class RunRecord:
     @property
     def examples(self) -> int | None:
         """Training examples, None before the data were read."""
-        return next((int(f["examples"]) for f in self.facts if f["fact"] == "started"), None)
+        return recorded_examples(self.facts)
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch, 0 before the data were read."""
-        return math.ceil((self.examples or 0) / int(self.settings["batch_size"]))
+    def step_counts(self) -> StepCounts:
+        """Optimiser steps of each block, none before the data were read."""
+        return recorded_step_counts(self.settings, self.facts)
 
     @property
     def held_out(self) -> dict[int, float]:

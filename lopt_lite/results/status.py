@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,25 @@ from typing import Any
 from lopt_lite.journal import Fact, last_fact, read_facts
 from lopt_lite.locks import holder_pid
 from lopt_lite.outcomes import BlockStatus, StatusOutcome
+from lopt_lite.step_counts import StepCounts, step_counts
 from lopt_lite.training.metrics import read_metrics
 from lopt_lite.training.run_directory import RESULT_FACTS, RunPaths, read_settings
 
 _RECENT_STEPS = 20
+
+
+def recorded_examples(facts: list[Fact]) -> int | None:
+    """Training examples of a run, None before the data were read."""
+    started = last_fact(facts, "started")
+    return None if started is None else started.get("examples")
+
+
+def recorded_step_counts(settings: dict[str, Any], facts: list[Fact]) -> StepCounts:
+    """Optimiser steps of each block of a run, given what settings.json says; none before the data were read."""
+    names = ("batch_size", "epochs", "head_fit_epochs")
+    # Runs of the first versions could not be told how many.
+    max_steps = settings.get("max_steps")
+    return step_counts(recorded_examples(facts) or 0, max_steps=max_steps, **{name: settings[name] for name in names})
 
 
 @dataclass(frozen=True)
@@ -56,11 +70,11 @@ def status(run: str | Path) -> StatusOutcome:
     settings = content["settings"]
     stages = _stages(settings, facts, metrics)
     blocks = _blocks(settings, stages)
-    per_epoch = _steps_per_epoch(settings, facts)
-    left = _seconds_left(stages, _Paces(settings, stages, facts, metrics), facts, steps_per_epoch=per_epoch)
+    counts = recorded_step_counts(settings, facts)
+    left = _seconds_left(stages, _Paces(settings, stages, facts, metrics), facts, steps_per_epoch=counts.per_epoch)
     result = "model" if settings.get("tune") == "full" else "adapter"
     before = last_fact(facts, "validation", epoch=0)
-    after = last_fact(facts, "validation", epoch=settings["epochs"])
+    after = last_fact(facts, "validation", epoch=counts.epochs) if counts.epochs else None
     losses = [m["loss"] for m in metrics if m.get("phase") == "train"]
     return StatusOutcome(
         run=str(run),
@@ -89,12 +103,12 @@ def _stages(settings: dict[str, Any], facts: list[Fact], metrics: list[dict[str,
     objectives = _objectives(settings)
     joint = settings.get("schedule") == "joint"
     ranges = [(0, len(objectives))] if joint else [(index, index + 1) for index in range(len(objectives))]
+    counts = recorded_step_counts(settings, facts)
     stages = []
     for index, (first, end) in enumerate(ranges):
         mine = objectives[first:end]
-        per_epoch = _steps_per_epoch(settings, facts)
         done_steps = {m["phase"]: int(m["step"]) for m in metrics if m.get("block") == index}
-        fit_steps = per_epoch * settings["head_fit_epochs"] if "reconstruct" in mine else 0
+        fit_steps = counts.head_fit if "reconstruct" in mine else 0
         stages.append(
             _Stage(
                 index=index,
@@ -103,17 +117,12 @@ def _stages(settings: dict[str, Any], facts: list[Fact], metrics: list[dict[str,
                 objective="joint" if joint and len(mine) > 1 else mine[0],
                 done=last_fact(facts, "block", block=end - 1) is not None,
                 fit_steps=fit_steps,
-                train_steps=0 if set(mine) == {"none"} else per_epoch * settings["epochs"],
+                train_steps=0 if set(mine) == {"none"} else counts.train,
                 fit_done=fit_steps if "train" in done_steps else done_steps.get("head-fit", 0),
                 train_done=done_steps.get("train", 0),
             )
         )
     return stages
-
-
-def _steps_per_epoch(settings: dict[str, Any], facts: list[Fact]) -> int:
-    started = last_fact(facts, "started")
-    return math.ceil(started["examples"] / settings["batch_size"]) if started else 0
 
 
 def _blocks(settings: dict[str, Any], stages: list[_Stage]) -> list[BlockStatus]:

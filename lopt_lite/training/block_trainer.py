@@ -54,7 +54,7 @@ class _Phase:
     """A stretch of training with new optimisers: how long. ``"head-fit"`` leaves everything but the heads alone."""
 
     name: str
-    epochs: int
+    steps: int
 
 
 class BlockTrainer:
@@ -89,7 +89,7 @@ class BlockTrainer:
         self._checkpoints = CheckpointDirectory(bench.paths.checkpoint(stage.index))
         self._peak = devices.PeakMemory(bench.device)
         self._lengths = bench.dataset.lengths
-        self._steps_per_epoch = math.ceil(bench.train_count / bench.settings.batch_size)
+        self._counts = bench.step_counts
         self._last_checkpoint_s = time.monotonic()
         self._not_finite = 0
         self._working_on = stage.blocks[0].index
@@ -190,10 +190,9 @@ class BlockTrainer:
     # -- the stretches of training ------------------------------------------------------------------------------------
 
     def _plan_phases(self) -> list[_Phase]:
-        settings = self._bench.settings
-        fits = settings.head_fit_epochs if self._losses.reconstruction_heads else 0
-        train = _Phase("train", settings.epochs)
-        return [_Phase("head-fit", fits), train] if fits else [train]
+        fit_steps = self._counts.head_fit if self._losses.reconstruction_heads else 0
+        train = _Phase("train", self._counts.train)
+        return [_Phase("head-fit", fit_steps), train] if fit_steps else [train]
 
     def _peak_lr(self, phase: _Phase, group: int | str) -> float:
         """The last block and what follows it learn by ``--lr``; earlier blocks, heads and embeddings by their own."""
@@ -237,7 +236,7 @@ class BlockTrainer:
         if self._restore_name is not None and cursor.step > 0:
             restore_checkpoint(self._checkpoints.path(self._restore_name), self._trained)
         bench.metrics.forget_undone(stage.index, PHASES, phase.name, cursor.step)
-        steps = phase.epochs * self._steps_per_epoch
+        steps, per_epoch = phase.steps, self._counts.per_epoch
         bench.on_event(
             BlockStarted(
                 block=stage.index,
@@ -252,20 +251,21 @@ class BlockTrainer:
         self._last_checkpoint_s = time.monotonic()
         if phase.name == "train" and self._is_last:
             self._follow_answers(steps)
-        if cursor.step > 0 and cursor.step % self._steps_per_epoch == 0:
+        if cursor.step > 0 and cursor.step % per_epoch == 0:
             # The checkpoint was made between an epoch's last step and its validation.
-            self._end_epoch(phase, cursor.step // self._steps_per_epoch)
-        for epoch in range(cursor.step // self._steps_per_epoch, phase.epochs):
+            self._end_epoch(phase, cursor.step // per_epoch)
+        for epoch in range(cursor.step // per_epoch, -(-steps // per_epoch)):
             batches = epoch_batches(
                 self._lengths[: bench.train_count],
                 batch_size=bench.settings.batch_size,
                 seed=(bench.settings.seed, "block", stage.index, phase.name, epoch),
             )
-            for number, indices in enumerate(batches, start=epoch * self._steps_per_epoch):
+            del batches[steps - epoch * per_epoch :]
+            for number, indices in enumerate(batches, start=epoch * per_epoch):
                 if number < cursor.step:
                     continue
                 self._stop_or_checkpoint(phase, number, needed_s=0.0)
-                following = batches[number + 1 - epoch * self._steps_per_epoch :][:1]
+                following = batches[number + 1 - epoch * per_epoch :][:1]
                 took_s = self._step(phase, epoch, number, steps, indices, following)
                 self._stop_or_checkpoint(phase, number + 1, needed_s=took_s)
             self._end_epoch(phase, epoch + 1)
@@ -450,8 +450,8 @@ class BlockTrainer:
         if (reason is not None or due) and step > 0 and self._not_finite == 0:
             self._checkpoint(phase, step)
         if reason is not None:
-            steps = phase.epochs * self._steps_per_epoch
-            raise stopped(f"{reason} in {self._stage.name} of {len(bench.blocks)}, after step {step} of {steps}")
+            where = f"after step {step} of {phase.steps}"
+            raise stopped(f"{reason} in {self._stage.name} of {len(bench.blocks)}, {where}")
 
     def _checkpoint(self, phase: _Phase, step: int) -> None:
         bench, started = self._bench, time.monotonic()
@@ -472,14 +472,14 @@ class BlockTrainer:
             return
         if self._not_finite == 0:
             # So that a stop while the loss is measured costs no step.
-            self._checkpoint(phase, epoch * self._steps_per_epoch)
-        self._validate(phase, epoch)
+            self._checkpoint(phase, self._counts.at_end_of(epoch))
+        self._validate(epoch)
 
-    def _validate(self, phase: _Phase, epoch: int) -> None:
-        bench = self._bench
+    def _validate(self, epoch: int) -> None:
+        bench, epochs = self._bench, self._counts.epochs
         loss, answer_tokens = self._loss_of(bench.held_out_range, "held-out loss")
         bench.journal.add("validation", epoch=epoch, loss=loss, answer_tokens=answer_tokens)
-        bench.on_event(Validation(epoch=epoch, epochs=phase.epochs, loss=loss, answer_tokens=answer_tokens))
+        bench.on_event(Validation(epoch=epoch, epochs=epochs, loss=loss, answer_tokens=answer_tokens))
 
     def _loss_of(self, examples: Sequence[int], task: str) -> tuple[float, int]:
         """Mean loss of the answers of ``examples``, in nats, and their tokens; while training."""

@@ -19,6 +19,7 @@ from lopt_lite.residency.machine import MachineSpeeds
 from lopt_lite.residency.memory_model import Job
 from lopt_lite.residency.timing import Amounts, RunTimes, TimeModel
 from lopt_lite.settings import TrainSettings
+from lopt_lite.step_counts import StepCounts
 from lopt_lite.training.block_plan import Block, plan_blocks, plan_stages
 from lopt_lite.training.disk_plan import disk_plan
 from lopt_lite.training.job import answered_count, make_job, other_rows
@@ -95,14 +96,14 @@ class Draft:
         return [part for part in (self.training, self.held_out, self.other) if part is not None]
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps of one pass over the data."""
-        return math.ceil(self.training.examples / self.settings.batch_size)
+    def step_counts(self) -> StepCounts:
+        """Optimiser steps of each block."""
+        return self.settings.step_counts(self.training.examples)
 
     @property
     def step_tokens(self) -> int:
         """Real tokens of an average optimiser step."""
-        return round(self.training.tokens / self.steps_per_epoch)
+        return round(self.training.tokens / self.step_counts.per_epoch)
 
     @property
     def mean_length(self) -> float:
@@ -187,9 +188,9 @@ class Draft:
             held_out_tokens=0 if held_out is None else held_out.tokens,
             held_out_answer_tokens=0 if held_out is None else held_out.answer_tokens,
             padding=_padding(self.training.lengths, self.settings.batch_size, self.device),
-            steps_per_epoch=self.steps_per_epoch,
+            steps_per_epoch=self.step_counts.per_epoch,
             mean_length=self.mean_length,
-            epochs=self.settings.epochs,
+            epochs=self.step_counts.passes,
             head_fit_epochs=self.settings.head_fit_epochs,
             other_tokens=self._other_tokens_per_epoch,
             anchored_tokens=self._anchored_tokens,
@@ -209,7 +210,7 @@ class Draft:
         """Tokens of examples that are only there to anchor on, as they pass through the last block in one epoch."""
         if self.other is None:
             return 0
-        rows = other_rows(self.settings.batch_size, self.other.examples) * self.steps_per_epoch
+        rows = other_rows(self.settings.batch_size, self.other.examples) * self.step_counts.per_epoch
         return round(rows * self.other.tokens / self.other.examples)
 
     @property
@@ -248,7 +249,7 @@ class Draft:
     def _anchored_tokens(self) -> int:
         """Anchored tokens of one epoch: at most so many, as most prompts are longer than what is sampled of them."""
         others = 0 if self.other is None else other_rows(self.settings.batch_size, self.other.examples)
-        return self._most_anchors * (self._anchored_examples + others * self.steps_per_epoch)
+        return self._most_anchors * (self._anchored_examples + others * self.step_counts.per_epoch)
 
     def hiding_tokens(self, residence: Residence) -> int | None:
         """Tokens of a step from which on loading hides behind computing; None where nothing is streamed."""

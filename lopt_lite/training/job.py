@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from lopt_lite import recipe
@@ -21,17 +20,13 @@ _OTHERS_PER_EXAMPLE = 0.25
 _MEASURED_EXAMPLES = 32
 
 
-def steps_of(settings: TrainSettings, train_examples: int) -> int:
-    """Optimiser steps of each block."""
-    return settings.epochs * math.ceil(train_examples / settings.batch_size)
-
-
 def measured_examples(settings: TrainSettings, train_examples: int) -> int:
     """Training examples whose answers are measured before the last block learns, as what was not said follows from it.
 
     See ``from_answers.py``. ``settings`` are settled.
     """
-    follows = settings.retain is None or (settings.lr is None and recipe.is_short(steps_of(settings, train_examples)))
+    short = recipe.is_short(settings.step_counts(train_examples).train)
+    follows = settings.retain is None or (settings.lr is None and short)
     return min(_MEASURED_EXAMPLES, train_examples) if follows else 0
 
 
@@ -44,7 +39,7 @@ def answered_count(settings: TrainSettings, train_examples: int) -> int:
     """Prompts that the untouched model answers, at most: no more than the steps take, 0 unless it is asked to."""
     if settings.retain == 0 or not settings.retain_answers:
         return 0
-    taken = steps_of(settings, train_examples) * other_rows(settings.batch_size, MOST_PROMPTS)
+    taken = settings.step_counts(train_examples).train * other_rows(settings.batch_size, MOST_PROMPTS)
     return min(MOST_PROMPTS, taken, train_examples)
 
 

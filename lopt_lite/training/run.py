@@ -41,7 +41,7 @@ from lopt_lite.training.disk_plan import require_disk
 from lopt_lite.training.draft import Draft
 from lopt_lite.training.from_answers import check_finite
 from lopt_lite.training.full import remarks
-from lopt_lite.training.job import answered_count, nothing_to_answer, other_rows, steps_of
+from lopt_lite.training.job import answered_count, nothing_to_answer, other_rows
 from lopt_lite.training.joint import train_jointly
 from lopt_lite.training.memory_choice import check_unquantised
 from lopt_lite.training.metrics import Metrics, read_metrics
@@ -225,7 +225,7 @@ def _answered(settings: TrainSettings, training: TokenizedDataset, skeleton: Ske
 
 def _used(other: TokenizedDataset, settings: TrainSettings, train_count: int) -> TokenizedDataset:
     """Of the examples that are only there to anchor on, as many as the run has use for: a sample if there are more."""
-    needed = steps_of(settings, train_count) * other_rows(settings.batch_size, len(other))
+    needed = settings.step_counts(train_count).train * other_rows(settings.batch_size, len(other))
     if len(other) <= needed:
         return other
     chosen = permutation(len(other), (settings.seed, "other text"))[:needed]
@@ -452,7 +452,7 @@ def _measure_untouched_model(bench: Workbench) -> None:
     check_finite(loss, "the held-out examples")
     answer_tokens = int(held_out.target_counts.sum())
     bench.journal.add("validation", epoch=0, loss=loss, answer_tokens=answer_tokens)
-    bench.on_event(Validation(epoch=0, epochs=bench.settings.epochs, loss=loss, answer_tokens=answer_tokens))
+    bench.on_event(Validation(epoch=0, epochs=bench.step_counts.epochs, loss=loss, answer_tokens=answer_tokens))
 
 
 def _result_stands(bench: Workbench) -> bool:
@@ -473,7 +473,7 @@ def _result_stands(bench: Workbench) -> bool:
 
 def _outcome(bench: Workbench, *, already_done: bool, seconds: float) -> TrainOutcome:
     before = bench.journal.last("validation", epoch=0)
-    after = bench.journal.last("validation", epoch=bench.settings.epochs)
+    after = bench.journal.last("validation", epoch=bench.step_counts.epochs)
     steps = read_metrics(bench.paths.metrics)
     finite = [
         r["loss"]

@@ -26,7 +26,7 @@ RESULT_FACTS = ("adapter", "model")
 #: A store is complete when this is there. (The module that makes stores takes a second to import.)
 _STORE_INDEX = "model.safetensors.index.json"
 #: Options that decide which tokens and examples are taken from a file.
-_SHAPE_DATA = ("max_length", "skip_bad_lines", "seed", "epochs", "batch_size")
+_SHAPE_DATA = ("max_length", "skip_bad_lines", "seed", "epochs", "max_steps", "batch_size")
 #: What a run reads, and how the user names it.
 _READ = (("model", "MODEL"), ("data", "DATA"), ("validation", "--validation"), ("retain", "--retain-data"))
 

@@ -16,6 +16,7 @@ from lopt_lite.events import OnEvent
 from lopt_lite.journal import Journal
 from lopt_lite.residency.choices import Residence
 from lopt_lite.settings import TrainSettings
+from lopt_lite.step_counts import StepCounts
 from lopt_lite.training.block_plan import Block, Stage, plan_stages
 from lopt_lite.training.memory_choice import Answering
 from lopt_lite.training.metrics import Metrics
@@ -60,6 +61,11 @@ class Workbench:
     def stages(self) -> list[Stage]:
         """The order in which blocks are trained."""
         return plan_stages(self.blocks, self.settings.schedule)
+
+    @property
+    def step_counts(self) -> StepCounts:
+        """Optimiser steps of each block."""
+        return self.settings.step_counts(self.train_count)
 
     @property
     def held_out_range(self) -> range:

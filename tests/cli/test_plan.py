@@ -35,6 +35,7 @@ PLAN = outcomes.PlanOutcome(
     longest_tokens=900,
     device="cuda",
     steps_per_epoch=125,
+    steps=125,
     batch_size=8,
     step_tokens=1600,
     hiding_tokens=2500,

@@ -543,11 +543,11 @@ def test_the_picture_takes_any_number_of_steps_and_blocks(tmp_path):
     for block in range(40):
         run.steps(block, "train", [1.0 + math.sin(step) / 2 for step in range(70)])
     record = read_run(str(run.root))
-    many = draw_losses(record.stages, {0: 1.0, 7: math.nan}, steps_per_epoch=10)
+    many = draw_losses(record.stages, {0: 1.0, 7: math.nan}, record.step_counts)
     assert many is not None
     width, height = (int.from_bytes(many[at : at + 4], "big") for at in (16, 20))
     assert (width, height < 2**16) == (480, True)
-    assert draw_losses(record.stages[:0], {}, steps_per_epoch=10) is None
+    assert draw_losses(record.stages[:0], {}, record.step_counts) is None
 
 
 def test_the_report_is_made_without_torch_and_in_seconds(tmp_path):

@@ -80,6 +80,7 @@ _FULL_FLOAT = {"tune": "full", "dtype": "float32", "lora_dropout": 0.0, "lr": 1e
     ("mode", "changes"),
     [
         ("resident", {}),
+        ("resident", {"max_steps": 7, "blocks": 1}),
         ("offloaded", {}),
         ("partly streamed", _FULL_FLOAT),
     ],
