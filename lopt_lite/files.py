@@ -170,12 +170,21 @@ def as_json(value: Any) -> Any:
     return value
 
 
+def open_lines(path: Path) -> BinaryIO:
+    """Open ``path`` for :func:`append_line`, without a buffer: closing does not try again what could not be written."""
+    try:
+        return open(path, "ab", buffering=0)
+    except OSError as error:
+        raise explain_os_error(error, path, "open") from error
+
+
 def append_line(file: BinaryIO, value: Any, *, durable: bool = True) -> None:
     """Append ``value``, see :func:`as_json`, as one line to an open file; with ``durable`` it is fsynced on return."""
     path = Path(str(file.name))
+    left = (json.dumps(as_json(value), allow_nan=False) + "\n").encode()
     try:
-        file.write((json.dumps(as_json(value), allow_nan=False) + "\n").encode())
-        file.flush()
+        while left:
+            left = left[file.write(left) :]
         if durable:
             os.fsync(file.fileno())
     except OSError as error:

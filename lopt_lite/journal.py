@@ -6,6 +6,7 @@ journal can be relied on. A crash can cut the last line short; such a tail is dr
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,8 +76,8 @@ class Journal:
         self.facts, whole_bytes = read_facts(path)
         if path.exists() and path.stat().st_size > whole_bytes:
             files.truncate(path, whole_bytes)
+        self._file = files.open_lines(path)
         try:
-            self._file = open(path, "ab")
             files.fsync_directory(path.parent)
         except OSError as error:
             raise files.explain_os_error(error, path, "open") from error
@@ -96,5 +97,6 @@ class Journal:
         return [e for e in self.facts if e["fact"] == fact and all(e.get(k) == v for k, v in match.items())]
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. Every fact in it is durable, so that a failure to close it tells nothing more."""
+        with contextlib.suppress(OSError):
+            self._file.close()

@@ -21,17 +21,23 @@ VARIABLE = "LOPT_LITE_CACHE"
 _KEPT = 32
 
 
-def user_cache_directory() -> Path:
-    """``LOPT_LITE_CACHE``, else the system's place for caches: ``~/Library/Caches`` on macOS, else XDG's."""
+def user_cache_directory() -> Path | None:
+    """``LOPT_LITE_CACHE``, else the system's place for caches: ``~/Library/Caches`` on macOS, else XDG's.
+
+    None for a user without a home directory.
+    """
     named = os.environ.get(VARIABLE)
     if named:
         return Path(named)
-    if sys.platform == "darwin":
-        return Path("~/Library/Caches/lopt-lite").expanduser()
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification wants a relative path ignored.
-    base = Path(xdg) if xdg and Path(xdg).is_absolute() else Path("~/.cache").expanduser()
-    return base / "lopt-lite"
+    if sys.platform != "darwin" and xdg and Path(xdg).is_absolute():
+        return Path(xdg) / "lopt-lite"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "lopt-lite"
 
 
 def recall(name: str, key: str) -> Any:
@@ -46,6 +52,8 @@ def remember(name: str, key: str, value: Any) -> bool:
     entries[key] = value
     newest = dict(list(entries.items())[-_KEPT:])
     directory = user_cache_directory()
+    if directory is None:
+        return False
     try:
         files.make_directory(directory)
         files.write_json(directory / name, newest)
@@ -55,8 +63,11 @@ def remember(name: str, key: str, value: Any) -> bool:
 
 
 def _entries(name: str) -> dict[str, Any]:
+    directory = user_cache_directory()
+    if directory is None:
+        return {}
     try:
-        content = files.read_json(user_cache_directory() / name, what="the cache", error=LoptError)
+        content = files.read_json(directory / name, what="the cache", error=LoptError)
     except LoptError:
         return {}
     return content if isinstance(content, dict) else {}

@@ -8,6 +8,7 @@ import os
 import stat
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -168,7 +169,7 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path):
 def test_a_line_is_in_the_file_at_once_and_on_the_disk_if_durable(tmp_path, monkeypatch, durable):
     synced = []
     monkeypatch.setattr(files.os, "fsync", synced.append)
-    with open(tmp_path / "lines", "ab") as file:
+    with files.open_lines(tmp_path / "lines") as file:
         # Names of files may hold bytes that are no text.
         files.append_line(file, {"text": "a\nb", "ü": "\udce9"}, durable=durable)
         content = (tmp_path / "lines").read_bytes()
@@ -180,11 +181,31 @@ def test_a_line_that_does_not_fit_is_said():
     class Full(io.BytesIO):
         name = "lines.jsonl"
 
-        def flush(self) -> None:
+        def write(self, line: Any) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(DoesNotFitError, match=r"cannot append to lines\.jsonl"):
         files.append_line(Full(), {})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_what_could_not_be_written_is_not_tried_again_on_closing():
+    file = files.open_lines(Path("/dev/full"))
+    with pytest.raises(DoesNotFitError, match="cannot append to /dev/full"):
+        files.append_line(file, {})
+    file.close()
+
+
+def test_a_line_of_which_only_a_part_is_taken_is_written_in_parts(tmp_path):
+    class Slow(io.BytesIO):
+        name = "lines.jsonl"
+
+        def write(self, line: Any) -> int:
+            return super().write(bytes(line)[:3])
+
+    file = Slow()
+    files.append_line(file, {"fact": "started"}, durable=False)
+    assert file.getvalue() == b'{"fact": "started"}\n'
 
 
 def test_a_file_is_cut(tmp_path):

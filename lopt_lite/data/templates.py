@@ -154,9 +154,16 @@ class ChatTemplate:
         return any(shown) or not shown
 
     def render(
-        self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
     ) -> str:
         """The text of ``messages`` (at least one).
+
+        With ``continue_final_message`` the last one is the beginning of an answer, and the text ends where it ends.
 
         Raises
         ------
@@ -171,6 +178,7 @@ class ChatTemplate:
                     chat_template=self.source,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
                 )
         except _TEMPLATE_ERRORS as error:
             raise TemplateRefusedError(str(error)) from error

@@ -9,6 +9,7 @@ anew, and the best of each is kept.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -36,6 +37,8 @@ _THREAD_EFFICIENCY = 0.85
 _FILE_BYTES = 32 << 20
 _PIECE_BYTES = 4 << 20
 _LONGEST_WRITE_S = 0.12
+#: What is assumed of a disk that cannot be measured: read, read again from the system's cache, write.
+_SLOW_DISK = (1e8, 1e9, 1e8)
 _FRESH_BYTES = 34 << 20
 
 
@@ -244,9 +247,21 @@ def _to_device(device: torch.device) -> float:
     return _FILE_BYTES / _fastest(lambda: target.copy_(host, non_blocking=True), device)
 
 
-def _file_speeds(directory: Path) -> tuple[float, float, float]:
-    """(read from disk, read from the system's cache, write) in bytes per second, where scratch files can be made."""
-    with tempfile.TemporaryFile(buffering=0, dir=directory if directory.is_dir() else None) as file:
+def _file_speeds(directory: Path | None) -> tuple[float, float, float]:
+    """(read from disk, read from the system's cache, write) in bytes per second.
+
+    In ``directory``, else where the system has temporary files; of a slow disk where no file can be written.
+    """
+    for place in (directory, None):
+        if place is None or place.is_dir():
+            with contextlib.suppress(OSError):
+                return _measured_file_speeds(place)
+    return _SLOW_DISK
+
+
+def _measured_file_speeds(directory: Path | None) -> tuple[float, float, float]:
+    """Raises OSError where no file can be made, written and read; ``directory`` None: the system's choice."""
+    with tempfile.TemporaryFile(buffering=0, dir=directory) as file:
         # Bytes that no file system can leave out or compress.
         piece = os.urandom(_PIECE_BYTES)
         started, written = time.perf_counter(), 0

@@ -113,12 +113,10 @@ class LayerStreamedLM(TemplateLM):
 
     def _render(self, messages: Sequence[Any], add_generation_prompt: bool) -> str:
         assert self._template is not None
-        if add_generation_prompt:
-            return self._template.render(messages, add_generation_prompt=True)
-        # The last message is the beginning of an answer: its end is left off, and the template's end of turn with it.
-        text = self._template.render(messages)
-        end = text.rfind(messages[-1]["content"]) + len(messages[-1]["content"])
-        return text[:end]
+        # Without a prompt for it, the last message is the beginning of the answer.
+        return self._template.render(
+            messages, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+        )
 
     # -- what lm-eval asks --------------------------------------------------------------------------------------------
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lopt_lite.errors import SettingsError
 from lopt_lite.journal import Fact, last_fact, read_facts
 from lopt_lite.locks import holder_pid
 from lopt_lite.outcomes import BlockStatus, StatusOutcome
 from lopt_lite.step_counts import StepCounts, step_counts
+from lopt_lite.training.block_plan import plan_blocks
 from lopt_lite.training.metrics import read_metrics
 from lopt_lite.training.run_directory import RESULT_FACTS, RunPaths, read_settings
 
@@ -71,7 +74,7 @@ def status(run: str | Path) -> StatusOutcome:
     stages = _stages(settings, facts, metrics)
     blocks = _blocks(settings, stages)
     counts = recorded_step_counts(settings, facts)
-    left = _seconds_left(stages, _Paces(settings, stages, facts, metrics), facts, steps_per_epoch=counts.per_epoch)
+    left = _seconds_left(stages, _Paces(content, stages, facts, metrics), facts, steps_per_epoch=counts.per_epoch)
     result = "model" if settings.get("tune") == "full" else "adapter"
     before = last_fact(facts, "validation", epoch=0)
     after = last_fact(facts, "validation", epoch=counts.epochs) if counts.epochs else None
@@ -154,9 +157,11 @@ class _Paces:
     """Seconds of a step, by what is trained and in which phase: a step that fits a head is a forward pass only."""
 
     def __init__(
-        self, settings: dict[str, Any], stages: list[_Stage], facts: list[Fact], metrics: list[dict[str, Any]]
+        self, content: dict[str, Any], stages: list[_Stage], facts: list[Fact], metrics: list[dict[str, Any]]
     ) -> None:
+        settings = content["settings"]
         self._objectives = {stage.index: stage.objective for stage in stages}
+        self._layers = _layer_counts(content, stages)
         self._metrics = [m for m in metrics if m.get("block") in self._objectives and m.get("tokens_per_s")]
         # Through the layers: forward; back for the inputs' gradients, and for those of weights that are trained
         # themselves; forward again where activations were not kept.
@@ -167,36 +172,51 @@ class _Paces:
     def seconds(self, stage: _Stage, phase: str) -> float | None:
         """Of one step: as it is now; or else as it was in the newest stage that is most alike; None before any step.
 
-        Blocks differ by one layer at most, so that a step of one says how long a step of another takes.
+        A step of one stage says how long a step of another takes, in proportion to their layers.
         """
         other = "train" if phase == "head-fit" else "head-fit"
-        return (
-            self._mean(phase, lambda index: index == stage.index)
-            or self._mean(phase, lambda index: self._objectives[index] == stage.objective)
-            or self._mean(phase, lambda index: True)
+        per_layer = (
+            self._per_layer(phase, lambda index: index == stage.index)
+            or self._per_layer(phase, lambda index: self._objectives[index] == stage.objective)
+            or self._per_layer(phase, lambda index: True)
             or self._converted(other, phase)
         )
+        return None if per_layer is None else per_layer * self._layers[stage.index]
 
-    def forward_seconds(self) -> float | None:
-        """Of a pass of one step's examples through a block."""
-        return self._mean("head-fit", lambda index: True) or self._converted("train", "head-fit")
+    def forward_seconds(self, stage: _Stage) -> float | None:
+        """Of a pass of one step's examples through the blocks of ``stage``."""
+        per_layer = self._per_layer("head-fit", lambda index: True) or self._converted("train", "head-fit")
+        return None if per_layer is None else per_layer * self._layers[stage.index]
 
     def _converted(self, seen: str, phase: str) -> float | None:
-        seconds = self._mean(seen, lambda index: True)
+        seconds = self._per_layer(seen, lambda index: True)
         return None if seconds is None else seconds * self._passes[phase] / self._passes[seen]
 
-    def _mean(self, phase: str, is_meant: Callable[[int], bool]) -> float | None:
-        """Over the newest steps of the newest stage that is meant."""
+    def _per_layer(self, phase: str, is_meant: Callable[[int], bool]) -> float | None:
+        """Seconds of a step over the layers it passes: a mean of the newest steps of the newest stage that is meant."""
         found = [m for m in self._metrics if m["phase"] == phase and is_meant(m["block"])]
         newest = [m for m in found if m["block"] == found[-1]["block"]][-_RECENT_STEPS:]
-        return sum(m["tokens"] / m["tokens_per_s"] for m in newest) / len(newest) if newest else None
+        if not newest:
+            return None
+        return sum(m["tokens"] / m["tokens_per_s"] for m in newest) / len(newest) / self._layers[newest[-1]["block"]]
+
+
+def _layer_counts(content: dict[str, Any], stages: list[_Stage]) -> dict[int, int]:
+    """Layers of each stage by its index; 1 for all in a run of a version that did not write down how many there are."""
+    settings = content["settings"]
+    try:
+        blocks = plan_blocks(content["model"]["layers"], tuple(_objectives(settings)), settings.get("last_layers"))
+    except (KeyError, TypeError, SettingsError):
+        return {stage.index: 1 for stage in stages}
+    return {stage.index: sum(b.end - b.first for b in blocks[stage.first : stage.end]) for stage in stages}
 
 
 def _seconds_left(stages: list[_Stage], paces: _Paces, facts: list[Fact], *, steps_per_epoch: int) -> float | None:
     """Of the steps still to do and the caches still to write, each at its own pace; None before the first step."""
     parts = [(count, paces.seconds(stage, phase)) for stage in stages for phase, count in stage.left.items() if count]
-    caches = sum(last_fact(facts, "cache", block=stage.index) is None for stage in stages[1:])
-    parts.append((caches * steps_per_epoch, paces.forward_seconds()))
+    for before, stage in pairwise(stages):
+        if last_fact(facts, "cache", block=stage.index) is None:
+            parts.append((steps_per_epoch, paces.forward_seconds(before)))
     if any(seconds is None for _, seconds in parts):
         return None
     return sum(count * seconds for count, seconds in parts if seconds is not None)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lopt_lite import files
 from lopt_lite.events import Step
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a torn or damaged line is left out. A value that was not finite is None."""
+    """The lines of a metrics file that are steps; a torn or damaged line is left out.
+
+    Each has an int ``block`` and ``step``, a str ``phase``, and ``loss``. A value that was not finite is None.
+    """
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError:
@@ -24,18 +27,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict):
+        if _is_step(record):
             records.append(record)
     return records
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        return open(path, "ab")
-    except OSError as error:
-        raise files.explain_os_error(error, path, "open") from error
+def _is_step(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("phase"), str):
+        return False
+    numbered = all(type(record.get(name)) is int for name in ("block", "step"))
+    measured = [record.get(name) for name in ("loss", "tokens", "tokens_per_s")]
+    return numbered and "loss" in record and all(v is None or type(v) in (int, float) for v in measured)
 
 
 class Metrics:
@@ -43,7 +47,7 @@ class Metrics:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = _open(path)
+        self._file = files.open_lines(path)
 
     def add(self, step: Step) -> None:
         """Append one step."""
@@ -55,12 +59,12 @@ class Metrics:
         done = (block, phase_order.index(phase), step)
 
         def place(record: dict[str, Any]) -> tuple[int, int, int]:
-            return int(record["block"]), phase_order.index(record["phase"]), int(record["step"])
+            return record["block"], phase_order.index(record["phase"]), record["step"]
 
-        kept = [r for r in read_metrics(self._path) if place(r) <= done]
+        kept = [r for r in read_metrics(self._path) if r["phase"] in phase_order and place(r) <= done]
         self._file.close()
         files.write_bytes(self._path, "".join(json.dumps(r) + "\n" for r in kept).encode())
-        self._file = _open(self._path)
+        self._file = files.open_lines(self._path)
 
     def close(self) -> None:
         """Close the file."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -116,6 +118,31 @@ def test_measuring_works_without_a_cache_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("LOPT_LITE_CACHE", str(tmp_path / "missing"))
     assert machine.measure(CPU).write_bytes_per_s > 0
     assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize("refusing", ["the cache", "both"])
+def test_measuring_works_where_no_file_can_be_made(tmp_path, monkeypatch, refusing):
+    """Another directory is taken; where that refuses files too, a slow disk is assumed."""
+    original = tempfile.TemporaryFile
+
+    def refuse(*args, dir, **kwargs):
+        if dir == tmp_path or refusing == "both":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return original(*args, dir=dir, **kwargs)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    found = machine._file_speeds(tmp_path)
+    assert min(found) > 0
+    assert (found == machine._SLOW_DISK) is (refusing == "both")
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    monkeypatch.delenv("LOPT_LITE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert user_cache.user_cache_directory() is None
+    assert not user_cache.remember("x.json", "key", 1)
+    assert user_cache.recall("x.json", "key") is None
 
 
 def test_another_number_of_threads_is_another_machine(monkeypatch):

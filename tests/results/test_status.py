@@ -121,6 +121,21 @@ def test_without_a_head_to_fit_the_pass_that_writes_the_cache_is_a_part_of_a_tra
     assert run.seconds_left == pytest.approx(20 * 4)
 
 
+def test_larger_blocks_take_longer(tmp_path):
+    """3 of 30 layers have said how long a step takes; the block with the 27 others has not begun."""
+    run = Run(tmp_path, objective="task", last_layers=27)
+    content = json.loads((tmp_path / "settings.json").read_text())
+    content["model"]["layers"] = 30
+    (tmp_path / "settings.json").write_text(json.dumps(content))
+    run.steps(0, "train", 20, seconds=1.0)
+    run.note("block", block=0)
+    cache = PER_EPOCH * 1.0 / 2
+    assert run.seconds_left == pytest.approx(cache + 20 * 9.0)
+    run.note("cache", block=1)
+    run.steps(1, "train", 5, seconds=8.0)
+    assert run.seconds_left == pytest.approx(15 * 8.0)
+
+
 def test_a_block_that_is_left_as_it_is_takes_only_its_pass(tmp_path):
     run = Run(tmp_path, objective="none")
     run.note("block", block=0)

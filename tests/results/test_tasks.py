@@ -322,6 +322,37 @@ def test_a_chat_template_is_applied_as_in_training(trained: Path, tasks: Path, m
     assert seen == [load_prompt(run.tokenizer, "What is 0 + 3?")] * 2
 
 
+@pytest.mark.parametrize("prefix", ["The best answer is ", " Well,\n"])
+def test_an_answer_begun_by_the_task_is_there_where_the_template_trims_it(tmp_path, monkeypatch, prefix) -> None:
+    """As in Llama 3's template. The prompt is the one that lm-eval's own class gives."""
+    from lopt_lite.results import harness_model
+
+    model = make_model(tmp_path / "model", "llama", eos_token_id=1, pad_token_id=2)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer.save_pretrained(model)
+    _train(tmp_path, model)
+    tasks = _write_tasks(tmp_path / "tasks")
+    task = tasks / "answers.yaml"
+    task.write_text(task.read_text() + f"gen_prefix: {json.dumps(prefix)}\n", encoding="utf-8")
+    seen: list[str] = []
+    original = harness_model.complete
+
+    def complete(run: Any, prompts: list[list[int]], **kwargs: Any) -> Any:
+        seen.extend(run.tokenizer.decode(ids) for ids in prompts)
+        return original(run, prompts, **kwargs)
+
+    monkeypatch.setattr(harness_model, "complete", complete)
+    _evaluate(tmp_path / "run", task, apply_chat_template=True, limit=1)
+    messages = [{"role": "user", "content": "What is 0 + 3?"}, {"role": "assistant", "content": prefix}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert prefix.strip() in text
+    assert seen == [tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))] * 2
+
+
 def test_a_group_is_reported_beside_its_tasks(trained: Path, tasks: Path) -> None:
     (tasks / "group.yaml").write_text(
         "group: tiny_group\ntask: [tiny_choices]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n",

@@ -114,3 +114,35 @@ def test_a_file_that_is_not_there_has_no_lines(tmp_path):
 def test_a_file_that_cannot_be_opened_is_an_error_of_the_run_directory(tmp_path):
     with pytest.raises(RunDirectoryError, match=r"cannot open .*none"):
         Metrics(tmp_path / "none" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{}",
+        "[]",
+        '{"block": 0, "phase": "train", "loss": 1.0}',
+        '{"block": "0", "phase": "train", "step": 1, "loss": 1.0}',
+        '{"block": 0, "phase": "train", "step": 1}',
+        '{"block": 0, "phase": "train", "step": 1, "loss": "low"}',
+        '{"block": 0, "phase": "train", "step": 1, "loss": 1.0, "tokens": []}',
+        '{"block": 0, "phase": 3, "step": 1, "loss": 1.0}',
+        "[" * 100_000,
+    ],
+)
+def test_what_is_no_step_is_left_out_and_lost_when_the_run_goes_on(path, line):
+    whole = _places(path)
+    path.write_text(line + "\n" + path.read_text())
+    assert _places(path) == whole
+    metrics = Metrics(path)
+    metrics.forget_undone(1, _ORDER, "train", 3)
+    metrics.close()
+    assert _places(path) == whole
+    assert line not in path.read_text().splitlines()
+
+
+def test_a_phase_of_another_version_is_lost_when_the_run_goes_on(path):
+    whole = _places(path)
+    path.write_text('{"block": 0, "phase": "other", "step": 1, "loss": 1.0}\n' + path.read_text())
+    Metrics(path).forget_undone(1, _ORDER, "train", 3)
+    assert _places(path) == whole
