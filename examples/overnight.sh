@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Queue several runs for a night. A run that fails does not stop the next one; a run that was stopped on time or by a
-# signal (exit code 75) is given again, and goes on where it was.
+# Queue several runs for a night. A run that fails does not stop the next one; a run that was stopped by a signal (exit
+# code 75) is given again, and goes on where it was. With a time limit (LOPT_LITE_DEADLINE=07:00 or LOPT_LITE_MAX_HOURS=8
+# in the environment, or the options of these names), 75 ends the queue: the night is over.
 #
 #     nohup examples/overnight.sh > overnight.log 2>&1 &
 #
@@ -17,6 +18,11 @@ child=
 trap 'stop_asked=1; [ -n "$child" ] && kill -TERM "$child" 2>/dev/null' INT TERM
 
 failed=()
+
+has_time_limit() {
+    case " $* " in *" --deadline"* | *" --max-hours"*) return 0 ;; esac
+    [ -n "${LOPT_LITE_DEADLINE:-}${LOPT_LITE_MAX_HOURS:-}" ]
+}
 
 train() {
     local name=$1 tries=0 code
@@ -35,6 +41,9 @@ train() {
         done
         child=
         [ "$stop_asked" -eq 1 ] && { echo "== stopped in $name (exit code $code)"; exit 75; }
+        # Given again, the run would go on until the next morning: a deadline is the next time that a clock shows it.
+        [ "$code" -eq 75 ] && has_time_limit "$@" &&
+            { echo "== stopped on time in $name; this script again continues it"; exit 75; }
         [ "$code" -eq 75 ] && [ "$tries" -lt "$MOST_TRIES" ] && continue
         break
     done

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import configparser
+import os
 import plistlib
 import shlex
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,48 @@ def _check_environment(names: list[str]) -> None:
         assert name.startswith("LOPT_LITE_") and field.metadata["environment"]
 
 
+def _starts_at(condition: str) -> list[int]:
+    """The hours, from the evening on, at which a shell's condition on the clock holds."""
+    hours = [*range(12, 24), *range(12)]
+    clock = "date() {{ echo {:02d}; }}; "
+    return [h for h in hours if subprocess.run(["/bin/sh", "-c", clock.format(h) + condition]).returncode == 0]
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
+    """Runs overnight.sh with a stand-in for lopt-lite that exits with codes in turn; returns its code and the runs."""
+    stub, log = tmp_path / "lopt-lite", tmp_path / "log"
+    stub.write_text(
+        '#!/bin/sh\necho "${5#runs/}" >> "$LOG"\nset -- $CODES\n'
+        'shift "$(( $(wc -l < "$LOG") - 1 ))" 2>/dev/null\nexit "${1:-0}"\n'
+    )
+    stub.chmod(0o755)
+
+    def run(codes: str, **environment: str) -> tuple[int, list[str]]:
+        log.write_text("")
+        named = {"LOPT_LITE": str(stub), "LOG": str(log), "CODES": codes, "PATH": os.environ["PATH"], **environment}
+        done = subprocess.run(["bash", EXAMPLES / "overnight.sh"], env=named, capture_output=True, timeout=60)
+        return done.returncode, log.read_text().split()
+
+    return run
+
+
+_QUEUED = ["rank-16", "rank-64", "end-to-end", "slow-and-long"]
+
+
+def test_a_queue_gives_again_what_was_stopped_and_goes_on_after_what_failed(queue):
+    assert queue("0 0 0 0") == (0, _QUEUED)
+    assert queue("75 75 0 0 0 0") == (0, ["rank-16", "rank-16", *_QUEUED])
+    assert queue("0 3 0 0") == (1, _QUEUED)
+
+
+@pytest.mark.parametrize("limit", ["LOPT_LITE_DEADLINE", "LOPT_LITE_MAX_HOURS"])
+def test_a_queue_ends_with_the_night(queue, limit):
+    """Given again, a run would take the next morning's deadline."""
+    assert queue("0 75 0 0 0", **{limit: "07:00"}) == (75, _QUEUED[:2])
+    assert queue("0 3 0 0", **{limit: "07:00"}) == (1, _QUEUED)
+
+
 def test_the_systemd_unit_continues_what_was_stopped_on_time():
     unit = configparser.RawConfigParser()
     unit.optionxform = str  # type: ignore[assignment,method-assign]
@@ -38,18 +83,23 @@ def test_the_systemd_unit_continues_what_was_stopped_on_time():
     service = unit["Service"]
     _check_command(shlex.split(service["ExecStart"]))
     _check_environment([word.split("=")[0] for word in service["Environment"].split()])
+    shell, option, condition = shlex.split(service["ExecCondition"].replace("%%", "%"))
+    assert (shell, option) == ("/bin/sh", "-c")
+    assert _starts_at(condition) == [20, 21, 22, 23, 0, 1, 2, 3, 4, 5, 6]
     assert (service["SuccessExitStatus"], service["KillSignal"]) == ("75", "SIGTERM")
     timer = configparser.RawConfigParser()
     timer.read(EXAMPLES / "lopt-lite.timer")
-    assert timer["Timer"]["Persistent"] == "true"
+    assert "Persistent" not in timer["Timer"], "made up for in the morning, it would train through the day"
 
 
 def test_the_launchd_file_starts_the_training_and_keeps_the_machine_awake():
     content = plistlib.loads((EXAMPLES / "lopt-lite.plist").read_bytes())
     shell, option, script = content["ProgramArguments"]
     assert (shell, option) == ("/bin/sh", "-c")
-    awake, command = script.split(" & exec ")
-    assert awake == "caffeinate -i -w $$"
+    by_night, rest = script.split("; caffeinate ")
+    assert _starts_at(by_night.removesuffix(" || exit 0")) == [20, 21, 22, 23, 0, 1, 2, 3, 4, 5, 6]
+    awake, command = rest.split(" & exec ")
+    assert awake == "-i -w $$"
     _check_command(shlex.split(command))
     _check_environment(list(content["EnvironmentVariables"]))
     assert content["ExitTimeOut"] >= 600
