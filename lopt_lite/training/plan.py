@@ -35,9 +35,10 @@ from lopt_lite.training.disk_plan import require_disk
 from lopt_lite.training.draft import Draft, Places, counted
 from lopt_lite.training.job import answered_count, nothing_to_anchor, nothing_to_answer
 from lopt_lite.training.memory_choice import check_unquantised
-from lopt_lite.training.model_facts import ModelFacts, model_facts, stored_dtype
+from lopt_lite.training.model_facts import ModelFacts, model_facts
 from lopt_lite.training.own_prompts import LONGEST_PROMPT
 from lopt_lite.training.run_directory import RunPaths, run_directory
+from lopt_lite.training.store_choice import is_store_for, store_directory
 
 MIB = 2**20
 
@@ -210,20 +211,11 @@ def _memory_when_training(device: torch.device, budget_bytes: int | None) -> Mem
 def _paths(settings: TrainSettings, model: ModelDescription) -> Places:
     """Run directory and store, and whether the latter is complete: ``--store``, MODEL if it is a store, or RUN's."""
     run = run_directory(settings, model.name)
-    kind = (settings.quantize, str(stored_dtype(settings)).removeprefix("torch."))
-
-    def is_complete(directory: Path) -> bool:
-        info = store_info(directory)
-        return info is not None and (info.quantize, info.dtype) == kind
-
-    if settings.store is not None:
-        return Places(run, Path(settings.store), is_complete(Path(settings.store)))
-    if isinstance(model, ModelFiles):
-        directory = model.weights.file_of(model.weights.names()[0]).parent
-        if is_complete(directory):
-            return Places(run, directory, True)
+    files = model if isinstance(model, ModelFiles) else None
     own = RunPaths(run).store
-    return Places(run, own, not settings.fresh and is_complete(own))
+    chosen = store_directory(settings, files, own)
+    made_anew = settings.fresh and chosen == own
+    return Places(run, chosen, not made_anew and is_store_for(settings, chosen))
 
 
 def _source_bytes(model: ModelDescription, facts: ModelFacts) -> int:

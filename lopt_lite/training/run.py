@@ -61,6 +61,7 @@ from lopt_lite.training.run_directory import (
 )
 from lopt_lite.training.sequential import train_sequentially
 from lopt_lite.training.stopping import Stopper
+from lopt_lite.training.store_choice import is_model, store_directory
 from lopt_lite.training.targets import target_names
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
@@ -82,8 +83,8 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
         given = _read_inputs(settings, stop, on_event)
         settings = settings.settle(has_prompts=given.sample is not None, model=given.skeleton.kind)
         paths = RunPaths(run_directory(settings, given.model.name))
-        store_directory = _store_directory(settings, given.model, paths)
-        builder = _store_builder(settings, given.model, store_directory, device, stop, on_event)
+        store_at = store_directory(settings, given.model, paths.store)
+        builder = _store_builder(settings, given.model, store_at, device, stop, on_event)
         files.make_directory(paths.root)
         with locked(paths.root, what="the run directory"):
             # What cannot work is refused before anything of an earlier run is deleted, and before this one is known.
@@ -92,19 +93,17 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
             memory.keep_below(decided.chosen.predicted_bytes)
             draft = None
             if not any(last_fact(known, fact) for fact in RESULT_FACTS):
-                draft = _draft(given, settings, decided, paths, store_directory, device)
+                draft = _draft(given, settings, decided, paths, store_at, device)
                 if last_fact(known, "store-ready") is None:
                     require_disk(draft.disk(decided.residence), paths.root)
             if settings.fresh:
                 start_fresh(paths)
-            for remark in claim(paths, given.identity(settings, store_directory, device)):
+            for remark in claim(paths, given.identity(settings, store_at, device)):
                 on_event(Notice(text=remark))
             files.remove_stray_temporaries(paths.root)
             if draft is not None:
                 _show_plan(draft, decided, on_event)
-            with _open_bench(
-                settings, given, paths, decided, builder, store_directory, device, stop, on_event
-            ) as bench:
+            with _open_bench(settings, given, paths, decided, builder, store_at, device, stop, on_event) as bench:
                 already_done = _result_stands(bench)
                 _announce(bench, given)
                 if not already_done:
@@ -232,30 +231,11 @@ def _used(other: TokenizedDataset, settings: TrainSettings, train_count: int) ->
     return other.select(np.sort(chosen).tolist())
 
 
-def _store_directory(settings: TrainSettings, model: ModelFiles, paths: RunPaths) -> Path:
-    """``--store``; or MODEL itself when it is a store of the kind asked for; or RUN/store."""
-    if settings.store is not None:
-        return Path(settings.store)
-    given = _weights_directory(model)
-    return given if _is_store_for(settings, given) else paths.store
-
-
-def _weights_directory(model: ModelFiles) -> Path:
-    """Where MODEL's weights lie. With ``--config DIR`` its config.json may lie beside the weights of another model."""
-    return model.weights.file_of(model.weights.names()[0]).parent
-
-
-def _is_store_for(settings: TrainSettings, directory: Path) -> bool:
-    info = store_info(directory)
-    stored = "bfloat16" if settings.quantize == "nf4" else settings.dtype
-    return info is not None and info.quantize == settings.quantize and info.dtype == stored
-
-
 def _store_builder(
     settings: TrainSettings, model: ModelFiles, directory: Path, device: torch.device, stop: Stopper, on_event: OnEvent
 ) -> StoreBuilder | None:
     """What makes the store in ``directory``, the model's tensors checked; None when MODEL is the store."""
-    if directory == _weights_directory(model) and _is_store_for(settings, directory):
+    if is_model(settings, model, directory):
         return None
     return StoreBuilder(
         model,
@@ -275,7 +255,7 @@ def _open_bench(
     paths: RunPaths,
     decided: Decision,
     builder: StoreBuilder | None,
-    store_directory: Path,
+    store_at: Path,
     device: torch.device,
     stop: Stopper,
     on_event: OnEvent,
@@ -291,9 +271,9 @@ def _open_bench(
         decided.note(journal, device)
         if builder is not None:
             builder.build()
-        store = Store(store_directory, repair=None if builder is None else builder.rebuild, on_event=on_event)
+        store = Store(store_at, repair=None if builder is None else builder.rebuild, on_event=on_event)
         stack.callback(store.close)
-        note_store(paths, store_directory)
+        note_store(paths, store_at)
         if journal.last("store-ready") is None:
             journal.add("store-ready")
         if journal.last("started") is None:

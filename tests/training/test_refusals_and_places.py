@@ -123,3 +123,13 @@ def test_a_run_is_tried_with_the_tokenizer_that_it_trained_with(inputs, tmp_path
     run.close()
     measured = lopt_lite.evaluate(EvaluateSettings(run=str(tmp_path / "run"), data=str(inputs[1]), device="cpu"))
     assert measured.tuned_loss == pytest.approx(outcome.loss_after, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["stores/tiny", "./stores/../stores/tiny/"])
+def test_a_model_that_is_its_own_store_may_be_named_so_in_any_way(inputs, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    lopt_lite.quantize(QuantizeSettings(model=str(inputs[0]), store="stores/tiny", device="cpu"))
+    before = sorted(Path("stores/tiny").iterdir())
+    _train((Path("stores/tiny"), inputs[1]), Path("run"), store=name)
+    assert sorted(Path("stores/tiny").iterdir()) == before
+    assert not Path("run/store").exists()
