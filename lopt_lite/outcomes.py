@@ -203,7 +203,7 @@ class ReportOutcome(Outcome):
     """A written report. ``picture`` is None before the first step, when there are no curves to draw.
 
     Held-out losses and ``final_train_loss`` (the mean of the last steps) are nats per answer token; ``loss_after`` is
-    there once the last epoch is done. ``device_peak_bytes`` is what the steps so far measured.
+    there once the last epoch is done. ``device_peak_bytes`` is the most that was measured so far.
     """
 
     run: str

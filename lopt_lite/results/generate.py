@@ -17,9 +17,9 @@ from lopt_lite.errors import DataError, SettingsError
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.float32_products import float32_products
 from lopt_lite.outcomes import GenerateOutcome
-from lopt_lite.residency.choices import Memory, choose_residence
+from lopt_lite.residency.answer_places import place
+from lopt_lite.residency.choices import Memory
 from lopt_lite.residency.continuation import continuing_model
-from lopt_lite.residency.memory_model import Job
 from lopt_lite.results.open_run import OpenRun, open_run
 from lopt_lite.settings import GenerateSettings
 from lopt_lite.units import parse_memory
@@ -50,19 +50,19 @@ def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> Generate
 @torch.no_grad()
 def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
     skeleton, store = (run.skeleton, run.store) if settings.base else (run.tuned_skeleton, run.tuned_store)
-    whole = [(0, skeleton.layer_count)]
     prompt = load_prompt(run.tokenizer, settings.prompt)
     problem = token_without_row(run.tokenizer, prompt, skeleton.vocabulary_rows)
     if problem is not None:
         raise DataError(f"the prompt cannot be used: {problem}", fix="leave the token out of the prompt")
     _check_positions(len(prompt), settings.max_new_tokens, skeleton.most_positions)
     ids = torch.as_tensor([list(prompt)], dtype=torch.long, device=run.device)
-    residence = choose_residence(
+    residence, _ = place(
         run.shapes(),
-        whole,
-        Job(step_tokens=0, longest=ids.shape[1] + settings.max_new_tokens),
-        device=run.device,
+        longest=ids.shape[1] + settings.max_new_tokens,
+        rows=1,
         memory=Memory.now(run.device, parse_memory(settings.memory)),
+        device=run.device,
+        fix="raise --memory, or lower --max-new-tokens",
     )
     with contextlib.ExitStack() as stack:
         state = stack.enter_context(run.put_aside(residence))

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lopt_lite.errors import SettingsError
-from lopt_lite.journal import Fact, read_facts
+from lopt_lite.journal import Fact, last_fact, read_facts
 from lopt_lite.outcomes import StatusOutcome
 from lopt_lite.results.stage_steps import Line, StageSteps, number, stage_steps
 from lopt_lite.results.status import recorded_examples, recorded_step_counts, status
 from lopt_lite.step_counts import StepCounts
 from lopt_lite.training.metrics import read_metrics
-from lopt_lite.training.run_directory import RunPaths, current_store, read_settings
+from lopt_lite.training.run_directory import RESIDENCE_FACTS, RunPaths, current_store, read_settings
 from lopt_lite.units import parse_memory
 
 
@@ -37,7 +37,7 @@ class RunRecord:
     @property
     def residence(self) -> Fact:
         """Where everything is while the run trains; empty before that is decided."""
-        return next((f for f in reversed(self.facts) if f["fact"] == "residence"), {"fact": "residence"})
+        return last_fact(self.facts, "residence") or {"fact": "residence"}
 
     @property
     def examples(self) -> int | None:
@@ -70,13 +70,17 @@ class RunRecord:
         return self.paths.model if self.settings.get("tune") == "full" else self.paths.adapter
 
     def peak(self, key: str) -> int | None:
-        """The highest ``device_peak_bytes`` or ``host_rss_bytes`` of any step, None before the first."""
-        return max((int(v) for m in self.lines if math.isfinite(v := number(m, key))), default=None)
+        """The highest ``device_peak_bytes`` or ``host_rss_bytes`` known, None before the first step."""
+        found = [int(v) for m in self.lines if math.isfinite(v := number(m, key))]
+        if key == "device_peak_bytes":
+            # What was done before, between and after the steps counts as well.
+            found += [f["device_bytes"] for f in self.facts if f["fact"] == "peak"]
+        return max(found, default=None)
 
     def predicted(self, key: str) -> int | None:
-        """``predicted_bytes`` or ``predicted_host_bytes`` of the plan."""
-        value = self.residence.get(key)
-        return int(value) if value else None
+        """``predicted_bytes`` or ``predicted_host_bytes`` of the plan, the highest of all that is to be done."""
+        found = [last_fact(self.facts, name) for name in RESIDENCE_FACTS]
+        return max((int(fact[key]) for fact in found if fact is not None and fact.get(key)), default=None)
 
     @property
     def budget_bytes(self) -> int | None:

@@ -87,7 +87,6 @@ class BlockTrainer:
         self._anchors = anchors
         self._is_last = stage.blocks[-1].index == len(bench.blocks) - 1
         self._checkpoints = CheckpointDirectory(bench.paths.checkpoint(stage.index))
-        self._peak = devices.PeakMemory(bench.device)
         self._lengths = bench.dataset.lengths
         self._counts = bench.step_counts
         self._last_checkpoint_s = time.monotonic()
@@ -338,7 +337,7 @@ class BlockTrainer:
             grad_norm=norm,
             tokens=tokens,
             tokens_per_s=tokens / max(took_s, 1e-9),
-            device_peak_bytes=self._peak.read(),
+            device_peak_bytes=bench.peak.read(),
             host_rss_bytes=devices.host_rss_bytes(),
             time=time.time(),
             reconstruction_loss=squared if is_task and self._losses.reconstruction_heads else None,

@@ -16,9 +16,9 @@ from lopt_lite.training.block_plan import Block, plan_stages
 from lopt_lite.training.job import make_job
 from lopt_lite.training.memory_choice import Answering, Demand, Residences
 from lopt_lite.training.model_facts import ModelFacts
+from lopt_lite.training.run_directory import RESIDENCE_FACTS
 
-#: The journal's facts.
-_TRAINING, _MATCHING, _ANSWERING = "residence", "matching-residence", "answering-residence"
+_TRAINING, _MATCHING, _ANSWERING = RESIDENCE_FACTS
 
 
 @dataclass(frozen=True)

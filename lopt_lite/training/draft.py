@@ -23,7 +23,7 @@ from lopt_lite.step_counts import StepCounts
 from lopt_lite.training.block_plan import Block, plan_blocks, plan_stages
 from lopt_lite.training.disk_plan import disk_plan
 from lopt_lite.training.job import answered_count, make_job, other_rows
-from lopt_lite.training.memory_choice import Demand
+from lopt_lite.training.memory_choice import Demand, Residences
 from lopt_lite.training.micro_batch_size import group_cost_tokens
 from lopt_lite.training.model_facts import ModelFacts, compute_dtype
 from lopt_lite.training.own_prompts import ANSWERED_AT_ONCE, LONGEST_PROMPT
@@ -126,9 +126,9 @@ class Draft:
         """The same with another budget."""
         return replace(self, memory=replace(self.memory, budget_bytes=budget_bytes))
 
-    def residence(self) -> Residence:
+    def residences(self) -> Residences:
         """See :meth:`Demand.residences`."""
-        return self._demand.residences().training
+        return self._demand.residences()
 
     def smallest_budget(self) -> int:
         """See :meth:`Demand.smallest_budget`."""
@@ -273,7 +273,7 @@ class Draft:
         if batch_size > self.training.examples:
             return (f"{said} The data has only {self.training.tokens:,}, so no --batch-size can keep the device busy.",)
         try:
-            self.with_settings(batch_size=batch_size).residence()
+            self.with_settings(batch_size=batch_size).residences()
         except DoesNotFitError:
             return (f"{said} That many (--batch-size {batch_size}) do not fit this budget.",)
         return (f"{said} --batch-size {batch_size} would keep the device busy (and take fewer, larger steps).",)
@@ -284,7 +284,7 @@ class Draft:
         if settings.blocks == 1 or settings.tune != "lora" or settings.schedule != "sequential":
             return ()
         try:
-            whole = self.with_settings(blocks=1, objective="none", last_layers=None).residence()
+            whole = self.with_settings(blocks=1, objective="none", last_layers=None).residences().training
         except DoesNotFitError:
             return ()
         if whole.resident_layers < whole.layers or whole.recompute or whole.mode != residence.mode:

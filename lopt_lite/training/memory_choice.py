@@ -62,9 +62,17 @@ class Residences:
     @property
     def predicted_bytes(self) -> int:
         """Predicted peak of device memory (on the CPU: of the process) in the whole run."""
+        return max(residence.predicted_bytes for residence in self._all)
+
+    @property
+    def predicted_host_bytes(self) -> int:
+        """Predicted peak of the process in the whole run."""
+        return max(residence.predicted_host_bytes for residence in self._all)
+
+    @property
+    def _all(self) -> list[Residence]:
         answering = None if self.answering is None else self.answering.residence
-        found = (self.training, self.matching, answering)
-        return max(residence.predicted_bytes for residence in found if residence is not None)
+        return [residence for residence in (self.training, self.matching, answering) if residence is not None]
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ from lopt_lite.events import Notice, OnEvent, Planned, ignore
 from lopt_lite.option_fields import flag
 from lopt_lite.outcomes import PlanAlternative, PlanBlock, PlanDisk, PlanMemory, PlanOutcome
 from lopt_lite.recipe import ModelKind
-from lopt_lite.residency.choices import Memory, Residence
+from lopt_lite.residency.choices import Memory
 from lopt_lite.residency.machine import machine_speeds
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.data_facts import known_estimate
 from lopt_lite.training.disk_plan import require_disk
 from lopt_lite.training.draft import Draft, Places, counted
 from lopt_lite.training.job import answered_count, nothing_to_anchor, nothing_to_answer
-from lopt_lite.training.memory_choice import check_unquantised
+from lopt_lite.training.memory_choice import Residences, check_unquantised
 from lopt_lite.training.model_facts import ModelFacts, model_facts
 from lopt_lite.training.own_prompts import LONGEST_PROMPT
 from lopt_lite.training.run_directory import RunPaths, run_directory
@@ -85,10 +85,10 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
         source_bytes=_source_bytes(model, facts),
     )
     check_unquantised(model, draft.blocks)
-    residence = draft.residence()
-    disk = draft.disk(residence)
+    chosen = draft.residences()
+    disk = draft.disk(chosen.training)
     require_disk(disk, draft.paths.run)
-    return _outcome(draft, model, residence, disk)
+    return _outcome(draft, model, chosen, disk)
 
 
 def draft_of_run(
@@ -132,8 +132,9 @@ def draft_of_run(
     )
 
 
-def planned(draft: Draft, residence: Residence) -> Planned:
-    """The plan of a run whose residence is decided, for its first lines."""
+def planned(draft: Draft, chosen: Residences) -> Planned:
+    """The plan of a run whose residences are decided, for its first lines."""
+    residence = chosen.training
     return Planned(
         mode=residence.mode,
         layers=residence.layers,
@@ -142,8 +143,8 @@ def planned(draft: Draft, residence: Residence) -> Planned:
         micro_batch_tokens=residence.micro_batch_tokens,
         step_tokens=draft.step_tokens,
         budget_bytes=draft.memory.limit_bytes,
-        predicted_bytes=residence.predicted_bytes,
-        predicted_host_bytes=residence.predicted_host_bytes,
+        predicted_bytes=chosen.predicted_bytes,
+        predicted_host_bytes=chosen.predicted_host_bytes,
         disk_bytes=draft.disk(residence).total_bytes,
         seconds=draft.times(residence).total_s,
         device=draft.device.type,
@@ -224,7 +225,8 @@ def _source_bytes(model: ModelDescription, facts: ModelFacts) -> int:
     return 2 * facts.parameters
 
 
-def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: PlanDisk) -> PlanOutcome:
+def _outcome(draft: Draft, model: ModelDescription, chosen: Residences, disk: PlanDisk) -> PlanOutcome:
+    residence = chosen.training
     times = draft.times(residence)
     training, held_out = draft.training, draft.held_out
     block = max(draft.ranges, key=lambda r: draft.facts.shapes.stored_bytes(*r))
@@ -263,8 +265,8 @@ def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: 
             boundary_host_bytes=min(max(0, boundaries - residence.boundary_bytes), residence.boundary_host_bytes),
             budget_bytes=draft.memory.limit_bytes,
             smallest_budget_bytes=draft.smallest_budget(),
-            predicted_bytes=residence.predicted_bytes,
-            predicted_host_bytes=residence.predicted_host_bytes,
+            predicted_bytes=chosen.predicted_bytes,
+            predicted_host_bytes=chosen.predicted_host_bytes,
         ),
         disk=disk,
         store_s=times.store_s,
@@ -283,7 +285,7 @@ def _outcome(draft: Draft, model: ModelDescription, residence: Residence, disk: 
         ),
         total_s=times.total_s,
         advice=(*draft.advice(residence), *draft.whole_model_advice(residence)),
-        alternatives=_alternatives(draft, residence),
+        alternatives=_alternatives(draft),
     )
 
 
@@ -307,14 +309,14 @@ def _command(settings: TrainSettings, kind: ModelKind) -> str:
     return shlex.join(words)
 
 
-def _alternatives(draft: Draft, chosen: Residence) -> tuple[PlanAlternative, ...]:
+def _alternatives(draft: Draft) -> tuple[PlanAlternative, ...]:
     """The smallest budget, the one asked for, a middle one and one that leaves nothing to wish; other blocks.
 
     Where the last of two blocks is larger than the first, they may be halves as well, which takes less memory and time.
     """
     smallest = draft.smallest_budget()
     # A small model's prediction may lie below the smallest budget, which has a margin.
-    most = max(smallest, -(-draft.with_budget(1 << 62).residence().predicted_bytes // MIB) * MIB)
+    most = max(smallest, -(-draft.with_budget(1 << 62).residences().predicted_bytes // MIB) * MIB)
     middle = -(-math.isqrt(smallest * most) // MIB) * MIB
     budgets = {smallest, _no_more_than_used(draft, middle), _no_more_than_used(draft, most)}
     rows = [_alternative(draft.with_budget(budget), f"--memory {budget // MIB}MiB") for budget in budgets]
@@ -342,11 +344,11 @@ def _alternatives(draft: Draft, chosen: Residence) -> tuple[PlanAlternative, ...
 
 def _no_more_than_used(draft: Draft, budget_bytes: int) -> int:
     """A budget without what would stay unused of ``budget_bytes``, where it does as well."""
-    roomy = draft.with_budget(budget_bytes).residence()
-    used_bytes = -(-roomy.predicted_bytes // MIB) * MIB + _SPARE_BYTES
+    chosen = draft.with_budget(budget_bytes).residences()
+    used_bytes = -(-chosen.predicted_bytes // MIB) * MIB + _SPARE_BYTES
     if not draft.smallest_budget() <= used_bytes < budget_bytes:
         return budget_bytes
-    tight = draft.with_budget(used_bytes).residence()
+    roomy, tight = chosen.training, draft.with_budget(used_bytes).residences().training
     same = (tight.mode, tight.resident_layers) == (roomy.mode, roomy.resident_layers)
     as_fast = draft.times(tight).total_s <= _AS_FAST * draft.times(roomy).total_s
     return used_bytes if same and as_fast else budget_bytes
@@ -355,7 +357,7 @@ def _no_more_than_used(draft: Draft, budget_bytes: int) -> int:
 def _alternative(draft: Draft, options: str, *, chosen: bool = False) -> PlanAlternative:
     smallest = draft.smallest_budget()
     try:
-        residence = draft.residence()
+        found = draft.residences()
     except DoesNotFitError:
         return PlanAlternative(
             options=options,
@@ -371,9 +373,9 @@ def _alternative(draft: Draft, options: str, *, chosen: bool = False) -> PlanAlt
         options=options,
         chosen=chosen,
         fits=True,
-        mode=residence.mode,
+        mode=found.training.mode,
         smallest_budget_bytes=smallest,
-        predicted_bytes=residence.predicted_bytes,
-        disk_bytes=draft.disk(residence).total_bytes,
-        seconds=draft.times(residence).total_s,
+        predicted_bytes=found.predicted_bytes,
+        disk_bytes=draft.disk(found.training).total_bytes,
+        seconds=draft.times(found.training).total_s,
     )

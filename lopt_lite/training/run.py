@@ -23,7 +23,7 @@ from lopt_lite.checkpoints.tokenizer import check_vocabulary, load_tokenizer, pa
 from lopt_lite.data.dataset import TokenizedDataset
 from lopt_lite.data.load import load_dataset
 from lopt_lite.data.seeding import permutation
-from lopt_lite.errors import RunDirectoryError, SettingsError
+from lopt_lite.errors import RunDirectoryError, SettingsError, StoppedError
 from lopt_lite.events import Notice, OnEvent, RunStarted, Validation, ignore
 from lopt_lite.float32_products import float32_products
 from lopt_lite.journal import Fact, Journal, last_fact, read_facts
@@ -75,6 +75,7 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
     started = time.monotonic()
     device = devices.choose_device(settings.device)
     devices.keep_few_kernels(device)
+    peak = devices.PeakMemory(device)
     with (
         Stopper(max_hours=settings.max_hours, deadline=settings.deadline) as stop,
         devices.memory_limited(device, settings.memory_bytes()) as memory,
@@ -103,12 +104,15 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
             files.remove_stray_temporaries(paths.root)
             if draft is not None:
                 _show_plan(draft, decided, on_event)
-            with _open_bench(settings, given, paths, decided, builder, store_at, device, stop, on_event) as bench:
+            with _open_bench(settings, given, paths, decided, builder, store_at, device, peak, stop, on_event) as bench:
                 already_done = _result_stands(bench)
                 _announce(bench, given)
                 if not already_done:
-                    _work(bench, given)
-                return _outcome(bench, already_done=already_done, seconds=time.monotonic() - started)
+                    with _peak_noted(bench):
+                        _work(bench, given)
+                predicted_bytes = decided.chosen.predicted_bytes
+                seconds = time.monotonic() - started
+                return _outcome(bench, already_done=already_done, seconds=seconds, predicted_bytes=predicted_bytes)
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,7 @@ def _open_bench(
     builder: StoreBuilder | None,
     store_at: Path,
     device: torch.device,
+    peak: devices.PeakMemory,
     stop: Stopper,
     on_event: OnEvent,
 ) -> Iterator[Workbench]:
@@ -298,6 +303,7 @@ def _open_bench(
             residence=decided.residence,
             matching_residence=decided.chosen.matching,
             answering=decided.chosen.answering,
+            peak=peak,
             stop=stop,
             on_event=on_event,
         )
@@ -346,7 +352,7 @@ def _show_plan(draft: Draft, decided: Decision, on_event: OnEvent) -> None:
     if not decided.facts.shapes.measured:
         text = "a layer of this model cannot be tried out without its weights: its activations' size is an estimate"
         on_event(Notice(text=text))
-    on_event(planned(draft, decided.residence))
+    on_event(planned(draft, decided.chosen))
 
 
 def _announce(bench: Workbench, given: _Given) -> None:
@@ -376,6 +382,17 @@ def _remarks(bench: Workbench) -> list[str]:
     if bench.skeleton.dtype == torch.bfloat16 and devices.backend(bench.device).lacks_bfloat16():
         found.append(_NO_BFLOAT16)
     return found
+
+
+@contextlib.contextmanager
+def _peak_noted(bench: Workbench) -> Iterator[None]:
+    """Write down the memory that all of the work took, between the steps as well, when it ends or is stopped."""
+    try:
+        yield
+    except StoppedError:
+        bench.journal.add("peak", device_bytes=bench.peak.read())
+        raise
+    bench.journal.add("peak", device_bytes=bench.peak.read())
 
 
 def _work(bench: Workbench, given: _Given) -> None:
@@ -451,7 +468,7 @@ def _result_stands(bench: Workbench) -> bool:
     return True
 
 
-def _outcome(bench: Workbench, *, already_done: bool, seconds: float) -> TrainOutcome:
+def _outcome(bench: Workbench, *, already_done: bool, seconds: float, predicted_bytes: int) -> TrainOutcome:
     before = bench.journal.last("validation", epoch=0)
     after = bench.journal.last("validation", epoch=bench.step_counts.epochs)
     steps = read_metrics(bench.paths.metrics)
@@ -461,6 +478,7 @@ def _outcome(bench: Workbench, *, already_done: bool, seconds: float) -> TrainOu
         if r["block"] == len(bench.stages) - 1 and r["phase"] == "train" and r["loss"] is not None
     ]
     recent = finite[-10:]
+    peaks = [r["device_peak_bytes"] for r in steps] + [f["device_bytes"] for f in bench.journal.all("peak")]
     return TrainOutcome(
         run=str(bench.paths.root),
         adapter=None if bench.settings.tune == "full" else str(bench.paths.adapter),
@@ -472,6 +490,6 @@ def _outcome(bench: Workbench, *, already_done: bool, seconds: float) -> TrainOu
         loss_after=after["loss"] if after else None,
         final_train_loss=sum(recent) / len(recent) if recent else None,
         seconds=seconds,
-        device_peak_bytes=max((r["device_peak_bytes"] for r in steps), default=0),
-        predicted_bytes=bench.residence.predicted_bytes,
+        device_peak_bytes=max(peaks, default=0),
+        predicted_bytes=predicted_bytes,
     )

@@ -23,6 +23,9 @@ _OWNED = (*_RECORDS, "store", "cache", "blocks", "adapter", "model")
 #: Journal facts that say that the result is there: of LoRA and of full tuning.
 RESULT_FACTS = ("adapter", "model")
 
+#: Journal facts that say where layers are while a run trains, makes targets, or lets the untouched model answer.
+RESIDENCE_FACTS = ("residence", "matching-residence", "answering-residence")
+
 #: A store is complete when this is there. (The module that makes stores takes a second to import.)
 _STORE_INDEX = "model.safetensors.index.json"
 #: Options that decide which tokens and examples are taken from a file.

@@ -35,6 +35,7 @@ class Workbench:
     only there to anchor on (``--retain-data``, ``--retain-answers``), of which no token is to be predicted.
     ``matching_residence`` says where unquantised layers are while a block's targets are made of them, ``answering``
     where all are while the untouched model answers prompts; None where nothing is to be matched or answered.
+    ``peak`` is of the whole run, reading the data included.
     """
 
     settings: TrainSettings
@@ -54,6 +55,7 @@ class Workbench:
     residence: Residence
     matching_residence: Residence | None
     answering: Answering | None
+    peak: devices.PeakMemory
     stop: Stopper
     on_event: OnEvent
 

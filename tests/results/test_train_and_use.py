@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -345,8 +348,30 @@ def test_generation_is_the_same_with_streamed_layers(tmp_path: Path, monkeypatch
     run = _train(tmp_path, make_model(tmp_path / "model", "llama"), epochs=1)
     settings = GenerateSettings(run=str(run), prompt="What is 3 + 4?", max_new_tokens=6)
     expected = lopt_lite.generate(settings).text
-    monkeypatch.setattr(generation, "choose_residence", lambda *a, **k: residence("streamed", layers=4))
+    monkeypatch.setattr(generation, "place", lambda *a, **k: (residence("streamed", layers=4), 1))
     assert lopt_lite.generate(settings).text == expected
+
+
+def test_what_an_answer_keeps_of_its_tokens_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lopt_lite.results.open_run import OpenRun
+
+    run = _train(tmp_path, make_model(tmp_path / "model", "llama"), epochs=1)
+    shapes = OpenRun.shapes
+
+    def with_large_keys(self: OpenRun) -> Any:
+        return dataclasses.replace(shapes(self), cache_bytes_per_token=2**20)
+
+    def settings(tokens: int, memory: str) -> GenerateSettings:
+        return GenerateSettings(run=str(run), prompt="What is 3 + 4?", max_new_tokens=tokens, memory=memory)
+
+    monkeypatch.setattr(OpenRun, "shapes", with_large_keys)
+    with pytest.raises(DoesNotFitError, match="lower --max-new-tokens") as refused:
+        lopt_lite.generate(settings(64, "1MiB"))
+    enough = int(re.search(r"at least --memory ([0-9]+)MiB", str(refused.value))[1])
+    # The process has become no smaller since, and a little larger perhaps.
+    assert lopt_lite.generate(settings(32, f"{enough}MiB")).tokens > 0
+    with pytest.raises(DoesNotFitError):
+        lopt_lite.generate(settings(128, f"{enough}MiB"))
 
 
 def test_a_budget_that_cannot_work_names_the_smallest_that_can(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ def steps(run: Path) -> list[tuple[Any, ...]]:
 
 
 def facts(run: Path) -> list[dict[str, Any]]:
-    """What was done; where checkpoints were made depends on the clock, and a prediction on the process."""
-    found = [fact for fact in read_facts(run / "journal.jsonl")[0] if fact["fact"] != "checkpoint"]
+    """What was done; checkpoints depend on the clock, peaks and predictions on the process."""
+    found = [fact for fact in read_facts(run / "journal.jsonl")[0] if fact["fact"] not in ("checkpoint", "peak")]
     return [{key: value for key, value in fact.items() if not key.startswith("predicted")} for fact in found]
 
 

@@ -381,7 +381,7 @@ def test_the_first_lines_of_a_run_say_the_same(model, data):
         run=Path("run"),
         store=Path("store"),
     )
-    event = plan.planned(draft, draft.residence())
+    event = plan.planned(draft, draft.residences())
     assert event.mode == outcome.memory.mode
     assert event.layers == outcome.memory.layers
     assert event.seconds == pytest.approx(outcome.total_s, rel=0.2)

@@ -13,11 +13,14 @@ import pytest
 import torch
 
 import lopt_lite
-from lopt_lite import TrainSettings
+from lopt_lite import TrainSettings, devices
 from lopt_lite.data import load
 from lopt_lite.errors import RunDirectoryError, StoppedError
 from lopt_lite.events import BlockDone, BlockStarted, Event, Progress, Step, Validation
+from lopt_lite.journal import read_facts
+from lopt_lite.results.run_record import read_run
 from lopt_lite.training import block_trainer, memory_choice, stopping
+from lopt_lite.training.metrics import read_metrics
 from tests.rig import residence
 from tests.tiny_models import EVERY_BLOCK_LEARNS, make_data, make_model
 from tests.training.same_runs import assert_same
@@ -254,3 +257,26 @@ def test_fresh_starts_anew_and_ends_with_the_same_bytes(inputs, tmp_path, refere
         lopt_lite.train(_settings(inputs, tmp_path / "run"))
     lopt_lite.train(_settings(inputs, tmp_path / "run", fresh=True))
     assert_same(tmp_path / "run", reference)
+
+
+def test_the_peak_is_of_all_that_was_done_and_not_of_the_steps_alone(inputs, tmp_path, monkeypatch, one_thread):
+    """Also of what was done by a process that was stopped, and by passes in which no step is."""
+    readings = iter(range(10**9, 2 * 10**9, 1000))
+    monkeypatch.setattr(devices.PeakMemory, "read", lambda self: next(readings))
+    settings = _settings(inputs, tmp_path / "run")
+
+    def stop_while_caching(event: Event) -> None:
+        if isinstance(event, Progress) and event.task == "outputs of block 1":
+            _ctrl_c()
+
+    with pytest.raises(StoppedError):
+        lopt_lite.train(settings, on_event=stop_while_caching)
+    (stopped,) = [fact for fact in read_facts(tmp_path / "run" / "journal.jsonl")[0] if fact["fact"] == "peak"]
+    assert stopped["device_bytes"] > max(
+        line["device_peak_bytes"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")
+    )
+    outcome = lopt_lite.train(settings)
+    last = read_facts(tmp_path / "run" / "journal.jsonl")[0][-1]
+    assert last == {"fact": "peak", "device_bytes": outcome.device_peak_bytes}
+    assert read_run(str(tmp_path / "run")).peak("device_peak_bytes") == outcome.device_peak_bytes
+    assert lopt_lite.train(settings).device_peak_bytes == outcome.device_peak_bytes
