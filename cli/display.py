@@ -44,7 +44,7 @@ class Display:
         self._stream = _Unbreakable(sys.stderr if stream is None else stream)
         self._progress: _Progress
         if json_lines:
-            self._progress = JsonLines(self._write_line)
+            self._progress = JsonLines(self._write_whole)
         elif self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") and not quiet:
             from .live_display import LiveDisplay  # a fifth of the start-up time, and only needed here
 
@@ -69,6 +69,11 @@ class Display:
             self._progress.notice(event)
         else:
             self._progress.update(event)
+
+    def _write_whole(self, text: str) -> None:
+        """A line that is safe as it is."""
+        self._stream.write(text + "\n")
+        self._stream.flush()
 
     def _write_line(self, text: str) -> None:
         self._stream.write(one_line(text) + "\n" if not text.startswith("  ") else f"  {one_line(text)}\n")

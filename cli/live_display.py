@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -24,6 +26,8 @@ class LiveDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._state = ProgressState()
+        # Rich draws in a thread of its own, between any two events.
+        self._state_lock = threading.Lock()
         self._spinner = Spinner("dots")
         # Standard output is left alone: it holds the result.
         self._live = Live(
@@ -52,7 +56,8 @@ class LiveDisplay:
 
     def update(self, event: Event) -> None:
         """Take in ``event``; the region shows it at the next redraw."""
-        self._state.update(event)
+        with self._state_lock:
+            self._state.update(event)
         if isinstance(event, RunStarted):
             self._line(one_line(run_text(event)))
         elif isinstance(event, Planned):
@@ -64,6 +69,10 @@ class LiveDisplay:
             self._line(f"block {event.block + 1} of {event.blocks} done")
 
     def _draw(self) -> RenderableType:
+        with self._state_lock:
+            return self._draw_state()
+
+    def _draw_state(self) -> RenderableType:
         state = self._state
         rows: list[RenderableType] = []
         if state.block is not None:

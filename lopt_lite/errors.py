@@ -35,16 +35,6 @@ class LoptError(Exception):
             parts.append(f"To fix: {fix}")
         super().__init__("\n".join(parts))
 
-    def to_json(self) -> dict[str, object]:
-        """The error as plain JSON values, for ``--json``."""
-        return {
-            "error": type(self).__name__,
-            "exit_code": self.exit_code,
-            "found": self.found,
-            "expected": self.expected,
-            "fix": self.fix,
-        }
-
 
 class SettingsError(LoptError):
     """An option has a value that cannot be used (exit code 2)."""

@@ -317,10 +317,15 @@ def remove_stray_temporaries(directory: Path) -> int:
     return count
 
 
-def directory_bytes(path: Path) -> int:
-    """Bytes of all regular files below ``path`` (0 when it does not exist); what vanishes meanwhile is not counted."""
-    total = 0
-    for directory, _, names in os.walk(path):
+def directory_bytes(path: Path, *, without: Path | None = None) -> int:
+    """Bytes of all files below ``path`` (0 when it does not exist), but for those below ``without``.
+
+    What vanishes meanwhile is not counted.
+    """
+    apart, total = None if without is None else without.absolute(), 0
+    for directory, _, names in os.walk(path.absolute()):
+        if apart is not None and Path(directory).is_relative_to(apart):
+            continue
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 found = Path(directory, name).stat()

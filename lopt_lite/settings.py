@@ -172,8 +172,14 @@ class TrainSettings:
         environment=True,
     )
     device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.", environment=True)
-    seed: int = option(0, "Seed of shuffling, splitting, adapter start and dropout.")
-    skip_bad_lines: bool = option(False, "Drop lines of DATA that cannot be used, and count them, instead of stopping.")
+    seed: int = option(
+        0, "Seed of everything that is drawn: shuffling, splitting, adapter start, dropout, anchored tokens, rounding."
+    )
+    skip_bad_lines: bool = option(
+        False,
+        "Drop lines of DATA (and of --validation and --retain-data) that cannot be used, and count them, instead of "
+        "stopping.",
+    )
     checkpoint_every: str = option(
         "5m",
         "Longest time between checkpoints within a block: e.g. 30s, 5m, 1h; a bare number is seconds.",

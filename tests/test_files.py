@@ -276,6 +276,8 @@ def test_bytes_of_a_directory_are_those_of_its_files(tmp_path):
     (tmp_path / "a" / "x").write_bytes(b"123")
     (tmp_path / "y").write_bytes(b"4567")
     assert files.directory_bytes(tmp_path) == 7
+    assert files.directory_bytes(tmp_path, without=tmp_path / "a") == 4
+    assert files.directory_bytes(tmp_path / "a", without=tmp_path) == 0
 
 
 def test_what_vanishes_while_a_directory_is_counted_is_not_counted(tmp_path, monkeypatch):

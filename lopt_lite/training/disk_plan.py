@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from lopt_lite import files
 from lopt_lite.errors import DoesNotFitError
 from lopt_lite.files import existing_parent
 from lopt_lite.outcomes import PlanDisk
@@ -133,7 +134,7 @@ def require_disk(disk: PlanDisk, run: Path) -> None:
     needed = disk.total_bytes - (disk.store_bytes if elsewhere else 0)
     # What an earlier part of the same run has written is there already, and free space says nothing of it. A store that
     # is complete is not among what is needed.
-    needed -= _present_bytes(run, without=Path(disk.store) if disk.store_exists else None)
+    needed -= files.directory_bytes(run, without=Path(disk.store) if disk.store_exists else None)
     if needed > disk.free_bytes:
         raise DoesNotFitError(
             f"the run needs {needed:,} bytes on the disk of {run}, and {disk.free_bytes:,} are free",
@@ -151,11 +152,3 @@ def require_disk(disk: PlanDisk, run: Path) -> None:
 
 def _same_disk(a: Path, b: Path) -> bool:
     return existing_parent(a).stat().st_dev == existing_parent(b).stat().st_dev
-
-
-def _present_bytes(run: Path, *, without: Path | None) -> int:
-    if not run.is_dir():
-        return 0
-    apart = None if without is None else without.absolute()
-    found = (path for path in run.absolute().rglob("*") if apart is None or apart not in path.parents)
-    return sum(path.stat().st_size for path in found if path.is_file() and not path.is_symlink())

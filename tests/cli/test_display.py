@@ -213,6 +213,15 @@ def test_with_json_every_event_of_a_training_is_one_line_of_json(lopt, fake, tra
     assert "\x1b" not in result.err
 
 
+def test_with_json_events_say_what_is_there_to_the_last_space(capsys):
+    event = events.Notice(text="in runs/my  run\tand  \x1b[2J \u202e", ordinary=False)
+    with Display(json_lines=True) as display:
+        display.on_event(event)
+    written = capsys.readouterr().err
+    assert json.loads(written) == event.to_json()
+    assert written.isascii() and "\x1b" not in written
+
+
 def test_with_json_and_quiet_only_notices_are_lines(lopt, fake, trained):
     fake("train", trained, events=(RUN, step(1), events.Notice(text="take note")))
     lines = lopt("train", "m", "d", "--json", "--quiet").err.splitlines()
