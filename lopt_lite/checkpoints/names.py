@@ -15,19 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX
 from lopt_lite.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter
 
 #: Endings of the tensors that bitsandbytes keeps beside a packed 4-bit weight.
-NF4_SUFFIXES = (
-    ".absmax",
-    ".quant_map",
-    ".nested_absmax",
-    ".nested_quant_map",
-    ".quant_state.bitsandbytes__nf4",
-)
+NF4_SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE_SUFFIX)
 
 
 @dataclass

@@ -10,6 +10,7 @@ BLOCK_SIZE = 64
 _NESTED_BLOCK_SIZE = 256
 #: The JSON side tensor is padded to a fixed size with spaces, so that a shard's layout is known before its content.
 STATE_BYTES = 256
+#: Ending of the tensor in which bitsandbytes says how a weight is packed.
 STATE_SUFFIX = ".quant_state.bitsandbytes__nf4"
 
 

@@ -10,6 +10,7 @@ import torch
 
 from lopt_lite.checkpoints.header import DTYPE_NAMES, Header, TensorInfo, parse_json_strictly, read_header
 from lopt_lite.checkpoints.names import split_nf4_suffix
+from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.errors import ModelError
 from lopt_lite.events import Notice, OnEvent
@@ -19,7 +20,6 @@ WEIGHTS_SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 
 _SHARD_NAME = re.compile(r".*-\d+-of-(\d+)\.safetensors")
-_NF4_STATE = ".quant_state.bitsandbytes__nf4"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 #: Endings of weights that are never read, with what to do about each.
@@ -198,7 +198,7 @@ def _is_usable(info: TensorInfo, locations: Mapping[str, Header]) -> bool:
     if info.dtype in _FLOATS:
         return True
     base, suffix = split_nf4_suffix(info.name)
-    if info.dtype == torch.uint8 and base + _NF4_STATE in locations:
+    if info.dtype == torch.uint8 and base + STATE_SUFFIX in locations:
         return suffix != "" or info.name == base
     # Old checkpoints carry causal masks ([1, 1, n, n]) and position numbers, which transformers does not use.
     mask = info.dtype == torch.uint8 and info.shape[:2] == (1, 1) and len(info.shape) == 4

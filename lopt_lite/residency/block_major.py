@@ -1,4 +1,5 @@
-"""A whole model's held-out loss with only one block on the device at a time.
+"""A whole model's passes without training, with only one block on the device at a time: what the held-out loss, the
+anchor, targets and tasks are made of.
 
 Each block is loaded once; all batches pass through it, and its outputs wait for the next block: in memory as far as
 they may, else in a scratch file.

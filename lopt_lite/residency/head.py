@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge
 
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
+from lopt_lite.data.dataset import IGNORED
 from lopt_lite.residency.anchor_head import AnchorHead
 from lopt_lite.residency.anchors import Anchors
 from lopt_lite.residency.logits import answers, own_logits, pieces, send_back, token_chunks, total
@@ -155,7 +156,7 @@ class WholeHead:
     def loss_backward(self, output: torch.Tensor, targets: torch.Tensor, *, answer_tokens: int) -> float:
         """See :meth:`AnswerHead.loss_backward`."""
         loss, gradient = self._predict(*answers(output.detach(), targets), answer_tokens=answer_tokens)
-        send_back(output, (targets != -100, gradient))
+        send_back(output, (targets != IGNORED, gradient))
         return loss
 
     def anchored_loss_backward(
@@ -165,7 +166,7 @@ class WholeHead:
         assert self._anchor is not None
         loss, gradient = self._predict(*answers(output.detach(), targets), answer_tokens=answer_tokens)
         kl, anchored_gradient = self._anchor.compare(anchors.tuned(output), anchors)
-        send_back(output, (targets != -100, gradient), (anchors.mask, anchored_gradient))
+        send_back(output, (targets != IGNORED, gradient), (anchors.mask, anchored_gradient))
         return loss, kl
 
     def train(self, parameters: Sequence[nn.Parameter]) -> None:

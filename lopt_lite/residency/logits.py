@@ -11,6 +11,7 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.data.dataset import IGNORED
 
 #: Logits that are worked on in float32 at once, or one token's. On a CPU they stay in its cache.
 _CPU_PIECE = 2**18
@@ -31,7 +32,7 @@ def pair_chunks(skeleton: Skeleton, tokens: int, rows: int, logit_elements: int)
 
 def answers(output: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [n, hidden] and labels [n] at answer positions."""
-    mask = targets != -100
+    mask = targets != IGNORED
     return output[mask], targets[mask]
 
 

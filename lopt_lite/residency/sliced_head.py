@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
+from lopt_lite.data.dataset import IGNORED
 from lopt_lite.residency.anchor_head import AnchorHead
 from lopt_lite.residency.anchors import Anchors
 from lopt_lite.residency.logits import answers, make_logits, send_back, token_chunks, total
@@ -69,7 +70,7 @@ class SlicedHead:
     def loss_backward(self, output: torch.Tensor, targets: torch.Tensor, *, answer_tokens: int) -> float:
         """See :meth:`~lopt_lite.residency.head.AnswerHead.loss_backward`."""
         loss, gradient = self._predict(output, targets, answer_tokens)
-        send_back(output, (targets != -100, gradient))
+        send_back(output, (targets != IGNORED, gradient))
         return loss
 
     def anchored_loss_backward(
@@ -79,7 +80,7 @@ class SlicedHead:
         assert self._anchor is not None
         loss, gradient = self._predict(output, targets, answer_tokens)
         kl, anchored_gradient = self._anchor.compare(anchors.tuned(output), anchors)
-        send_back(output, (targets != -100, gradient), (anchors.mask, anchored_gradient))
+        send_back(output, (targets != IGNORED, gradient), (anchors.mask, anchored_gradient))
         return loss, kl
 
     def train(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -295,7 +295,7 @@ class Draft:
         )
 
 
-def counted(lengths: torch.Tensor, target_counts: torch.Tensor) -> DataEstimate:
+def known_numbers(lengths: torch.Tensor, target_counts: torch.Tensor) -> DataEstimate:
     """Examples that are tokenised: int64 [examples], tokens and tokens to be predicted of each."""
     return DataEstimate(
         examples=len(lengths),

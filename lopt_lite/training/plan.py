@@ -32,7 +32,7 @@ from lopt_lite.residency.machine import machine_speeds
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.data_facts import known_estimate
 from lopt_lite.training.disk_plan import require_disk
-from lopt_lite.training.draft import Draft, Places, counted
+from lopt_lite.training.draft import Draft, Places, known_numbers
 from lopt_lite.training.job import answered_count, nothing_to_anchor, nothing_to_answer
 from lopt_lite.training.memory_choice import Residences, check_unquantised
 from lopt_lite.training.model_facts import ModelFacts, model_facts
@@ -114,7 +114,7 @@ def draft_of_run(
         How many of the first two there are.
     """
     parts = [
-        counted(some, targets) if len(some) else None
+        known_numbers(some, targets) if len(some) else None
         for some, targets in zip(_split(lengths, counts), _split(target_counts, counts), strict=True)
     ]
     assert parts[0] is not None
