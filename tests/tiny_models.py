@@ -41,6 +41,36 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
+#: More of them, for what they alone have: experts in some layers, state spaces beside attention.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "mlp_only_layers": [0, 3],
+        },
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 16, "mamba_chunk_size": 8},
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            "layer_types": ["mamba", "attention"] * 2,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_state": 8,
+            "mamba_d_head": 16,
+            "mamba_chunk_size": 8,
+        },
+    ),
+}
+
 
 #: Options of runs in which every block learns something, and nothing but that.
 EVERY_BLOCK_LEARNS: dict[str, Any] = {"objective": "reconstruct", "retain": 0.0}
@@ -58,7 +88,7 @@ def even_widths(architecture: str) -> dict[str, Any]:
 
 def make_config(architecture: str, vocabulary: int, **changes: Any) -> Any:
     """The config of a tiny model."""
-    class_name, own = ARCHITECTURES[architecture]
+    class_name, own = (ARCHITECTURES | OTHERS)[architecture]
     values = {**_COMMON, **own, "vocab_size": vocabulary, **changes}
     if architecture == "gpt2":
         values = {k: v for k, v in values.items() if k not in _COMMON}

@@ -54,8 +54,8 @@ def _agrees(module: nn.Module, dtype: torch.dtype, epsilon: float) -> bool:
         with torch.no_grad():
             found = torch.func.functional_call(module, {"weight": weight}, (x,), strict=True)
             return torch.equal(found, _RmsNorm.apply(x, weight, epsilon))
-    except RuntimeError:
-        return False  # it has other parameters
+    except (RuntimeError, TypeError):
+        return False  # it has other parameters, or needs more than its input
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -66,10 +66,12 @@ def _epsilon(module: nn.Module) -> float | None:
 class _Fused:
     """What the fused classes have of their own; mixed into those of the models."""
 
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        """[..., width] -> the same. With a weight that is trained, and outside training, as the model does it."""
-        if not fused.in_use() or self.weight.requires_grad or x.dtype != self.weight.dtype:
-            return super().forward(x)  # type: ignore[misc]
+    def forward(self: Any, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+        """[..., width] -> the same. With a gate, with a trained weight and outside training as the model does it."""
+        # A norm that may have a gate computes the usual thing where it is given none.
+        given = [value for value in (*more, *named.values()) if value is not None]
+        if given or not fused.in_use() or self.weight.requires_grad or x.dtype != self.weight.dtype:
+            return super().forward(x, *more, **named)  # type: ignore[misc]
         output: torch.Tensor = _RmsNorm.apply(x, self.weight, _epsilon(self))
         return output
 

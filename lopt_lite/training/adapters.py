@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.errors import RunDirectoryError
 from lopt_lite.residency.rms_norm import fuse_norms
 from lopt_lite.seeds import derive_seed
 from lopt_lite.settings import TrainSettings
@@ -100,8 +101,21 @@ def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def load_adapter(layer: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy saved values into the adapter of a layer; names as :func:`adapter_parameters`."""
-    for name, parameter in adapter_parameters(layer).items():
+    """Copy saved values into the adapter of a layer; names as :func:`adapter_parameters`.
+
+    Raises
+    ------
+    RunDirectoryError
+        They are of other modules than those that get an adapter.
+    """
+    parameters = adapter_parameters(layer)
+    others = sorted(set(tensors) ^ set(parameters))
+    if others:
+        raise RunDirectoryError(
+            f"the run's adapter is of other modules than this version of lopt-lite adapts ({others[0]})",
+            fix="use the version that trained it (settings.json names it), or train again",
+        )
+    for name, parameter in parameters.items():
         parameter.data.copy_(tensors[name])
 
 

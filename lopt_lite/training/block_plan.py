@@ -48,6 +48,29 @@ def plan_blocks(layers: int, objectives: tuple[str, ...], last_layers: int | Non
     return blocks
 
 
+def check_something_learns(blocks: Sequence[Block], trained_parameters: Sequence[int], lora_targets: str) -> None:
+    """See that there is something to train in every block that learns.
+
+    Parameters
+    ----------
+    trained_parameters:
+        Of each layer.
+
+    Raises
+    ------
+    SettingsError
+        No layer of a block has a module that ``--lora-targets`` names.
+    """
+    for block in blocks:
+        if block.objective != "none" and not any(trained_parameters[block.first : block.end]):
+            raise SettingsError(
+                f"--lora-targets is {lora_targets}, and layers {block.first + 1} to {block.end}, which are block "
+                f"{block.index + 1}, have no such module",
+                expected="modules that each block has",
+                fix="name others, or use fewer --blocks or more --last-layers",
+            )
+
+
 def _shares(layers: int, count: int) -> list[int]:
     """``count`` numbers that add up to ``layers``, the first ones larger by one where they cannot be the same."""
     return [layers // count + (1 if index < layers % count else 0) for index in range(count)]

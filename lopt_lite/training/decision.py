@@ -12,7 +12,7 @@ from lopt_lite.journal import Fact, Journal, last_fact
 from lopt_lite.residency.choices import Memory, Residence
 from lopt_lite.residency.process_size import steady_size
 from lopt_lite.settings import TrainSettings
-from lopt_lite.training.block_plan import Block, plan_stages
+from lopt_lite.training.block_plan import Block, check_something_learns, plan_stages
 from lopt_lite.training.job import make_job
 from lopt_lite.training.memory_choice import Answering, Demand, Residences
 from lopt_lite.training.model_facts import ModelFacts
@@ -79,9 +79,12 @@ def decide(
 
     Raises
     ------
+    SettingsError
+        There is nothing to train in a block that is to learn.
     DoesNotFitError
         The budget is too small; the message names the smallest that would do.
     """
+    check_something_learns(blocks, [layer.trained_parameters for layer in facts.shapes.layers], settings.lora_targets)
     memory = Memory.now(device, settings.memory_bytes())
     if device.type == "cpu":
         memory = dataclasses.replace(memory, used_bytes=steady_size(memory.used_bytes))

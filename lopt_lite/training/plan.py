@@ -30,6 +30,7 @@ from lopt_lite.recipe import ModelKind
 from lopt_lite.residency.choices import Memory
 from lopt_lite.residency.machine import machine_speeds
 from lopt_lite.settings import TrainSettings
+from lopt_lite.training.block_plan import check_something_learns
 from lopt_lite.training.data_facts import known_estimate
 from lopt_lite.training.disk_plan import require_disk
 from lopt_lite.training.draft import Draft, Places, known_numbers
@@ -85,6 +86,8 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
         source_bytes=_source_bytes(model, facts),
     )
     check_unquantised(model, draft.blocks)
+    trained = [layer.trained_parameters for layer in facts.shapes.layers]
+    check_something_learns(draft.blocks, trained, settings.lora_targets)
     chosen = draft.residences()
     disk = draft.disk(chosen.training)
     require_disk(disk, draft.paths.run)

@@ -62,7 +62,7 @@ from lopt_lite.training.run_directory import (
 from lopt_lite.training.sequential import train_sequentially
 from lopt_lite.training.stopping import Stopper
 from lopt_lite.training.store_choice import is_model, store_directory
-from lopt_lite.training.targets import target_names
+from lopt_lite.training.targets import target_names, untouched_modules
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
 _NO_BFLOAT16 = (
@@ -379,6 +379,9 @@ def _announce(bench: Workbench, given: _Given) -> None:
 def _remarks(bench: Workbench) -> list[str]:
     """What the user should know of these settings on this device."""
     found = [*bench.settings.without_effect(), *remarks(bench.settings, bench.device)]
+    untouched = untouched_modules(bench.skeleton, bench.settings)
+    if untouched is not None:
+        found.append(untouched)
     if bench.skeleton.dtype == torch.bfloat16 and devices.backend(bench.device).lacks_bfloat16():
         found.append(_NO_BFLOAT16)
     return found

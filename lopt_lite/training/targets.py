@@ -11,6 +11,7 @@ from lopt_lite.errors import SettingsError
 from lopt_lite.residency.shapes import Tuning
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.full import has_eight_bit_moments
+from lopt_lite.training.peft_limits import refused_by_peft
 
 
 def target_names(skeleton: Skeleton, index: int, settings: TrainSettings) -> list[str]:
@@ -19,21 +20,38 @@ def target_names(skeleton: Skeleton, index: int, settings: TrainSettings) -> lis
     Raises
     ------
     SettingsError
-        ``--lora-targets`` names a module that no layer has.
+        ``--lora-targets`` names a module that no layer has, or that PEFT would not adapt.
     """
-    adaptable = skeleton.adaptable_names(index)
+    adaptable = _adaptable(skeleton, index)
     if not settings.target_names:
         return adaptable
     wanted = settings.target_names
-    everywhere = {n for i in range(skeleton.layer_count) for n in skeleton.adaptable_names(i)}
+    everywhere = {n for i in range(skeleton.layer_count) for n in _adaptable(skeleton, i)}
     for name in wanted:
         if not any(_is_called(n, name) for n in everywhere):
             choices = sorted({n.rpartition(".")[2] for n in everywhere})
+            why = "which PEFT would not load in" if name.rpartition(".")[2] in refused_by_peft(skeleton) else None
             raise SettingsError(
-                f"--lora-targets names {name!r}, which no layer of {skeleton.architecture} has",
+                f"--lora-targets names {name!r}, {why or 'which no layer has in'} {skeleton.architecture}",
                 expected=f"all-linear, or some of {', '.join(choices)}",
             )
     return [n for n in adaptable if any(_is_called(n, name) for name in wanted)]
+
+
+def untouched_modules(skeleton: Skeleton, settings: TrainSettings) -> str | None:
+    """What the user should know of linear modules that get no adapter though all were to get one."""
+    refused = refused_by_peft(skeleton)
+    if settings.tune != "lora" or settings.target_names or not refused:
+        return None
+    return (
+        f"{', '.join(sorted(refused))} of {skeleton.architecture} get no adapter: PEFT, which loads the result, would "
+        "not put it there"
+    )
+
+
+def _adaptable(skeleton: Skeleton, index: int) -> list[str]:
+    refused = refused_by_peft(skeleton)
+    return [name for name in skeleton.adaptable_names(index) if name.rpartition(".")[2] not in refused]
 
 
 def _is_called(full: str, name: str) -> bool:

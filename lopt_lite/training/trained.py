@@ -96,13 +96,15 @@ class TrainedParameters:
     def add(self, group: int | str, parameters: dict[str, nn.Parameter], *, scaffolding: bool = False) -> None:
         """Take ``parameters`` (by their names in checkpoints) under control: a layer's, or (a word) something else's.
 
-        They must be in their place and hold their values.
+        They must be in their place and hold their values. Of a layer that trains nothing there are none.
 
         Parameters
         ----------
         scaffolding:
             They are a reconstruction head's, and may be trained while everything else rests.
         """
+        if not parameters:
+            return
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         self._groups[group] = _Group(
