@@ -32,8 +32,6 @@ class Command(NamedTuple):
     render: Callable[[Any], str]
     #: With --json, events are JSON too: one a line, on standard error.
     json_events: bool = False
-    #: ``operation`` takes SIGTERM and SIGHUP as requests to stop at a safe place; that of others is interrupted.
-    handles_signals: bool = False
 
 
 def add_command(app: typer.Typer, command: Command) -> None:
@@ -58,7 +56,8 @@ def add_command(app: typer.Typer, command: Command) -> None:
 def execute(command: Command, given: dict[str, Any], *, as_json: bool) -> int:
     """Run ``command`` with the options ``given`` and return its exit code."""
     silence_libraries()
-    signals = EndingSignals(active=not command.handles_signals)
+    # A training takes signals as requests to stop at a safe place once it has begun; until then it is as the others.
+    signals = EndingSignals()
     with signals, ErrorBoundary(as_json=as_json) as boundary:
         with signals.work():
             settings = resolve(command.settings, given, command=command.name)

@@ -12,6 +12,7 @@ import lopt_lite
 from . import evaluate, export, generate, plan, quantize, report, status, train
 from .command import add_command
 from .errors import ErrorBoundary, print_lines
+from .signals import ignore_ending_signals
 
 #: In the order of a user's work, which is the order of --help.
 COMMANDS = (
@@ -85,4 +86,6 @@ def main(arguments: list[str]) -> int:
 
 def run() -> None:
     """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    ignore_ending_signals()
+    sys.exit(code)

@@ -12,20 +12,24 @@ from typing import Any
 _NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
+def ignore_ending_signals() -> None:
+    """From now on nothing but SIGKILL ends the process from outside: its work is done, and its exit code is known.
+
+    Without this, one that comes while the interpreter puts itself away would make a finished run look failed.
+    """
+    for number in (signal.SIGINT, *_NUMBERS):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class EndingSignals:
     """A ``with`` block in which SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does.
 
     Handlers are put back on exit. Outside the main thread signals are left alone, and so is one that is ignored
     (``nohup`` turns SIGHUP off).
-
-    Parameters
-    ----------
-    active:
-        False for work that handles signals itself.
     """
 
-    def __init__(self, *, active: bool = True) -> None:
-        self._active = active and threading.current_thread() is threading.main_thread()
+    def __init__(self) -> None:
+        self._active = threading.current_thread() is threading.main_thread()
         self._is_over = False
         self._previous: dict[int, Any] = {}
 

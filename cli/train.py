@@ -48,5 +48,4 @@ COMMAND = Command(
     operation=_train,
     render=_render,
     json_events=True,
-    handles_signals=True,
 )

@@ -19,9 +19,11 @@ from lopt_lite_cli.signals import EndingSignals
 import lopt_lite
 from lopt_lite import outcomes
 from lopt_lite.checkpoints import build_store
+from lopt_lite.training.stopping import Stopper
 from tests.tiny_models import make_model
 
 ARGUMENTS = {
+    "train": ("m", "d"),
     "plan": ("m", "d"),
     "status": ("r",),
     "report": ("r",),
@@ -47,8 +49,8 @@ def _handlers() -> list[Any]:
     return [signal.getsignal(number) for number in (signal.SIGINT, *ENDING)]
 
 
-def test_all_commands_but_train_are_tried_here():
-    assert {command.name for command in COMMANDS} == {"train", *ARGUMENTS}
+def test_all_commands_are_tried_here():
+    assert {command.name for command in COMMANDS} == set(ARGUMENTS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, *ENDING])
@@ -98,11 +100,15 @@ def test_a_second_signal_does_not_cut_the_message_of_the_first(lopt, monkeypatch
     assert (result.code, result.json()["exit_code"]) == (75, 75)
 
 
-def test_train_handles_signals_itself(lopt, fake, trained, monkeypatch):
-    before, seen = _handlers(), []
-    monkeypatch.setitem(lopt_lite.__dict__, "train", lambda settings, on_event: seen.append(_handlers()) or trained)
+def test_a_training_takes_signals_itself_once_it_has_begun(lopt, fake, trained, monkeypatch):
+    def operation(settings: Any, on_event: Any) -> Any:
+        with Stopper() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.reason() == "stopped by SIGTERM"
+        return trained
+
+    monkeypatch.setitem(lopt_lite.__dict__, "train", operation)
     assert lopt("train", "m", "d").code == 0
-    assert seen == [before]
 
 
 def test_nohup_is_respected():
@@ -168,3 +174,20 @@ def test_a_process_that_is_ended_by_a_signal_says_so(number):
     assert process.returncode == 75
     assert json.loads(out)["exit_code"] == 75
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *ENDING])
+def test_a_signal_that_comes_when_all_is_done_changes_nothing(number):
+    code = (
+        "import atexit, os, lopt_lite\n"
+        "from lopt_lite.outcomes import ExportOutcome\n"
+        "from lopt_lite_cli.main import run\n"
+        f"atexit.register(os.kill, os.getpid(), {int(number)})\n"
+        "outcome = ExportOutcome(out='out', format='adapter', onto=None, bytes=1)\n"
+        "lopt_lite.__dict__['export'] = lambda settings, on_event: outcome\n"
+        "run()\n"
+    )
+    command = [sys.executable, "-c", code, "export", "r", "out", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["out"] == "out"
