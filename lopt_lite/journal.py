@@ -2,12 +2,16 @@
 
 One line of JSON is one fact. A line is appended and fsynced *after* the file it speaks of is durable, so a fact in the
 journal can be relied on. A crash can cut the last line short; such a tail is dropped when the journal is opened.
+
+The last value of a line is a checksum of what is before it: a number that a disk has changed would otherwise change the
+result. (Lines of earlier versions have none.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ from lopt_lite.errors import RunDirectoryError
 from lopt_lite.journal_facts import as_read, damage
 
 Fact = dict[str, Any]
+
+_SUM = "crc32"
 
 
 def read_facts(path: Path) -> tuple[list[Fact], int]:
@@ -38,6 +44,7 @@ def read_facts(path: Path) -> tuple[list[Fact], int]:
     length = 0
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
+            _check_sum(line)
             fact = json.loads(line)
             if not isinstance(fact, dict) or not isinstance(fact.get("fact"), str):
                 raise ValueError("not an object with a 'fact'")
@@ -49,9 +56,21 @@ def read_facts(path: Path) -> tuple[list[Fact], int]:
                 f"the journal {path} is damaged at line {number}: {error}",
                 fix="start anew with --fresh, or restore the journal from a backup",
             ) from error
+        fact.pop(_SUM, None)
         facts.append(as_read(fact))
         length += len(line) + 1
     return facts, length
+
+
+def _check_sum(line: bytes) -> None:
+    """Raises ValueError where a line with a checksum holds something else than what was written."""
+    before, found, after = line.rpartition(f', "{_SUM}": '.encode())
+    if found and after != json.dumps(_sum(before + b"}")).encode() + b"}":
+        raise ValueError("its checksum is of something else")
+
+
+def _sum(text: bytes) -> str:
+    return f"{zlib.crc32(text):08x}"
 
 
 def last_fact(facts: Sequence[Fact], name: str, **match: Any) -> Fact | None:
@@ -85,7 +104,8 @@ class Journal:
     def add(self, fact: str, **values: Any) -> None:
         """Append a fact; durable on return."""
         entry = {"fact": fact, **values}
-        files.append_line(self._file, entry)
+        text = json.dumps(files.as_json(entry), allow_nan=False).encode()
+        files.append_line(self._file, {**entry, _SUM: _sum(text)})
         self.facts.append(entry)
 
     def last(self, fact: str, **match: Any) -> Fact | None:

@@ -170,3 +170,30 @@ def test_any_values_come_back(tmp_path_factory, values):
     facts = [{"fact": f"f{n}", **value} for n, value in enumerate(values)]
     path.write_text("".join(json.dumps(fact) + "\n" for fact in facts), encoding="utf-8")
     assert read_facts(path)[0] == facts
+
+
+def test_a_flipped_bit_is_damage_or_changes_no_fact(path):
+    """Wherever it is: a digit of a rate that is another digit then is as plausible as the right one."""
+    facts = [{"fact": "learning-rate", "lr": 8.4e-4, "loss": 6.5, "answer_tokens": 80}, {"fact": "größe", "n": "ä"}]
+    whole = _write(path, *facts).read_bytes()
+    silent = []
+    for place in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            try:
+                found, _ = read_facts(path)
+            except RunDirectoryError:
+                continue
+            known = [{name: fact.get(name) for name in expected} for fact, expected in zip(found, facts, strict=False)]
+            # A line whose end is gone is one that a crash has cut short.
+            if known != facts[: len(known)]:
+                silent.append((place, bit, found))
+    assert silent == []
+
+
+def test_a_journal_of_an_earlier_version_is_read_and_gone_on_with(path):
+    path.write_text('{"fact": "started", "examples": 3}\n')
+    _write(path, {"fact": "store-ready"})
+    assert [fact["fact"] for fact in read_facts(path)[0]] == ["started", "store-ready"]
+    first, second = path.read_text().splitlines()
+    assert ("crc32" in first, "crc32" in second) == (False, True)
