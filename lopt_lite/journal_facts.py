@@ -87,7 +87,7 @@ _FACTS: dict[str, dict[str, _Kind]] = {
     "validation": {"epoch": _COUNT, "loss": _LOSS, "answer_tokens": _COUNT.or_nothing()},
     "block": {"block": _COUNT, "sha256": _TEXT.or_nothing()},
     "peak": {"device_bytes": _COUNT},
-    "adapter": {"sha256": _TEXT.or_nothing()},
+    "adapter": {"sha256": _TEXT.or_nothing(), "config_sha256": _TEXT.or_nothing()},
     "model": {"sha256": _TEXT.or_nothing()},
 }
 

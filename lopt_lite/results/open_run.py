@@ -12,18 +12,17 @@ import torch
 from torch import nn
 
 from lopt_lite.checkpoints.build_store import DTYPES
-from lopt_lite.checkpoints.integrity import check_file
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store, store_info
 from lopt_lite.checkpoints.tokenizer import holds_tokenizer, load_tokenizer, load_tokenizer_from
 from lopt_lite.errors import RunDirectoryError, SettingsError
-from lopt_lite.journal import read_facts
+from lopt_lite.journal import last_fact, read_facts
 from lopt_lite.residency.choices import Residence
 from lopt_lite.residency.shapes import ModelShapes, model_shapes
 from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.settings import TrainSettings
-from lopt_lite.training.adapter_result import StoredAdapter
+from lopt_lite.training.adapter_result import StoredAdapter, check_adapter
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, enable_adapter, load_adapter, set_training
 from lopt_lite.training.block_plan import Block, plan_blocks
 from lopt_lite.training.run_directory import RESULT_FACTS, RunPaths, current_store, read_settings
@@ -135,14 +134,10 @@ def open_run(run: str, device: torch.device) -> OpenRun:
         )
     settings = stored_settings(content)
     full = settings.tune == "full"
-    if store_info(paths.model) is None if full else not (paths.adapter / "adapter_model.safetensors").is_file():
-        what = "model" if full else "adapter"
-        raise RunDirectoryError(f"the {what} of the run in {run} is gone", fix="train again with --fresh")
+    if full and store_info(paths.model) is None:
+        raise RunDirectoryError(f"the model of the run in {run} is gone", fix="train again with --fresh")
     if not full:
-        noted = next((fact.get("sha256") for fact in reversed(facts) if fact["fact"] == "adapter"), None)
-        if noted is not None:
-            fix = "restore the file from a backup, or train again with --fresh"
-            check_file(paths.adapter / "adapter_model.safetensors", noted, fix=fix)
+        check_adapter(paths.adapter, last_fact(facts, "adapter") or {})
     store = Store(current_store(paths, content))
     skeleton = _skeleton_of(store, settings, device)
     tuned_store = Store(paths.model) if full else store

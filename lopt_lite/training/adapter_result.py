@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from lopt_lite import files
 from lopt_lite.checkpoints.header import read_header
+from lopt_lite.checkpoints.integrity import DamagedFileError, check_file
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.tokenizer import save_tokenizer
 from lopt_lite.errors import RunDirectoryError
@@ -24,12 +28,13 @@ from lopt_lite.training.targets import target_names
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
+_WRITE_AGAIN = "give the command of the training again: it writes the adapter anew from its blocks"
 
 
 def write_adapter(
     paths: RunPaths, skeleton: Skeleton, blocks: list[Block], settings: TrainSettings, *, origin: str, tokenizer: object
-) -> str:
-    """Write ``RUN/adapter`` for ``PeftModel.from_pretrained``; returns the sha256 of the weights file.
+) -> dict[str, str]:
+    """Write ``RUN/adapter`` for ``PeftModel.from_pretrained``; returns what :func:`check_adapter` wants to know.
 
     Parameters
     ----------
@@ -49,7 +54,40 @@ def write_adapter(
             trained += [skeleton.layer_prefix(index) + n for n in target_names(skeleton, index, settings)]
     _write_config(paths.adapter / CONFIG_NAME, skeleton, settings, trained, origin)
     save_tokenizer(tokenizer, paths.adapter)
-    return save_tensors(paths.adapter / WEIGHTS_NAME, tensors, {"format": "pt"})
+    weights = save_tensors(paths.adapter / WEIGHTS_NAME, tensors, {"format": "pt"})
+    return {"sha256": weights, "config_sha256": _config_digest(paths.adapter / CONFIG_NAME)}
+
+
+def check_adapter(directory: Path, fact: Mapping[str, Any]) -> None:
+    """See that an adapter is what the run wrote.
+
+    Parameters
+    ----------
+    fact:
+        The journal's fact ``adapter``. Earlier versions noted less.
+
+    Raises
+    ------
+    DamagedFileError
+        It is not, or something is missing.
+    """
+    weights = directory / WEIGHTS_NAME
+    if not weights.is_file():
+        raise DamagedFileError(f"{weights} is missing", fix=_WRITE_AGAIN)
+    if fact.get("sha256") is not None:
+        check_file(weights, str(fact["sha256"]), fix=_WRITE_AGAIN)
+    config = directory / CONFIG_NAME
+    if fact.get("config_sha256") is not None and _config_digest(config) != fact["config_sha256"]:
+        raise DamagedFileError(f"{config} is not as it was written", fix=_WRITE_AGAIN)
+
+
+def _config_digest(path: Path) -> str:
+    """Of what the file says, but for where the base model is: that may move, and be put right by hand."""
+    content = files.read_json(path, what="the adapter's config", error=DamagedFileError, fix=_WRITE_AGAIN)
+    if not isinstance(content, dict):
+        raise DamagedFileError(f"{path} is not a JSON object", fix=_WRITE_AGAIN)
+    said = {name: value for name, value in content.items() if name != "base_model_name_or_path"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _write_config(path: Path, skeleton: Skeleton, settings: TrainSettings, trained: list[str], origin: str) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from lopt_lite import devices, files
 from lopt_lite.checkpoints.build_store import DTYPES, StoreBuilder
+from lopt_lite.checkpoints.integrity import DamagedFileError
 from lopt_lite.checkpoints.locate import ModelFiles, locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store, store_info
@@ -32,7 +33,7 @@ from lopt_lite.outcomes import TrainOutcome
 from lopt_lite.residency.block_major import WAITING, held_out_losses
 from lopt_lite.seeds import derive_seed
 from lopt_lite.settings import TrainSettings
-from lopt_lite.training.adapter_result import write_adapter
+from lopt_lite.training.adapter_result import check_adapter, write_adapter
 from lopt_lite.training.anchors import AnchorSample, check_anchored
 from lopt_lite.training.block_plan import Block, plan_blocks
 from lopt_lite.training.block_results import check_block
@@ -414,7 +415,7 @@ def _work(bench: Workbench, given: _Given) -> None:
     if bench.settings.tune == "full":
         bench.journal.add("model", sha256=write_model(bench))
         return
-    digest = write_adapter(
+    digests = write_adapter(
         bench.paths,
         bench.skeleton,
         bench.blocks,
@@ -422,7 +423,7 @@ def _work(bench: Workbench, given: _Given) -> None:
         origin=given.model.origin,
         tokenizer=bench.tokenizer,
     )
-    bench.journal.add("adapter", sha256=digest)
+    bench.journal.add("adapter", **digests)
 
 
 def _all_trained(bench: Workbench) -> bool:
@@ -457,17 +458,21 @@ def _measure_untouched_model(bench: Workbench) -> None:
 
 def _result_stands(bench: Workbench) -> bool:
     name = "model" if bench.settings.tune == "full" else "adapter"
-    if bench.journal.last(name) is None:
+    fact = bench.journal.last(name)
+    if fact is None:
         return False
     if name == "model":
-        stands = store_info(bench.paths.model) is not None
-    else:
-        stands = (bench.paths.adapter / "adapter_model.safetensors").is_file()
-    if not stands:
-        raise RunDirectoryError(
-            f"the run in {bench.paths.root} is done, but its {name} is gone",
-            fix=f"restore RUN/{name} from a backup, or train again with --fresh",
-        )
+        if store_info(bench.paths.model) is None:
+            raise RunDirectoryError(
+                f"the run in {bench.paths.root} is done, but its model is gone",
+                fix="restore RUN/model from a backup, or train again with --fresh",
+            )
+        return True
+    try:
+        check_adapter(bench.paths.adapter, fact)
+    except DamagedFileError as error:
+        bench.on_event(Notice(text=f"{error.found}; it is written again from the run's blocks"))
+        return False
     return True
 
 

@@ -170,10 +170,24 @@ def damaged_settings(place):
     return place.train()
 
 
-@bad(RUN_DIRECTORY, "its adapter is gone", "--fresh")
+@bad(INPUT, "adapter.safetensors is missing", "--fresh", found_at_work=True)
+def adapter_deleted_from_a_finished_run_with_its_blocks(place):
+    shutil.rmtree(place.finished_run() / "adapter")
+    shutil.rmtree(place.run / "blocks")
+    return place.train()
+
+
+@bad(INPUT, "adapter_model.safetensors is missing", "the training again", "writes the adapter anew")
 def adapter_deleted_from_a_finished_run(place):
     (place.finished_run() / "adapter" / "adapter_model.safetensors").unlink()
-    return place.train()
+    return ["evaluate", str(place.run), str(place.data)]
+
+
+@bad(INPUT, "adapter_config.json is not as it was written", "the training again", "writes the adapter anew")
+def adapter_of_another_scale(place):
+    config = place.finished_run() / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 32', '"lora_alpha": 72'))
+    return ["export", str(place.run), str(place.run.parent / "out")]
 
 
 @bad(INPUT, "layer-00001.safetensors is missing", "lopt-lite quantize", "rebuilds it from the model")
@@ -188,7 +202,13 @@ def store_shard_with_another_byte(place):
     return ["evaluate", str(place.run), str(place.data)]
 
 
-@bad(INPUT, "adapter_model.safetensors is damaged", "as when it was written", "backup", "--fresh")
+@bad(
+    INPUT,
+    "adapter_model.safetensors is damaged",
+    "as when it was written",
+    "the training again",
+    "writes the adapter anew",
+)
 def adapter_with_another_byte(place):
     flip_a_byte(place.finished_run() / "adapter" / "adapter_model.safetensors")
     return ["evaluate", str(place.run), str(place.data)]

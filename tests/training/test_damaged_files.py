@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -319,3 +320,37 @@ def test_every_file_is_hashed_once_in_a_run(inputs, tmp_path, monkeypatch):
     assert kinds == {"store", "cache", "blocks"}
     assert {path.name for path in reads if "store" in path.parts} == {p.name for p in run.glob("store/*.safetensors")}
     assert set(reads.values()) == {1}
+
+
+@pytest.mark.parametrize("how", ["weights", "config", "cut config", "gone"])
+def test_an_adapter_that_is_not_what_the_run_wrote_is_written_again(inputs, tmp_path, one_thread, how):
+    settings = _settings(inputs, tmp_path / "run")
+    lopt_lite.train(settings)
+    adapter = tmp_path / "run" / "adapter"
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    if how == "weights":
+        flip_a_byte(adapter / "adapter_model.safetensors")
+    elif how == "config":
+        config = adapter / "adapter_config.json"
+        config.write_text(config.read_text().replace('"lora_alpha": 32.0', '"lora_alpha": 72.0'))
+    elif how == "cut config":
+        os.truncate(adapter / "adapter_config.json", 100)
+    else:
+        shutil.rmtree(adapter)
+    events: list[Event] = []
+    outcome = lopt_lite.train(settings, on_event=events.append)
+    assert not outcome.already_done
+    assert any("written again" in event.text for event in events if isinstance(event, Notice))
+    assert not any(isinstance(event, Step) for event in events), "no step is done twice"
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+    assert lopt_lite.train(settings).already_done
+
+
+def test_where_the_base_model_is_may_be_put_right_by_hand(inputs, tmp_path, one_thread):
+    settings = _settings(inputs, tmp_path / "run")
+    lopt_lite.train(settings)
+    config = tmp_path / "run" / "adapter" / "adapter_config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "base_model_name_or_path": "someone/elsewhere"}))
+    assert lopt_lite.train(settings).already_done
+    assert json.loads(config.read_text())["base_model_name_or_path"] == "someone/elsewhere"
