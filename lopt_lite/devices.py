@@ -103,6 +103,8 @@ def memory_limited(device: torch.device, limit_bytes: int | None) -> Iterator[Fr
         if limit_bytes is None:
             yield freed
             return
+        # Nothing works with none at all: what does, the plan says.
+        limit_bytes = max(1, limit_bytes)
         freed.keep_below(limit_bytes)
         set_memory_limit(device, limit_bytes)
         try:

@@ -310,13 +310,11 @@ class TrainSettings:
         found = []
         if self.max_steps is not None and self.epochs != TrainSettings.epochs:
             found.append("--epochs has no effect: --max-steps says how long each block is trained")
-        if self.blocks == 1 and self.schedule == "sequential" and self.objective != "none":
+        preset = _PRESETS.get(str(self.preset), {})
+        usual = {**_DEFAULTS, **_DEFAULTS_OF_SCHEDULE[self.schedule], **preset}
+        if self.blocks == 1 and self.objective != usual["objective"]:
             found.append(f"--objective {self.objective} has no effect: there is one block, and it learns the task")
-        if (
-            self.preset is None
-            and self.head_fit_epochs != _DEFAULTS["head_fit_epochs"]
-            and "reconstruct" not in self.objectives()
-        ):
+        if self.head_fit_epochs != usual["head_fit_epochs"] and "reconstruct" not in self.objectives():
             found.append("--head-fit-epochs has no effect: no block learns by reconstruction (--objective)")
         if self.lr_early is not None and set(self.objectives()[:-1]) <= {"none"}:
             found.append("--lr-early has no effect: no block before the last learns anything (--objective)")
@@ -614,6 +612,13 @@ class GenerateSettings:
             raise SettingsError(f"--temperature is {self.temperature}", expected="0 or more")
         if not 0 < self.top_p <= 1:
             raise SettingsError(f"--top-p is {self.top_p}", expected="above 0 and at most 1")
+
+    def without_effect(self) -> list[str]:
+        """What was asked for and changes nothing, in words for the user."""
+        given = [name for name in ("top_p", "seed") if getattr(self, name) != getattr(GenerateSettings, name)]
+        if self.temperature > 0:
+            return []
+        return [f"{flag(name)} has no effect: without --temperature the likeliest token is taken" for name in given]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -383,7 +383,9 @@ def test_generate_takes_the_seeds_that_train_takes(seed):
         ({"blocks": 1, "cache": "int8"}, "--cache int8 has no effect"),
         ({"retain": 0.0, "retain_tokens": 8}, "--retain-tokens has no effect"),
         ({"blocks": 1, "objective": "reconstruct"}, "--objective reconstruct has no effect"),
+        ({"blocks": 1, "schedule": "joint", "objective": "task"}, "--objective task has no effect"),
         ({"head_fit_epochs": 3}, "--head-fit-epochs has no effect"),
+        ({"preset": "paper", "objective": "none", "head_fit_epochs": 2}, "--head-fit-epochs has no effect"),
         ({"retain_answers": 4, "retain_tokens": 5}, "--retain-tokens has no effect"),
         (
             {"schedule": "joint", "objective": "task", "reconstruction_weight": 5.0},
@@ -396,11 +398,21 @@ def test_what_was_asked_for_in_vain_is_told(options, says):
     assert text.startswith(says)
 
 
+def test_what_a_likeliest_answer_does_not_heed_is_told():
+    given = {"run": "r", "prompt": "p", "top_p": 0.5, "seed": 7}
+    told = GenerateSettings(**given).without_effect()
+    assert [text.split()[0] for text in told] == ["--top-p", "--seed"]
+    assert GenerateSettings(**given, temperature=0.7).without_effect() == []
+    assert GenerateSettings(run="r", prompt="p").without_effect() == []
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {},
         {"preset": "paper"},
+        {"preset": "paper", "objective": "none"},
+        {"preset": "paper", "blocks": 1},
         {"blocks": 1},
         {"lr_early": 1e-4, "objective": "reconstruct"},
         {"lr_early": 1e-4, "objective": "none,task", "blocks": 3},

@@ -65,8 +65,12 @@ def continuing_model(
 
 
 def _contiguous(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Last positions cut out of several rows are not contiguous; PyTorch would copy the head's weight for each row."""
-    return (args[0].contiguous(), *args[1:])
+    """Last positions cut out of rows, with strides that are theirs alone.
+
+    PyTorch would copy the head's weight for each row of a cut that is not contiguous. The cut out of a single row
+    counts as contiguous whatever its strides are, and the weight is copied all the same: so it is cloned.
+    """
+    return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
 
 
 def padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

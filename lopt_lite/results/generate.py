@@ -14,7 +14,7 @@ from lopt_lite.checkpoints.tokenizer import pad_token_id
 from lopt_lite.data.templates import load_prompt, stop_token_ids
 from lopt_lite.data.tokenization import token_without_row
 from lopt_lite.errors import DataError, SettingsError
-from lopt_lite.events import OnEvent, ignore
+from lopt_lite.events import Notice, OnEvent, ignore
 from lopt_lite.float32_products import float32_products
 from lopt_lite.outcomes import GenerateOutcome
 from lopt_lite.residency.answer_places import place
@@ -37,6 +37,8 @@ def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> Generate
     DataError
         The prompt has a token that the model has not.
     """
+    for text in settings.without_effect():
+        on_event(Notice(text=text))
     device = devices.choose_device(settings.device)
     devices.keep_few_kernels(device)
     run = open_run(settings.run, device)

@@ -25,6 +25,7 @@ from lopt_lite.data.load import load_dataset
 from lopt_lite.errors import DoesNotFitError
 from lopt_lite.events import Event, Step
 from lopt_lite.journal import read_facts
+from lopt_lite.residency.continuation import _contiguous
 from lopt_lite.residency.pool import MicroBatch
 from lopt_lite.results.open_run import open_run
 from lopt_lite.training.optimisation import learning_rate
@@ -374,7 +375,17 @@ def test_what_an_answer_keeps_of_its_tokens_counts(tmp_path: Path, monkeypatch: 
         lopt_lite.generate(settings(128, f"{enough}MiB"))
 
 
-def test_a_budget_that_cannot_work_names_the_smallest_that_can(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", ["1MiB", "0GiB"])
+def test_a_budget_that_cannot_work_names_the_smallest_that_can(tmp_path: Path, memory: str) -> None:
     model = make_model(tmp_path / "model", "llama")
     with pytest.raises(DoesNotFitError, match=r"at least --memory [0-9]+MiB"):
-        _train(tmp_path, model, memory="1MiB")
+        _train(tmp_path, model, memory=memory)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_heads_input_has_strides_of_its_own_while_generating(rows: int) -> None:
+    """The last position of a single row counts as contiguous as it is, and PyTorch would copy the head for it."""
+    last = torch.zeros(rows, 7, 4)[:, -1:]
+    (found,) = _contiguous(torch.nn.Linear(4, 5), (last,))
+    assert found.stride() == (4, 4, 1)
+    assert torch.equal(found, last)
