@@ -10,6 +10,9 @@ No marker is ever searched for in text. An answer is found, in this order,
 
 and then, on tokens, the end-of-turn token that follows is taken in, and blank text after it left out. A turn that
 cannot be found so is not trained on, and counted.
+
+Turns that are only context (of weight 0) are left out. Marks do not say whose they are: where there is such a turn,
+the others are found by 2 or 3, and the marks within them are the answers.
 """
 
 from __future__ import annotations
@@ -82,22 +85,33 @@ def answer_mask(template: ChatTemplate, encoded: Encoded, answers: Sequence[Span
 
 
 def _render(template: ChatTemplate, conversation: Conversation, *, system_merged: bool) -> RenderedConversation:
-    messages, tools = conversation.messages, conversation.tools
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= conversation.first_trained]
-    spans: list[Span] = []
-    unlocated = 0
+    messages, tools, turns = conversation.messages, conversation.tools, conversation.trained_turns
+    marks: list[Span] = []
     if template.has_generation_marks and conversation.first_trained == 0:
-        text, spans = template.render_with_marks(messages, tools=tools)
+        text, marks = template.render_with_marks(messages, tools=tools)
     else:
         text = template.render(messages, tools=tools)
-    if not any(start < end for start, end in spans):
+    is_marked = any(start < end for start, end in marks)
+    spans, unlocated = marks, 0
+    if not is_marked or conversation.context:
         located = _locate(template, conversation, turns, text)
         spans = [span for span in located if span is not None]
         unlocated = len(located) - len(spans)
+    if is_marked and conversation.context:
+        spans = _within(marks, spans)
     if template.appends_eos and turns and turns[-1] == len(messages) - 1:
         # Tokenised, it directly follows the last answer, where answer_mask takes it in as the end of the turn.
         text += template.tokenizer.eos_token
     return RenderedConversation(text, tuple(spans), unlocated, system_merged)
+
+
+def _within(marks: Sequence[Span], turns: Sequence[Span]) -> list[Span]:
+    """The marks that share characters with one of the turns, and empty marks that lie in one or at its border."""
+    return [
+        (first, last)
+        for first, last in marks
+        if any((start < last and first < end) or start <= first == last <= end for start, end in turns)
+    ]
 
 
 def _locate(template: ChatTemplate, conversation: Conversation, turns: Sequence[int], text: str) -> list[Span | None]:
@@ -149,4 +163,9 @@ def _merge_system(conversation: Conversation) -> Conversation | None:
     if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return None
     user = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-    return replace(conversation, messages=(user, *messages[2:]), first_trained=max(0, conversation.first_trained - 1))
+    return replace(
+        conversation,
+        messages=(user, *messages[2:]),
+        first_trained=max(0, conversation.first_trained - 1),
+        context=frozenset(turn - 1 for turn in conversation.context),
+    )

@@ -16,6 +16,9 @@ keys of the line                  meaning
 The first shape of this table whose keys a line has is the line's. Beside ``messages`` and ``conversations`` a line may
 have ``tools`` (a list of objects, or its text as JSON), which go to the chat template, and ``system`` (text), which
 becomes the first message; lists of ``prompt`` and ``completion`` may have ``tools``. Other keys are ignored.
+
+A message may have ``weight``, as in OpenAI's files for fine-tuning: an assistant's turn of weight 0 is context and not
+learnt; 1 is the default, and there is no other. Messages of other roles are never learnt, whatever their weight.
 """
 
 from __future__ import annotations
@@ -56,12 +59,20 @@ class BadRecordError(Exception):
 class Conversation:
     """Messages with roles system, user, assistant or tool; assistant turns from ``first_trained`` on are trained.
 
-    ``tools`` are descriptions of what the assistant may call, as the chat template wants them.
+    ``tools`` are descriptions of what the assistant may call, as the chat template wants them. ``context`` has the
+    indices of assistant turns that are not trained although others after ``first_trained`` are.
     """
 
     messages: tuple[Message, ...]
     first_trained: int = 0
     tools: tuple[Tool, ...] = ()
+    context: frozenset[int] = frozenset()
+
+    @property
+    def trained_turns(self) -> list[int]:
+        """Indices of the messages that are trained."""
+        turns = (i for i, m in enumerate(self.messages) if m["role"] == "assistant")
+        return [i for i in turns if i >= self.first_trained and i not in self.context]
 
 
 @dataclass(frozen=True)
@@ -127,15 +138,22 @@ def _parse_prompt_completion(record: dict[str, Any]) -> Example:
         kinds = f"{json_type(record['prompt'])} and {json_type(record['completion'])}"
         raise BadRecordError(f"'prompt' and 'completion' are JSON {kinds}, not two strings or two lists of messages")
     prompt, completion = _parse_list(record, "prompt"), _parse_list(record, "completion")
-    return Conversation((*prompt, *completion), first_trained=len(prompt), tools=_tools(record))
+    return _conversation([*prompt, *completion], first_trained=len(prompt), tools=_tools(record))
 
 
 def _list_parser(key: str, role_key: str, content_key: str) -> Callable[[dict[str, Any]], Example]:
     def parse(record: dict[str, Any]) -> Example:
         messages = _with_system(record, _parse_list(record, key, role_key, content_key))
-        return Conversation(tuple(messages), tools=_tools(record))
+        return _conversation(messages, tools=_tools(record))
 
     return parse
+
+
+def _conversation(messages: list[Message], *, tools: tuple[Tool, ...], first_trained: int = 0) -> Conversation:
+    """The messages, of which some may have a weight. It says what is learnt, and is nothing for the chat template."""
+    context = (i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") == 0)
+    bare = ({key: value for key, value in m.items() if key != "weight"} for m in messages)
+    return Conversation(tuple(bare), first_trained=first_trained, tools=tools, context=frozenset(context))
 
 
 def _with_system(record: dict[str, Any], messages: list[Message]) -> list[Message]:
@@ -189,10 +207,22 @@ def _message(turn: Any, where: str, role_key: str, content_key: str) -> Message:
         raise BadRecordError(f"{where} has {role_key!r} {name!r}; known are {', '.join(ROLES)}")
     # What a template may want besides the text (tool_calls, name, reasoning_content, ...) goes to it as it is.
     rest = {k: v for k, v in turn.items() if k not in (role_key, content_key) and v is not None}
+    _check_weight(rest.get("weight", 1), where)
     content = turn.get(content_key)
     if content is None and rest.get("tool_calls"):
         content = ""
     return {**rest, "role": role, "content": _content(content, f"{where}.{content_key}")}
+
+
+def _check_weight(weight: Any, where: str) -> None:
+    # True and False are numbers to Python; 0.0 and 1.0, as tables with missing values have them, are 0 and 1 in JSON.
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        found = f"a JSON {json_type(weight)}"
+    elif weight in (0, 1):
+        return
+    else:
+        found = repr(weight)[:20]
+    raise BadRecordError(f"{where}.weight is {found}; it may be 0 (the turn is context and not learnt) or 1 (learnt)")
 
 
 def _content(content: Any, where: str) -> str:

@@ -230,8 +230,8 @@ class _Loader:
                 f"none of the {report.dropped} examples of {self.path} has a token to train on",
                 expected=f"an assistant message that the chat template shows, within {self.max_length:,} tokens "
                 f"({self.limit})",
-                fix="check that the conversations have assistant messages, raise --max-length, or check the "
-                "tokenizer's chat template",
+                fix="check that the conversations have assistant messages, and not all of weight 0, raise "
+                "--max-length, or check the tokenizer's chat template",
             )
         offsets = np.zeros(len(self.ids) + 1, dtype=np.int64)
         np.cumsum([len(ids) for ids in self.ids], out=offsets[1:])

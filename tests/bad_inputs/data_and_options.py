@@ -94,6 +94,13 @@ def unknown_role(place):
     return place.train()
 
 
+@bad(INPUT, "line 2", "messages[1].weight is 0.5", "may be 0", "or 1", "--skip-bad-lines")
+def weight_between_0_and_1(place):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    place.own_data([{"messages": turns}, {"messages": [turns[0], {**turns[1], "weight": 0.5}]}])
+    return place.train()
+
+
 @bad(INPUT, "line 2", "longer than 64 MiB", "--skip-bad-lines")
 def line_of_a_gibibyte(place):
     place.own_data([GOOD_LINE])
