@@ -20,12 +20,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from lopt_lite.data.formats import Conversation, Message, Tool
+from lopt_lite.data.formats import BadRecordError, Conversation, Message, Tool
 from lopt_lite.data.templates import ChatTemplate, Span, TemplateRefusedError
 from lopt_lite.data.tokenization import Encoded, token_range
+
+#: Where a message has the tools that it calls; the second is the name that OpenAI's files had first.
+_CALL_KEYS = ("tool_calls", "function_call")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ def render_conversation(template: ChatTemplate, conversation: Conversation) -> R
     ------
     TemplateRefusedError
         The template cannot express the conversation.
+    BadRecordError
+        The template leaves out tool calls.
     """
     try:
         return _render(template, conversation, system_merged=False)
@@ -91,6 +97,7 @@ def _render(template: ChatTemplate, conversation: Conversation, *, system_merged
         text, marks = template.render_with_marks(messages, tools=tools)
     else:
         text = template.render(messages, tools=tools)
+    _check_calls_are_shown(template, conversation, text)
     is_marked = any(start < end for start, end in marks)
     spans, unlocated = marks, 0
     if not is_marked or conversation.context:
@@ -103,6 +110,55 @@ def _render(template: ChatTemplate, conversation: Conversation, *, system_merged
         # Tokenised, it directly follows the last answer, where answer_mask takes it in as the end of the turn.
         text += template.tokenizer.eos_token
     return RenderedConversation(text, tuple(spans), unlocated, system_merged)
+
+
+def _check_calls_are_shown(template: ChatTemplate, conversation: Conversation, text: str) -> None:
+    """Refuse tool calls that the template does not show: with other ones it makes the same ``text``.
+
+    Such a turn would be an answer that ends without its calls, often an empty one. Asked turn by turn, as there are
+    templates that show calls only in a turn without other content.
+
+    Raises
+    ------
+    BadRecordError
+        There is such a turn.
+    """
+    messages = conversation.messages
+    assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for number, turn in enumerate(assistants, start=1):
+        calls = [key for key in _CALL_KEYS if messages[turn].get(key)]
+        if not calls:
+            continue
+        changed = [*messages[:turn], _with_other_calls(messages[turn], calls), *messages[turn + 1 :]]
+        try:
+            other = template.render(changed, tools=conversation.tools)
+        except TemplateRefusedError:
+            continue  # it looks at the calls
+        if other == text:
+            raise BadRecordError(
+                f"the {'plain' if template.is_plain else 'chat'} template does not show {calls[0]!r} of assistant turn "
+                f"{number}, so the model would learn to end that turn without them (bring a model whose "
+                "chat_template.jinja shows them, or write them into the turn's text and leave the key out)"
+            )
+
+
+def _with_other_calls(message: Message, keys: Sequence[str]) -> Message:
+    """The message with calls of functions of another name; without calls that name no function."""
+    # Not simply without calls: some templates write a mark that there are calls, and not the calls.
+    changed = {**message, **{key: _renamed(message[key]) for key in keys}}
+    return {key: value for key, value in changed.items() if key not in keys or value != message[key]}
+
+
+def _renamed(calls: Any) -> Any:
+    """A call, or a list of calls, as ``{"name"}`` or ``{"function": {"name"}}``, with a stand-in for every name."""
+    if isinstance(calls, list):
+        return [_renamed(call) for call in calls]
+    if not isinstance(calls, dict):
+        return calls
+    changes = {"name": "\ue000" if calls["name"] != "\ue000" else "\ue001"} if "name" in calls else {}
+    if "function" in calls:
+        changes["function"] = _renamed(calls["function"])
+    return {**calls, **changes}
 
 
 def _within(marks: Sequence[Span], turns: Sequence[Span]) -> list[Span]:

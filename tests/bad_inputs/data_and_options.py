@@ -101,6 +101,14 @@ def weight_between_0_and_1(place):
     return place.train()
 
 
+@bad(INPUT, "line 2", "does not show 'function_call' of assistant turn 1", "chat_template.jinja", "--skip-bad-lines")
+def tool_calls_that_the_template_does_not_show(place):
+    question = {"role": "user", "content": "What is 2 + 2?"}
+    call = {"role": "assistant", "content": "", "function_call": {"name": "add", "arguments": "{}"}}
+    place.own_data([{"messages": [question, {**question, "role": "assistant"}]}, {"messages": [question, call]}])
+    return place.train()
+
+
 @bad(INPUT, "line 2", "longer than 64 MiB", "--skip-bad-lines")
 def line_of_a_gibibyte(place):
     place.own_data([GOOD_LINE])
