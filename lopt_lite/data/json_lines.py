@@ -19,6 +19,19 @@ MAX_LINE_BYTES = 64 * 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _DISCARD_CHUNK_BYTES = 2**20
 
+_UNPACK = "unpack it first, e.g. with: {} FILE > NEW.jsonl"
+_CONVERT = "convert it first, e.g. with pandas: {}(FILE).to_json('NEW.jsonl', orient='records', lines=True)"
+#: Files that people have data in and that are no text: what they begin with, what they are, and what to do.
+_FOREIGN_FILES = (
+    (b"\x1f\x8b", "a gzip file", _UNPACK.format("gzip -dc")),
+    (b"PK\x03\x04", "a zip file", _UNPACK.format("unzip -p")),
+    (b"\x28\xb5\x2f\xfd", "a zstd file", _UNPACK.format("zstd -dc")),
+    (b"\xfd7zXZ\x00", "an xz file", _UNPACK.format("xz -dc")),
+    (b"BZh", "a bzip2 file", _UNPACK.format("bzip2 -dc")),
+    (b"PAR1", "a Parquet file", _CONVERT.format("read_parquet")),
+    (b"ARROW1", "an Arrow file", _CONVERT.format("read_feather")),
+)
+
 
 @dataclass(frozen=True)
 class Line:
@@ -70,12 +83,12 @@ def read_json_lines(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iter
 
 
 def check_is_data_file(path: Path) -> None:
-    """Refuse what is not a regular file.
+    """Refuse what is not a regular file, and what begins like a packed file or a table.
 
     Raises
     ------
     DataError
-        Nothing is there, or it is a directory or a device.
+        Nothing is there, it is a directory or a device, it cannot be read, or it begins with the bytes of another kind.
     """
     if path.is_dir():
         raise DataError(f"the data file {path} is a directory", expected="a JSON Lines file")
@@ -83,6 +96,22 @@ def check_is_data_file(path: Path) -> None:
         raise DataError(f"the data file {path} does not exist", fix="check the path")
     if not path.is_file():
         raise DataError(f"the data file {path} is not a regular file", expected="a JSON Lines file")
+    _check_is_no_foreign_file(path)
+
+
+def _check_is_no_foreign_file(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            beginning = file.read(max(len(magic) for magic, _, _ in _FOREIGN_FILES))
+    except OSError as error:
+        raise DataError(f"cannot read the data file {path}: {error.strerror or error}") from error
+    for magic, kind, fix in _FOREIGN_FILES:
+        if beginning.startswith(magic):
+            raise DataError(
+                f"the data file {path} looks like {kind}, by its first bytes",
+                expected="a JSON Lines file: text, one JSON object per line",
+                fix=fix,
+            )
 
 
 def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:

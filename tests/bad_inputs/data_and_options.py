@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import torch
@@ -49,6 +50,18 @@ def bad_json_at_line_7(place):
 @bad(INPUT, "own.jsonl, line 1", "not UTF-8", "--skip-bad-lines")
 def binary_garbage_as_data(place):
     place.own_data(bytes(range(255, 0, -1)) * 20)
+    return place.train()
+
+
+@bad(INPUT, "own.jsonl looks like a gzip file", "JSON Lines", "gzip -dc")
+def gzip_file_as_data(place):
+    place.own_data(gzip.compress(place.stock.data.read_bytes()))
+    return place.train("--skip-bad-lines")
+
+
+@bad(INPUT, "own.jsonl looks like a Parquet file", "JSON Lines", "read_parquet(FILE).to_json(")
+def parquet_file_as_data(place):
+    place.own_data(b"PAR1\x15\x04\x15\x10" + bytes(100) + b"PAR1")
     return place.train()
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import tempfile
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lopt_lite.data.estimate import estimate_data
 from lopt_lite.data.json_lines import read_json_lines
 from lopt_lite.errors import DataError
 from tests.data.helpers import load, trained_runs, write_lines
@@ -130,6 +134,40 @@ def test_files_that_are_no_files(tmp_path: Path) -> None:
         (tmp_path / "empty.jsonl").write_bytes(content)
         with pytest.raises(DataError, match="is empty"):
             load(tmp_path / "empty.jsonl", TOKENIZER)
+
+
+FOREIGN_FILES = {
+    "gzip": (gzip.compress(b'{"text": "a"}\n'), "a gzip file", "gzip -dc"),
+    "zip": (b"PK\x03\x04\x14\x00", "a zip file", "unzip -p"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x04\x58", "a zstd file", "zstd -dc"),
+    "xz": (lzma.compress(b'{"text": "a"}\n'), "an xz file", "xz -dc"),
+    "bzip2": (bz2.compress(b'{"text": "a"}\n'), "a bzip2 file", "bzip2 -dc"),
+    "Parquet": (b"PAR1\x15\x04", "a Parquet file", "lines=True"),
+    "Arrow": (b"ARROW1\x00\x00", "an Arrow file", "lines=True"),
+}
+
+
+@pytest.mark.parametrize(("content", "kind", "fix"), FOREIGN_FILES.values(), ids=FOREIGN_FILES.keys())
+def test_packed_files_and_tables_are_told_by_their_first_bytes(
+    content: bytes, kind: str, fix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    for refuse in (
+        lambda: load(path, TOKENIZER),
+        lambda: load(path, TOKENIZER, skip_bad_lines=True),
+        lambda: next(read_json_lines(path)),
+        lambda: estimate_data(path, None, max_length=100),
+    ):
+        with pytest.raises(DataError) as caught:
+            refuse()
+        assert f"data.jsonl looks like {kind}" in caught.value.found
+        assert "one JSON object per line" in (caught.value.expected or "")
+        assert fix in (caught.value.fix or "")
+
+
+def test_a_file_that_is_shorter_than_what_others_begin_with_is_read(tmp_path: Path) -> None:
+    assert [line.record for line in read_json_lines(write_lines(tmp_path, b"{}"))] == [{}]
 
 
 JSON_VALUES = st.recursive(
