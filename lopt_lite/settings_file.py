@@ -21,7 +21,7 @@ def load_yaml(path: Path, settings: type[Any]) -> dict[str, Any]:
     Raises
     ------
     SettingsError
-        The file cannot be read, is not a mapping, or names an unknown option.
+        The file cannot be read, is not a mapping, or names an unknown option or one option twice.
     """
     import yaml  # only needed with --config
 
@@ -44,23 +44,43 @@ def load_yaml(path: Path, settings: type[Any]) -> dict[str, Any]:
     known = {f.name: f for f in dataclasses.fields(settings) if f.name != "config"}
     hints = typing.get_type_hints(settings)
     values = {}
+    written: dict[str, str] = {}
     for key, value in content.items():
         name = str(key).lstrip("-").replace("-", "_")
         if name not in known:
             raise SettingsError(
                 f"--config {path} sets {str(key)!r}, which is no option", expected=f"one of {', '.join(sorted(known))}"
             )
+        if name in written:
+            raise SettingsError(
+                f"--config {path} sets {written[name]!r} and {str(key)!r}, which are the same option",
+                expected="each option once",
+                fix="leave one of them out",
+            )
+        written[name] = str(key)
         values[name] = _from_yaml(value, hints[name])
     return values
 
 
 def _yaml_loader() -> Any:
-    """PyYAML's SafeLoader without numbers to the base of 60 (``22:30`` is a time of day and not 1350), and dates."""
+    """PyYAML's SafeLoader without numbers to the base of 60 (``22:30`` is a time of day and not 1350), and dates.
+
+    A key that a mapping has twice, of which PyYAML takes the last, is an error, as YAML has it.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
         def construct_yaml_int(self, node: Any) -> Any:
             return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            seen: set[str] = set()
+            for key in (key for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep=deep)
 
     Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
     # A directory may be called 2026-11-25.

@@ -337,6 +337,11 @@ def test_an_empty_yaml_file_sets_nothing(tmp_path, text):
         ("lr: [", "is not YAML"),
         ("a: b: c", "is not YAML"),
         ("!!python/object/apply:os.getcwd []", "is not YAML"),
+        ("!!map [lr]", "is not YAML"),
+        ("lora_r: 8\nlora-r: 16", "sets 'lora_r' and 'lora-r', which are the same option"),
+        ("lora-r: 8\nlr: 1e-3\nlora_r: 8", "sets 'lora-r' and 'lora_r', which are the same option"),
+        ("lr: 1e-3\n--lr: 1e-4", "sets 'lr' and '--lr', which are the same option"),
+        ("lr: 1e-3\nlr: 1e-4", "'lr' is there twice"),
     ],
 )
 def test_yaml_that_is_not_options_is_refused(tmp_path, text, said):

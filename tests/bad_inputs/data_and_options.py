@@ -249,6 +249,12 @@ def yaml_with_an_unknown_option(place):
     return place.train("--config", "options.yaml")
 
 
+@bad(SETTINGS, "options.yaml sets 'lora_r' and 'lora-r'", "the same option", "leave one of them out")
+def yaml_with_one_option_in_two_spellings(place):
+    (place.root / "options.yaml").write_text("lora_r: 8\nlora-r: 16\n")
+    return place.train("--config", "options.yaml")
+
+
 @bad(SETTINGS, "options.yaml", "not YAML")
 def yaml_that_is_not_yaml(place):
     (place.root / "options.yaml").write_text("lr: [1, 2\nblocks: }")
