@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lopt_lite.checkpoints import hub
-from lopt_lite.checkpoints.model_config import read_config
+from lopt_lite.checkpoints.model_config import check_layers_against_weights, read_config
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.checkpoints.weight_files import INDEX_SUFFIX, WEIGHTS_NAME, WEIGHTS_SUFFIX, find_weights, open_weights
 from lopt_lite.errors import ModelError
@@ -106,11 +106,14 @@ def locate_model(model: str, *, config_dirs: Sequence[str] = (), on_event: OnEve
             expected="the model's configuration, as Hugging Face models have it",
             fix="put it there, or name its directory with --config DIR",
         )
+    config = read_config(config_path, on_event)
+    weights = open_weights(weights_path, on_event)
+    check_layers_against_weights(config_path, config, len(weights))
     return ModelFiles(
         origin=hub_id or str(weights_path.parent),
         name=hub_id.split("/")[-1] if hub_id else _short_name(given, weights_path),
-        config=read_config(config_path, on_event),
-        weights=open_weights(weights_path, on_event),
+        config=config,
+        weights=weights,
         config_path=config_path,
         tokenizer_directory=None if vocabulary is None else vocabulary.parent,
         generation_config_path=generation,

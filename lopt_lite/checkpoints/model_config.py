@@ -12,6 +12,19 @@ from lopt_lite.files import read_json
 _GET_CONFIG = "get config.json from where the model came from, or name its directory with --config DIR"
 _BRING_PLAIN = "bring the unquantised checkpoint (bfloat16, float16 or float32); it is quantised to 4 bits here"
 
+#: What configurations call their number of layers.
+_LAYER_COUNTS = (
+    "num_hidden_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "n_layer",
+    "n_layers",
+    "decoder_layers",
+    "encoder_layers",
+)
+#: More layers than any model has by far. Each is made before anything else can be found wrong with them.
+MOST_LAYERS = 1000
+
 
 def read_config(path: Path, on_event: OnEvent) -> dict[str, Any]:
     """Parse and check a model's config.json.
@@ -19,8 +32,8 @@ def read_config(path: Path, on_event: OnEvent) -> dict[str, Any]:
     Raises
     ------
     ModelError
-        Not a JSON object with a ``model_type``, custom code for an architecture that transformers does not have, or a
-        quantisation other than bitsandbytes NF4.
+        Not a JSON object with a ``model_type``, more layers than any model has, custom code for an architecture that
+        transformers does not have, or a quantisation other than bitsandbytes NF4.
     """
     config = read_json(path, what="the model's configuration", error=ModelError, fix=_GET_CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str) or not config["model_type"]:
@@ -31,10 +44,38 @@ def read_config(path: Path, on_event: OnEvent) -> dict[str, Any]:
         )
     _check_code(path, config, on_event)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        _check_layer_count(path, part, MOST_LAYERS, f"{MOST_LAYERS} layers at most")
         for key in ("quantization_config", "compression_config"):
             if part.get(key) is not None:
                 _check_quantization(path, part[key])
     return config
+
+
+def check_layers_against_weights(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """See that config.json does not say more layers than the weights can have: a layer has a tensor at least.
+
+    Parameters
+    ----------
+    tensors:
+        How many the weights hold.
+
+    Raises
+    ------
+    ModelError
+        It does. (Weights that lack some tensor of a layer are found out when the model is known.)
+    """
+    _check_layer_count(path, config, tensors, f"no more layers than the weights have tensors, which is {tensors}")
+
+
+def _check_layer_count(path: Path, config: dict[str, Any], most: int, expected: str) -> None:
+    for name in _LAYER_COUNTS:
+        count = config.get(name)
+        if isinstance(count, (int, float)) and count > most:
+            raise ModelError(
+                f"{path} has {name} {count}",
+                expected=expected,
+                fix="get config.json from where the model came from, and check that it belongs to these weights",
+            )
 
 
 def _check_code(path: Path, config: dict[str, Any], on_event: OnEvent) -> None:

@@ -68,6 +68,18 @@ def config_with_no_layers(place):
     return place.train()
 
 
+@bad(INPUT, "num_hidden_layers 1000000000", "1000 layers at most", "config.json")
+def config_with_a_billion_layers(place):
+    place.change_config(num_hidden_layers=10**9)
+    return place.train()
+
+
+@bad(INPUT, "num_hidden_layers 900", "no more layers than the weights have tensors", "belongs to these weights")
+def config_with_more_layers_than_tensors(place):
+    place.change_config(num_hidden_layers=900)
+    return place.train()
+
+
 @bad(INPUT, "already quantised (gptq)", "bring the unquantised checkpoint")
 def gptq_checkpoint(place):
     place.change_config(quantization_config={"quant_method": "gptq", "bits": 4})
