@@ -469,6 +469,9 @@ def load_config(files: ModelDescription) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         # The skeleton is the plain architecture; which tensors are NF4 is told by the files themselves.
         del config.quantization_config
+    # The skeleton reads the model's outputs by their names, whatever the file asks for by default.
+    config.return_dict = True
+    config.output_attentions = config.output_hidden_states = False
     return config
 
 

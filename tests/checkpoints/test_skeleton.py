@@ -1,4 +1,4 @@
-"""Whose code drives the layers: how many there may be."""
+"""Whose code drives the layers: what it returns, and how many layers there may be."""
 
 from __future__ import annotations
 
@@ -7,15 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lopt_lite.checkpoints.locate import describe_model, locate_model
 from lopt_lite.errors import ModelError
+from tests.rig import open_rig
 from tests.tiny_models import make_config, make_model
 
 
 def _change_config(model: Path, **values: Any) -> None:
     path = model / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("asked", [{"return_dict": False}, {"output_hidden_states": True, "output_attentions": True}])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_what_config_asks_the_model_to_return_changes_nothing(architecture, asked, tmp_path):
+    model = make_model(tmp_path / "model", architecture)
+    ids = torch.arange(3, 20)[None]
+    usual = open_rig(model, tmp_path / "usual", quantize="none", dtype="float32").logits(ids)
+    _change_config(model, **asked)
+    found = open_rig(model, tmp_path / "store", quantize="none", dtype="float32").logits(ids)
+    assert torch.equal(found, usual)
 
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "num_layers"])
