@@ -69,6 +69,56 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_chunk_size": 8,
         },
     ),
+    # A router that is made of a linear module, and an embedding that is asked where it is.
+    "llama4_text": (
+        "Llama4TextConfig",
+        {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 64,
+            "attention_chunk_size": 8,
+            "moe_layers": [1, 3],
+            "pad_token_id": 0,
+        },
+    ),
+    "phimoe": ("PhimoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    # Heads of unlike sizes, and a mapping that layers leave keys and values in.
+    "gemma4_text": (
+        "Gemma4TextConfig",
+        {
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 0,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 6,
+        },
+    ),
+    # Layers that return attention weights too, and layers that are asked what kind they are.
+    "bamba": (
+        "BambaConfig",
+        {
+            "attn_layer_indices": [1, 3],
+            "mamba_n_heads": 4,
+            "mamba_d_state": 8,
+            "mamba_d_head": 16,
+            "mamba_chunk_size": 8,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        {
+            "layers_block_type": ["mamba", "attention", "mlp", "mamba"],
+            "head_dim": 8,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+        },
+    ),
 }
 
 
@@ -78,8 +128,9 @@ EVERY_BLOCK_LEARNS: dict[str, Any] = {"objective": "reconstruct", "retain": 0.0}
 
 def even_widths(architecture: str) -> dict[str, Any]:
     """Changes of the config with which every matrix has a multiple of 64 columns: bitsandbytes reads those rightly."""
-    own = ARCHITECTURES[architecture][1]
+    own = (ARCHITECTURES | OTHERS)[architecture][1]
     wide = {"hidden_size": 64, "intermediate_size": 128, "n_embd": 64, "word_embed_proj_dim": 64, "ffn_dim": 128}
+    wide |= {"mamba_n_heads": 8, "mamba_d_ssm": 128}
     return {
         **{name: value for name, value in wide.items() if name in own or name in _COMMON},
         **({"head_dim": 16} if "head_dim" in own else {}),

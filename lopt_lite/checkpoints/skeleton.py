@@ -16,19 +16,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lopt_lite.checkpoints.locate import ModelDescription
 from lopt_lite.checkpoints.positions import PROBED_TOKENS, PositionTables
+from lopt_lite.checkpoints.trial import does_not_fit, first_line, is_the_models, trial
 from lopt_lite.errors import ModelError
 from lopt_lite.recipe import ModelKind
 
@@ -48,11 +49,20 @@ class LayerCall:
 
     def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Call ``layer`` on ``hidden`` [rows, tokens, hidden]; returns the new hidden state, same shape."""
+        args, kwargs = [_own(value) for value in self.args], {name: _own(value) for name, value in self.kwargs.items()}
         if self.hidden_keyword is None:
-            output = layer(hidden, *self.args, **self.kwargs)
+            output = layer(hidden, *args, **kwargs)
         else:
-            output = layer(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs)
+            output = layer(*args, **{self.hidden_keyword: hidden}, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+
+def _own(value: Any) -> Any:
+    """A layer's own copy of a mapping that all layers are given.
+
+    What it leaves there for others would keep its activations alive, and is not there when layers run one by one.
+    """
+    return copy.copy(value) if isinstance(value, MutableMapping) else value
 
 
 @dataclass(frozen=True)
@@ -75,13 +85,40 @@ class _StopForward(BaseException):
     """Leaves the model's forward once the last layer's arguments are known. Not an Exception, so nothing catches it."""
 
 
+def _just_hidden(hidden: torch.Tensor) -> Any:
+    return hidden
+
+
+def _in_a_tuple(hidden: torch.Tensor) -> Any:
+    return (hidden,)
+
+
+def _with_attention_weights(hidden: torch.Tensor) -> Any:
+    return hidden, None
+
+
+#: What layers may return, as their model expects it.
+_LAYER_OUTPUTS: tuple[Callable[[torch.Tensor], Any], ...] = (_just_hidden, _in_a_tuple, _with_attention_weights)
+
+
 class _LayerProxy(nn.Module):
-    """Stands in for one layer: notes its arguments and hands the hidden state on."""
+    """Stands in for one layer: notes its arguments and hands the hidden state on.
+
+    Models may ask it what kind of layer it is (Nemotron-H's ``block_type``), but not for a part of it.
+    """
 
     def __init__(self, owner: Skeleton, index: int) -> None:
         super().__init__()
         self._note: Callable[..., Any] = owner._layer_called
         self._index = index
+        self._told = {n: v for n, v in vars(owner._templates[index]).items() if isinstance(v, str)}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_told", ()):
+            return self._told[name]
+        raise AttributeError(
+            f"a layer is asked for its {name!r}, which is not there while layers are driven one by one"
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._note(self._index, args, kwargs)
@@ -91,14 +128,25 @@ class _RowEmbedding(nn.Module):
     """The model's input embedding, fed with only the rows a batch needs.
 
     The embedding module itself runs (some scale their output), on a small matrix of the distinct rows.
+
+    Parameters
+    ----------
+    device:
+        Where batches are.
     """
 
-    def __init__(self, module: nn.Embedding, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Embedding, dtype: torch.dtype, device: Callable[[], torch.device]) -> None:
         super().__init__()
         module.padding_idx = None  # matters to gradients only, and would be checked against the small matrix
         self._module = module
         self._dtype = dtype
+        self._device = device
         self.read_rows: ReadRows | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """No rows, but the type and the device of some: Llama 4 asks where its embedding is."""
+        return torch.empty(0, self._module.embedding_dim, dtype=self._dtype, device=self._device())
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self.read_rows is None:
@@ -132,11 +180,22 @@ class Skeleton:
         self.config = load_config(files)
         self.model = _empty_model(self.config, dtype, attention)
         self.architecture = type(self.model).__name__
+        with trial(self.architecture, "cannot be driven layer by layer"):
+            self._take_apart()
+
+    def _take_apart(self) -> None:
+        """Replace layers and embedding, and find out how the model's own code calls them."""
         if getattr(self.config, "get_text_config", lambda: self.config)() is not self.config:
             raise ModelError(
                 f"{self.architecture} is a multimodal model",
                 expected="a text-only causal language model",
                 fix="bring the text model alone (a checkpoint whose config.json describes only the language model)",
+            )
+        if not getattr(self.config, "num_attention_heads", None):
+            raise ModelError(
+                f"{self.architecture} has no attention heads: its layers hand a state from token to token instead",
+                expected="a decoder with attention, in all layers or (hybrid models) in some",
+                fix="choose a model with attention layers",
             )
         self.layers_path, layers = _find_layers(self.model, self.config)
         self._templates = list(layers)
@@ -163,14 +222,14 @@ class Skeleton:
 
         proxies = nn.ModuleList(_LayerProxy(self, i) for i in range(self.layer_count))
         _set_module(self.model, self.layers_path, proxies)
-        self._embedding = _RowEmbedding(embedding, dtype)
+        self._embedding = _RowEmbedding(embedding, self.dtype, lambda: self.root_device)
         self.model.set_input_embeddings(self._embedding)
         # Tying would share the (now absent) embedding parameter again whenever the library calls it.
         self._recorded: list[LayerCall] = []
         self._first_hidden: torch.Tensor | None = None
         self._inject: torch.Tensor | None = None
-        self._returns_tuple = False
-        self._returns_tuple = self._find_out_whether_layers_return_tuples()
+        self._as_layer_output = self._find_out_what_layers_return()
+        self._check_arguments()
         #: Most tokens of a row, None where positions are not looked up in a table.
         self.most_positions = self._find_most_positions()
 
@@ -193,18 +252,18 @@ class Skeleton:
         return set(self._templates[index].state_dict()) - set(self._layer_names[index])
 
     def linear_names(self, index: int) -> list[str]:
-        """Names (within the layer) of the ``nn.Linear`` modules of layer ``index``: what NF4 quantises."""
-        return [n for n, m in self._templates[index].named_modules() if isinstance(m, nn.Linear)]
+        """Names (within the layer) of the linear modules of layer ``index``: what NF4 quantises."""
+        return [n for n, m in self._templates[index].named_modules() if _is_linear(m)]
 
     def adaptable_names(self, index: int) -> list[str]:
-        """Names (within the layer) of modules that can carry a LoRA adapter (``nn.Linear`` and GPT-2's ``Conv1D``)."""
-        return [n for n, m in self._templates[index].named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+        """Names (within the layer) of modules that can carry a LoRA adapter (linear ones and GPT-2's ``Conv1D``)."""
+        modules = self._templates[index].named_modules()
+        return [n for n, m in modules if isinstance(m, Conv1D) or _is_linear(m)]
 
     def unquantizable_names(self) -> list[str]:
-        """Last name parts of matrix modules that stay unquantised: GPT-2's ``Conv1D``."""
-        return sorted(
-            {n.rpartition(".")[2] for t in self._templates for n, m in t.named_modules() if isinstance(m, Conv1D)}
-        )
+        """Last name parts of matrix modules that stay unquantised: GPT-2's ``Conv1D``, Llama 4's routers."""
+        matrices = [(n, m) for t in self._templates for n, m in t.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+        return sorted({n.rpartition(".")[2] for n, m in matrices if not _is_linear(m)})
 
     def root_linear_names(self) -> list[str]:
         """Full names of ``nn.Linear`` modules outside the layers (the LM head and, rarely, projections)."""
@@ -283,8 +342,11 @@ class Skeleton:
         trains:
             Whether ``Recording.hidden`` is to lead gradients back to the rows, if these require one.
         """
-        self._recorded, self._first_hidden, self._inject = [], None, None
         self._embedding.read_rows = self._read_rows if embed else None
+        return self._recording(input_ids, trains=trains)
+
+    def _recording(self, input_ids: torch.Tensor, *, trains: bool) -> Recording:
+        self._recorded, self._first_hidden, self._inject = [], None, None
         try:
             with torch.set_grad_enabled(trains):
                 self.model.base_model(input_ids=input_ids, use_cache=False, return_dict=True)
@@ -302,7 +364,7 @@ class Skeleton:
     def probe(self, tokens: int) -> list[LayerCall]:
         """How each layer is called for one row of ``tokens`` tokens; also before any weight is there."""
         ids = torch.zeros(1, tokens, dtype=torch.long, device=self.root_device)
-        with _meta_root_on_cpu(self.model):
+        with trial(self.architecture, "cannot be driven layer by layer"), _meta_root_on_cpu(self.model):
             return self.record(ids, embed=False).calls
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -364,17 +426,43 @@ class Skeleton:
             raise _StopForward
         return self._as_layer_output(hidden)
 
-    def _as_layer_output(self, hidden: torch.Tensor) -> Any:
-        return (hidden,) if self._returns_tuple else hidden
-
-    def _find_out_whether_layers_return_tuples(self) -> bool:
-        """Try both conventions on a tiny batch and look at what the code after the last layer receives."""
-        for returns_tuple in (False, True):
-            if self._hidden_survives(returns_tuple):
-                return returns_tuple
+    def _find_out_what_layers_return(self) -> Callable[[torch.Tensor], Any]:
+        """Try all conventions on a tiny batch and look at what the code after the last layer receives."""
+        raised: Exception | None = None
+        for convention in _LAYER_OUTPUTS:
+            try:
+                if self._hidden_survives(convention):
+                    return convention
+            except Exception as error:
+                if not is_the_models(error):
+                    raise
+                raised = raised or error
+        found = "does not pass one hidden state from layer to layer, so lopt-lite cannot train it"
+        if raised is not None:
+            raise does_not_fit(self.architecture, found, raised) from raised
         raise ModelError(
-            f"{self.architecture} does not pass one hidden state from layer to layer, so lopt-lite cannot train it"
+            f"{self.architecture} {found}",
+            expected="a decoder whose layers each take the hidden state of the one before and return their own",
+            fix="choose another model",
         )
+
+    def _check_arguments(self) -> None:
+        """What layers are given beside the hidden state must not be made of the embedded tokens.
+
+        Later blocks are driven without the embedding's rows, and would be given something else than in the whole model.
+        """
+        embedding = self._embedding
+        width = embedding.weight.shape[1]
+        embedding.read_rows = lambda ids: torch.ones(len(ids), width, requires_grad=True)
+        with _meta_root_on_cpu(self.model):
+            calls = self._recording(torch.zeros(1, PROBED_TOKENS, dtype=torch.long), trains=True).calls
+        given = [value for call in calls for value in tree_iter((call.args, call.kwargs))]
+        if any(isinstance(value, torch.Tensor) and value.requires_grad for value in given):
+            raise ModelError(
+                f"{self.architecture} gives its layers more of the embedded tokens than the hidden state",
+                expected="layers that are given what follows from the tokens' number and positions, and no embeddings",
+                fix="choose another model: this one's later layers cannot be trained apart from its embedding",
+            )
 
     def _find_most_positions(self) -> int | None:
         # Some models give padding tokens no position of their own.
@@ -384,17 +472,16 @@ class Skeleton:
             self.record(ids, embed=False)
         return tables.most_positions
 
-    def _hidden_survives(self, returns_tuple: bool) -> bool:
+    def _hidden_survives(self, convention: Callable[[torch.Tensor], Any]) -> bool:
         shape = (2, 3, self.hidden_size)  # two rows, so that indexing a tensor as if it were a tuple shows
         seen: list[bool] = []
-        self._returns_tuple = returns_tuple
 
         def layer_called(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if seen and not seen[-1]:
                 raise _StopForward
             _, hidden = _split_hidden(args, kwargs)
             seen.append(isinstance(hidden, torch.Tensor) and tuple(hidden.shape) == shape)
-            return self._as_layer_output(hidden)
+            return convention(hidden)
 
         def after_layers(module: nn.Module, args: tuple[Any, ...]) -> None:
             if len(seen) >= self.layer_count:
@@ -461,9 +548,11 @@ def load_config(files: ModelDescription) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(files.config_path.parent, trust_remote_code=False, local_files_only=True)  # nosec B615
-    except (ValueError, KeyError, TypeError, OSError, AttributeError, RuntimeError, StrictDataclassError) as error:
+    except Exception as error:
+        if not is_the_models(error):
+            raise
         raise ModelError(
-            f"transformers cannot read {files.config_path}: {_first_line(error)}",
+            f"transformers cannot read {files.config_path}: {first_line(error)}",
             fix="check config.json, or install a transformers release that knows this architecture",
         ) from error
     if getattr(config, "quantization_config", None) is not None:
@@ -480,19 +569,12 @@ def _empty_model(config: Any, dtype: torch.dtype, attention: str | None) -> PreT
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **extra)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ImportError,
-        AssertionError,
-        IndexError,
-    ) as error:
+    except Exception as error:
+        if not is_the_models(error):
+            raise
         raise ModelError(
             f"no causal language model can be built from the config (model_type {config.model_type!r}): "
-            f"{_first_line(error)}",
+            f"{first_line(error)}",
             fix="check config.json; lopt-lite trains decoder-only language models that transformers knows",
         ) from error
     if getattr(config, "is_encoder_decoder", False):
@@ -509,11 +591,6 @@ def _empty_model(config: Any, dtype: torch.dtype, attention: str | None) -> PreT
     return model.eval()
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
-
-
 def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     """The outermost ModuleList with as many entries as the config has hidden layers."""
     count = getattr(config, "num_hidden_layers", None)
@@ -524,6 +601,20 @@ def _find_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
             fix="check num_hidden_layers in config.json",
         )
     return min(found, key=lambda item: item[0].count("."))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a matrix product and nothing else, so that a 4-bit one or an adapter can take its place.
+
+    Of classes that are made of ``nn.Linear``, Falcon's is, while the routers of Llama 4 and PhiMoE choose experts too.
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    try:
+        output = module(torch.empty(1, module.in_features, device="meta", dtype=module.weight.dtype))
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+        return False  # it needs more than its input's shape
+    return isinstance(output, torch.Tensor) and tuple(output.shape) == (1, module.out_features)
 
 
 def _say_device(model: PreTrainedModel, device: torch.device) -> None:

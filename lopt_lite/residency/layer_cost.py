@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +11,19 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from lopt_lite.checkpoints.trial import trial
 from lopt_lite.residency import lora_cost
 from lopt_lite.residency.fused import fused_modules
 from lopt_lite.residency.rms_norm import fuse_norms
 
 if TYPE_CHECKING:
-    from lopt_lite.checkpoints.skeleton import Skeleton
+    from lopt_lite.checkpoints.skeleton import LayerCall, Skeleton
 
 
 #: Two lengths, so that what grows with the square of the length (attention without a fused kernel) is told apart.
 _PROBE_TOKENS = (8, 16)
+#: What is raised on the meta device by code that looks at values, such as the routing of tokens to experts.
+_NEEDS_VALUES = (RuntimeError, NotImplementedError)
 #: Widths of a layer's widest activation that exist for a moment beside what it keeps.
 _TRANSIENT_WIDTHS = 2.5
 
@@ -46,6 +49,27 @@ class ActivationCost:
     measured: bool
 
 
+def try_layers(skeleton: Skeleton) -> None:
+    """Run one layer of each kind by itself, on the meta device.
+
+    Raises
+    ------
+    ModelError
+        Its code fails, for another reason than that there are no values: it needs what another layer has left.
+    """
+    tokens = _PROBE_TOKENS[0]
+    calls = skeleton.probe(tokens)
+    # Layers of one kind have parameters of the same names and shapes; where some lean on others they lack a few.
+    kinds = {tuple(sorted(skeleton.layer_parameters(i).items())): i for i in range(skeleton.layer_count)}
+    for index in kinds.values():
+        with (
+            torch.no_grad(),
+            trial(skeleton.architecture, f"has a layer ({index + 1}) that cannot run by itself"),
+            suppress(*_NEEDS_VALUES),
+        ):
+            _run(skeleton, calls[index], skeleton.layer_template(index).to("meta"), tokens)
+
+
 def activation_cost(
     skeleton: Skeleton,
     index: int,
@@ -66,6 +90,11 @@ def activation_cost(
         Whether the layer's own weights are trained, so that every matrix product keeps its input.
     fused_attention:
         Whether the device has an attention that keeps no weights of all pairs of tokens.
+
+    Raises
+    ------
+    ModelError
+        The layer's code fails, for another reason than that there are no values.
     """
     layer = skeleton.layer_template(index).to("meta")
     for parameter in layer.parameters():
@@ -74,21 +103,27 @@ def activation_cost(
         fuse_norms(layer)
     shapes = {n: torch.Size(shape) for n, shape in skeleton.layer_parameters(index).items()}
     widest = max(shape[0] for shape in shapes.values() if len(shape) > 1)
-    measured, pairs = True, 0
-    try:
-        kept = () if dropout else targets
-        short, long = _PROBE_TOKENS
-        attention = _fused_attention if fused_attention else nullcontext
-        few, many = (_saved_bytes(skeleton, index, layer, tokens, kept, attention) for tokens in _PROBE_TOKENS)
-        # few = a * short + b * short ** 2, and the same with many and long.
-        pairs = max(0, round((many / long - few / short) / (long - short)))
-        saved = few // short - pairs * short
-    except (RuntimeError, NotImplementedError):
-        # Routing tokens to experts needs their values, which the meta device does not have.
-        saved, measured = _estimated_saved_bytes(skeleton, list(shapes.values())), False
+    with trial(skeleton.architecture, "has layers that cannot be tried out as they are trained"):
+        found = _measured_bytes(skeleton, index, layer, () if dropout else targets, fused_attention=fused_attention)
+    saved, pairs = found or (_estimated_saved_bytes(skeleton, list(shapes.values())), 0)
     widths = [_input_width(layer.get_submodule(target)) for target in targets]
     saved += lora_cost.saved_bytes_per_token(widths, rank=rank, dtype=skeleton.dtype, dropout=dropout)
-    return ActivationCost(saved, pairs, round(_TRANSIENT_WIDTHS * widest * skeleton.dtype.itemsize), measured)
+    return ActivationCost(saved, pairs, round(_TRANSIENT_WIDTHS * widest * skeleton.dtype.itemsize), found is not None)
+
+
+def _measured_bytes(
+    skeleton: Skeleton, index: int, layer: nn.Module, kept: Sequence[str], *, fused_attention: bool
+) -> tuple[int, int] | None:
+    """Bytes that a layer keeps of each token and of each pair of tokens; None where it cannot run without values."""
+    attention = _fused_attention if fused_attention else nullcontext
+    short, long = _PROBE_TOKENS
+    try:
+        few, many = (_saved_bytes(skeleton, index, layer, tokens, kept, attention) for tokens in _PROBE_TOKENS)
+    except _NEEDS_VALUES:
+        return None
+    # few = a * short + b * short ** 2, and the same with many and long.
+    pairs = max(0, round((many / long - few / short) / (long - short)))
+    return few // short - pairs * short, pairs
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -135,9 +170,6 @@ def _saved_bytes(
 ) -> int:
     """Bytes that a layer keeps of the probe's tokens, the inputs of the modules called in ``kept`` included."""
     call = skeleton.probe(tokens)[index]
-    on_meta: dict[str, Any] = {"args": call.args, "kwargs": call.kwargs}
-    on_meta = tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, on_meta)
-    meta_call = type(call)(on_meta["args"], on_meta["kwargs"], call.hidden_keyword)
     weights = {p.untyped_storage()._cdata for p in layer.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -147,14 +179,21 @@ def _saved_bytes(
             storages[storage._cdata] = storage
         return tensor
 
-    shape = (1, tokens, skeleton.hidden_size)
-    hidden = torch.empty(shape, dtype=skeleton.dtype, device="meta", requires_grad=True)
     with (
         attention(),
         fused_modules(),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         lora_cost.noting_inputs(layer, kept, note),
     ):
-        output = meta_call.run(layer, hidden)
+        output = _run(skeleton, call, layer, tokens)
     note(output)
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def _run(skeleton: Skeleton, call: LayerCall, layer: nn.Module, tokens: int) -> torch.Tensor:
+    """A layer's output on the meta device, [1, tokens, hidden]."""
+    on_meta: dict[str, Any] = {"args": call.args, "kwargs": call.kwargs}
+    on_meta = tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, on_meta)
+    shape = (1, tokens, skeleton.hidden_size)
+    hidden = torch.empty(shape, dtype=skeleton.dtype, device="meta", requires_grad=True)
+    return type(call)(on_meta["args"], on_meta["kwargs"], call.hidden_keyword).run(layer, hidden)

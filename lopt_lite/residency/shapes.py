@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lopt_lite.checkpoints.nf4_layout import packed_specs
 from lopt_lite.residency import short_attention
 from lopt_lite.residency.head_cost import HeadShapes
-from lopt_lite.residency.layer_cost import activation_cost
+from lopt_lite.residency.layer_cost import activation_cost, try_layers
 
 if TYPE_CHECKING:
     from lopt_lite.checkpoints.skeleton import Skeleton
@@ -145,7 +145,13 @@ def model_shapes(
         The store's kind: ``"nf4"`` or ``"none"``, and the dtype of what is not 4 bits.
     tuning:
         What is trained; None without training.
+
+    Raises
+    ------
+    ModelError
+        A layer cannot run by itself.
     """
+    try_layers(skeleton)
     layers = tuple(_layer_shapes(skeleton, i, quantize, stored_dtype, tuning) for i in range(skeleton.layer_count))
     middle = skeleton.layer_count // 2
     targets = [] if tuning is None or tuning.rank is None else list(tuning.targets(middle))
@@ -177,11 +183,17 @@ def model_shapes(
 
 
 def _cache_bytes_per_token(skeleton: Skeleton) -> int:
-    config = skeleton.config
+    # Layers of Gemma 4 have heads of unlike sizes, and its config does not say one for all.
+    configs = getattr(skeleton.config, "per_layer_config", None) or [skeleton.config] * skeleton.layer_count
+    return sum(_cached_numbers(config) for config in configs) * skeleton.dtype.itemsize
+
+
+def _cached_numbers(config: Any) -> int:
+    """Elements of a token's key and value in one layer."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kept = getattr(config, "num_key_value_heads", None) or heads
-    return int(2 * kept * width * skeleton.layer_count * skeleton.dtype.itemsize)
+    return int(2 * kept * width)
 
 
 def _state_bytes(tuning: Tuning | None, itemsize: int) -> float:

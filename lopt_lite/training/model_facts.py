@@ -177,10 +177,12 @@ def _own_code() -> str:
 
 def _active_parameters(skeleton: Skeleton, index: int) -> int:
     """Matrices count whole, matrices of routed experts by the share that a token goes through."""
-    experts = chosen = 1
+    experts, chosen = 1, 0
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         experts = int(getattr(skeleton.config, name, 0) or 0) or experts
-    chosen = int(getattr(skeleton.config, "num_experts_per_tok", 0) or 0) or experts
+    for name in ("top_k_experts", "num_experts_per_tok"):
+        chosen = int(getattr(skeleton.config, name, 0) or 0) or chosen
+    chosen = chosen or experts
     total = 0.0
     for shape in skeleton.layer_parameters(index).values():
         size = torch.Size(shape).numel()

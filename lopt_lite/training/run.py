@@ -46,7 +46,7 @@ from lopt_lite.training.job import answered_count, nothing_to_answer, other_rows
 from lopt_lite.training.joint import train_jointly
 from lopt_lite.training.memory_choice import check_unquantised
 from lopt_lite.training.metrics import Metrics, read_metrics
-from lopt_lite.training.model_facts import facts_of
+from lopt_lite.training.model_facts import ModelFacts, facts_of
 from lopt_lite.training.model_result import write_model
 from lopt_lite.training.own_answers import write_answers
 from lopt_lite.training.own_prompts import answered_prompts
@@ -122,6 +122,7 @@ class _Given:
 
     model: ModelFiles
     skeleton: Skeleton
+    facts: ModelFacts
     blocks: list[Block]
     tokenizer: Any
     train: TokenizedDataset
@@ -164,6 +165,7 @@ def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _
             f"{skeleton.architecture} has no linear layers that an adapter could go on",
             fix="train the weights themselves with --tune full",
         )
+    facts = facts_of(skeleton, settings)  # tries out its layers
     tokenizer = load_tokenizer(model)
     check_vocabulary(tokenizer, skeleton.vocabulary_rows, on_event=on_event)
 
@@ -191,7 +193,7 @@ def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _
     if other is not None:
         other = _used(other, settings, len(training))
     answered = _answered(settings, training, skeleton)
-    given = _Given(model, skeleton, blocks, tokenizer, training, held_out, other, answered, None)
+    given = _Given(model, skeleton, facts, blocks, tokenizer, training, held_out, other, answered, None)
     if settings.retain == 0:
         return given
     count, own = len(given.dataset), 0 if answered is None else len(answered)
@@ -317,7 +319,7 @@ def _decide(known: Sequence[Fact], given: _Given, settings: TrainSettings, devic
     return decide(
         known,
         settings,
-        facts_of(given.skeleton, settings),
+        given.facts,
         given.blocks,
         lengths=given.dataset.lengths,
         train_examples=len(given.train),

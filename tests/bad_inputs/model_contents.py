@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 from lopt_lite.data import template_limits
@@ -77,6 +79,19 @@ def config_with_a_billion_layers(place):
 @bad(INPUT, "num_hidden_layers 900", "no more layers than the weights have tensors", "belongs to these weights")
 def config_with_more_layers_than_tensors(place):
     place.change_config(num_hidden_layers=900)
+    return place.train()
+
+
+@bad(INPUT, "MambaForCausalLM has no attention heads", "hybrid", "choose a model with attention layers")
+def model_without_attention(place):
+    config = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 300, "state_size": 4}
+    (place.own_model() / "config.json").write_text(json.dumps(config))
+    return place.train()
+
+
+@bad(INPUT, "Gemma4ForCausalLM gives its layers more of the embedded tokens", "no embeddings", "choose another model")
+def model_whose_layers_are_given_embeddings(place):
+    place.change_config(model_type="gemma4_text", hidden_size_per_layer_input=8, head_dim=8, rope_parameters=None)
     return place.train()
 
 

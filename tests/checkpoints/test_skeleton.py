@@ -1,18 +1,28 @@
-"""Whose code drives the layers: what it returns, and how many layers there may be."""
+"""Whose code drives the layers: what it returns and raises, and which of its modules are what they seem."""
 
 from __future__ import annotations
 
 import json
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
 from lopt_lite.checkpoints.locate import describe_model, locate_model
-from lopt_lite.errors import ModelError
+from lopt_lite.checkpoints.skeleton import LayerCall, Skeleton
+from lopt_lite.errors import ModelError, StoppedError
 from tests.rig import open_rig
 from tests.tiny_models import make_config, make_model
+
+
+def _skeleton(directory: Path, architecture: str = "llama", **changes: Any) -> Skeleton:
+    make_config(architecture, 300, **changes).save_pretrained(directory)
+    return Skeleton(describe_model(str(directory)), dtype=torch.float32)
 
 
 def _change_config(model: Path, **values: Any) -> None:
@@ -29,6 +39,79 @@ def test_what_config_asks_the_model_to_return_changes_nothing(architecture, aske
     _change_config(model, **asked)
     found = open_rig(model, tmp_path / "store", quantize="none", dtype="float32").logits(ids)
     assert torch.equal(found, usual)
+
+
+@pytest.mark.parametrize("error", [KeyError("sliding"), ZeroDivisionError("by zero"), RuntimeError("4 is not 8\nat x")])
+@pytest.mark.parametrize("part", [LlamaModel, LlamaForCausalLM])
+def test_what_the_models_own_code_raises_tells_of_the_model(part, error, tmp_path, monkeypatch):
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(part, "forward" if part is LlamaModel else "__init__", broken)
+    with pytest.raises(ModelError, match=str(error).splitlines()[0]) as caught:
+        _skeleton(tmp_path)
+    assert "lama" in caught.value.found and caught.value.fix
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("no memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        KeyboardInterrupt(),
+        StoppedError("stopped"),
+    ],
+)
+@pytest.mark.parametrize("part", [LlamaModel, LlamaForCausalLM])
+def test_what_tells_nothing_of_the_model_is_raised_as_it_is(part, error, tmp_path, monkeypatch):
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(part, "forward" if part is LlamaModel else "__init__", broken)
+    with pytest.raises(type(error)) as caught:
+        _skeleton(tmp_path)
+    assert caught.value is error
+
+
+def test_a_model_that_looks_into_its_layers_is_told_so(tmp_path, monkeypatch):
+    def looks(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return self.layers[0].self_attn.q_proj(self.embed_tokens(input_ids))
+
+    monkeypatch.setattr(LlamaModel, "forward", looks)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM .* a layer is asked for its 'self_attn'"):
+        _skeleton(tmp_path)
+
+
+@pytest.mark.parametrize(("architecture", "router"), [("llama4_text", "feed_forward.router"), ("phimoe", "mlp.router")])
+def test_a_router_that_is_made_of_a_linear_module_is_none(architecture, router, tmp_path):
+    skeleton = _skeleton(tmp_path, architecture)
+    assert f"{router}.weight" in skeleton.layer_parameters(1)
+    assert router not in skeleton.linear_names(1) and router not in skeleton.adaptable_names(1)
+    assert skeleton.unquantizable_names() == ["router"]
+    assert "self_attn.q_proj" in skeleton.linear_names(1)
+
+
+def test_a_linear_module_that_is_written_in_another_way_is_one(tmp_path):
+    skeleton = _skeleton(tmp_path)
+    skeleton._templates[0].mlp.up_proj = FalconLinear(32, 64, device="meta")
+    assert "mlp.up_proj" in skeleton.linear_names(0)
+    assert "mlp.up_proj" in skeleton.adaptable_names(0)
+
+
+def test_layers_leave_nothing_in_a_mapping_that_all_of_them_are_given():
+    shared: UserDict[str, torch.Tensor] = UserDict()
+
+    class Leaves(nn.Module):
+        def forward(self, hidden: torch.Tensor, states: UserDict[str, torch.Tensor]) -> torch.Tensor:
+            states["mine"] = hidden
+            return hidden
+
+    hidden = torch.zeros(1, 2, 3)
+    assert LayerCall((), {"states": shared}, None).run(Leaves(), hidden) is hidden
+    assert LayerCall((shared,), {}, None).run(Leaves(), hidden) is hidden
+    assert not shared
 
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "num_layers"])

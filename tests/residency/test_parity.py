@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lopt_lite.residency.pool import MicroBatch
 from tests.rig import open_rig, plain_kernels
-from tests.tiny_models import ARCHITECTURES, even_widths, make_model
+from tests.tiny_models import ARCHITECTURES, OTHERS, even_widths, make_model
 
 
 def _batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,7 +22,7 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *OTHERS])
 def test_unquantised_logits_equal_transformers(architecture: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", architecture)
     rig = open_rig(model, tmp_path / "store", quantize="none", dtype="float32")
@@ -36,7 +36,8 @@ def test_unquantised_logits_equal_transformers(architecture: str, tmp_path: Path
     torch.testing.assert_close(rig.logits(ids)[real], expected[real], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# transformers gives a quantised Llama 4 experts of another layout, which no quantised checkpoint of it has.
+@pytest.mark.parametrize("architecture", [name for name in (*ARCHITECTURES, *OTHERS) if name != "llama4_text"])
 def test_a_store_loads_in_transformers_with_the_same_logits(architecture: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", architecture, **even_widths(architecture))
     rig = open_rig(model, tmp_path / "store", quantize="nf4", dtype="bfloat16")
@@ -48,7 +49,8 @@ def test_a_store_loads_in_transformers_with_the_same_logits(architecture: str, t
     assert torch.equal(rig.logits(ids)[real], expected[real])
     quantised = [n for n in rig.store.layer(rig.skeleton, 0) if n.endswith("quant_state.bitsandbytes__nf4")]
     assert bool(quantised) == (architecture != "gpt2")
-    assert bool(rig.builder.unquantized) == (architecture in ("gpt2", "mixtral"))
+    if architecture in ARCHITECTURES:
+        assert bool(rig.builder.unquantized) == (architecture in ("gpt2", "mixtral"))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox", "qwen3"])

@@ -65,6 +65,16 @@ def test_what_peft_would_drop_gets_no_adapter_and_what_it_loads_is_what_was_trai
     assert found == pytest.approx(measured.tuned_loss, rel=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["llama4_text", "phimoe", "gemma4_text", "bamba", "nemotron_h"])
+def test_block_by_block_they_learn_what_peft_then_loads(architecture, tmp_path, one_thread):
+    model = make_model(tmp_path / "model", architecture)
+    _train(tmp_path, model, blocks=2, objective="reconstruct", retain=0.0)
+    measured = lopt_lite.evaluate(EvaluateSettings(run=str(tmp_path / "run"), data=str(tmp_path / "data.jsonl")))
+    assert measured.tuned_loss < measured.base_loss - 0.02
+    found = _loss_by_peft(model, tmp_path / "run" / "adapter", tmp_path / "data.jsonl")
+    assert found == pytest.approx(measured.tuned_loss, rel=1e-4)
+
+
 def test_what_peft_would_drop_cannot_be_asked_for(tmp_path):
     model = make_model(tmp_path / "model", "qwen3_moe")
     with pytest.raises(SettingsError, match="'down_proj', which PEFT would not load in Qwen3MoeForCausalLM"):
