@@ -41,18 +41,39 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
-#: More of them, for what they alone have: experts in some layers, state spaces beside attention.
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+#: The same for models of whose layers only the later ones have experts.
+LATE_EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": (
         "Qwen3MoeConfig",
         {
             "head_dim": 8,
             "num_experts": 4,
             "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "mlp_only_layers": [0, 3],
+            "moe_intermediate_size": 16,
+            "mlp_only_layers": [0],
         },
     ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+        },
+    ),
+}
+
+#: More of them, for what they alone have: state spaces beside attention, routers, layers that return or are asked for more.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_h1": (
         "FalconH1Config",
         {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_d_head": 16, "mamba_chunk_size": 8},
@@ -139,7 +160,7 @@ def even_widths(architecture: str) -> dict[str, Any]:
 
 def make_config(architecture: str, vocabulary: int, **changes: Any) -> Any:
     """The config of a tiny model."""
-    class_name, own = (ARCHITECTURES | OTHERS)[architecture]
+    class_name, own = (ARCHITECTURES | LATE_EXPERTS | OTHERS)[architecture]
     values = {**_COMMON, **own, "vocab_size": vocabulary, **changes}
     if architecture == "gpt2":
         values = {k: v for k, v in values.items() if k not in _COMMON}

@@ -16,6 +16,7 @@ import torch
 from lopt_lite import files
 from lopt_lite.checkpoints.integrity import DamagedFileError, sha256_of
 from lopt_lite.checkpoints.locate import ModelFiles, locate_model
+from lopt_lite.checkpoints.matrices import matrices_besides, told_by_layers
 from lopt_lite.checkpoints.names import NF4_SUFFIXES, Recipe, plan_names
 from lopt_lite.checkpoints.nf4 import dequantize_matrix, quantize_matrix, state_shape
 from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX, packed_specs
@@ -123,13 +124,20 @@ class StoreBuilder:
         self._check = check
         self._on_event = on_event
         self._skeleton = Skeleton(files_, dtype=self._dtype)
-        self._layers = layers
+        self._partial = layers is not None
+        self._layers = range(self._skeleton.layer_count) if layers is None else layers
         self._unties = untie and self._skeleton.tied
         weights = files_.weights
         self._recipes = plan_names(weights.names(), self._skeleton.model, self._skeleton.state_shapes)
-        self.unquantized: list[str] = []
+        skeleton = self._skeleton
+        self._unquantized = matrices_besides(skeleton, self._layers, skeleton.linear_names) if quantize == "nf4" else {}
         self._check_tensors()
         self._plans = self._plan_shards()
+
+    @property
+    def unquantized(self) -> tuple[str, ...]:
+        """Names (within their layers) of matrices that NF4 leaves as they are."""
+        return tuple(self._unquantized)
 
     def build(self) -> bool:
         """Write what is missing; returns False when the store was complete before."""
@@ -267,9 +275,8 @@ class StoreBuilder:
 
     def _plan_shards(self) -> list[_ShardPlan]:
         skeleton = self._skeleton
-        layers = range(skeleton.layer_count) if self._layers is None else self._layers
-        plans = [self._plan_layer(index) for index in layers]
-        if self._layers is None:
+        plans = [self._plan_layer(index) for index in self._layers]
+        if not self._partial:
             embedding = _ShardPlan(EMBEDDING_SHARD)
             self._plan_tensor(embedding, skeleton.embedding_name, quantize=False)
             plans = [embedding, *plans, self._plan_head()]
@@ -285,8 +292,6 @@ class StoreBuilder:
         buffers = [prefix + n for n in skeleton.layer_buffer_names(index) if prefix + n in self._recipes]
         for name in self._full_names(index) + sorted(buffers):
             self._plan_tensor(plan, name, quantize=name in linear)
-            if index == 0 and self._quantize == "nf4" and name not in linear:
-                self._note_unquantized(name.removeprefix(prefix), skeleton.state_shapes[name])
         return plan
 
     def _plan_head(self) -> _ShardPlan:
@@ -299,10 +304,6 @@ class StoreBuilder:
             shape = skeleton.state_shapes[skeleton.head_name]
             head.specs.append(TensorSpec(skeleton.head_name, self._stored_dtype, shape))
         return head
-
-    def _note_unquantized(self, name: str, shape: tuple[int, ...]) -> None:
-        if len(shape) >= 2 and name.endswith(("weight", "_proj")):
-            self.unquantized.append(name)
 
     def _plan_tensor(self, plan: _ShardPlan, name: str, *, quantize: bool) -> None:
         weights, shape = self._files.weights, self._skeleton.state_shapes[name]
@@ -332,10 +333,10 @@ class StoreBuilder:
         remaining = [p for p in self._plans if not self._shard_stands(p, done)]
         needed = sum(spec.nbytes for plan in remaining for spec in plan.specs) + (16 << 20)
         files.require_free_space(self._directory, needed, what="the store")
-        if self.unquantized:
+        if self._unquantized:
             self._on_event(
                 Notice(
-                    text=f"{', '.join(self.unquantized)} of each layer cannot be quantised "
+                    text=f"{told_by_layers(self._unquantized, len(self._layers))} cannot be quantised "
                     f"(not a plain linear layer) and stay in {str(self._stored_dtype).removeprefix('torch.')}"
                 )
             )
@@ -437,7 +438,7 @@ class StoreBuilder:
             model_fingerprint="+".join(filter(None, (self._files.fingerprint(), self._transform_fingerprint))),
             source=self._files.origin,
             layers=self._skeleton.layer_count,
-            unquantized=tuple(self.unquantized),
+            unquantized=self.unquantized,
             shards=shards,
         )
         weight_map = {spec.name: plan.name for plan in self._plans for spec in plan.specs}

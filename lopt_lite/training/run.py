@@ -18,6 +18,7 @@ from lopt_lite import devices, files
 from lopt_lite.checkpoints.build_store import DTYPES, StoreBuilder
 from lopt_lite.checkpoints.integrity import DamagedFileError
 from lopt_lite.checkpoints.locate import ModelFiles, locate_model
+from lopt_lite.checkpoints.matrices import matrices_besides
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store, store_info
 from lopt_lite.checkpoints.tokenizer import check_vocabulary, load_tokenizer, pad_token_id
@@ -387,7 +388,22 @@ def _remarks(bench: Workbench) -> list[str]:
         found.append(untouched)
     if bench.skeleton.dtype == torch.bfloat16 and devices.backend(bench.device).lacks_bfloat16():
         found.append(_NO_BFLOAT16)
+    without = _without_adapter(bench)
+    if without:
+        found.append(
+            f"{', '.join(without)} of the trained layers get no adapter and stay as they are: adapters go on plain "
+            "linear layers only (--tune full trains everything in a layer)"
+        )
     return found
+
+
+def _without_adapter(bench: Workbench) -> list[str]:
+    """Names of matrices in the trained layers that no adapter can go on: experts, above all."""
+    # Who names modules has chosen what is trained, and knows.
+    if bench.settings.tune != "lora" or bench.settings.target_names:
+        return []
+    trained = [i for block in bench.blocks if block.objective != "none" for i in range(block.first, block.end)]
+    return list(matrices_besides(bench.skeleton, trained, bench.skeleton.adaptable_names))
 
 
 @contextlib.contextmanager
