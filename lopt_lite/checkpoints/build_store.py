@@ -32,6 +32,7 @@ from lopt_lite.checkpoints.store import (
     layer_shard,
     store_info,
 )
+from lopt_lite.checkpoints.tied_head import check_tie
 from lopt_lite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from lopt_lite.devices import choose_device
 from lopt_lite.errors import ModelError, RunDirectoryError
@@ -92,7 +93,8 @@ class StoreBuilder:
     Raises
     ------
     ModelError
-        Tensors are missing, have other shapes than the config says, or are not finite numbers.
+        Tensors are missing, have other shapes than the config says, or are not finite numbers; or the LM head is tied
+        in the config and differs from the embedding.
     RunDirectoryError
         The directory holds the store of another model or of other settings.
     """
@@ -132,6 +134,10 @@ class StoreBuilder:
         skeleton = self._skeleton
         self._unquantized = matrices_besides(skeleton, self._layers, skeleton.linear_names) if quantize == "nf4" else {}
         self._check_tensors()
+        # Of some layers alone, neither embedding nor head is stored.
+        self._tie_checked = self._partial or not self._skeleton.tied
+        if not self._tie_checked and not self._stands():
+            self._check_tie()
         self._plans = self._plan_shards()
 
     @property
@@ -192,6 +198,20 @@ class StoreBuilder:
                     fix="use the device and the versions that made the store, restore the file from a backup, or make "
                     f"the store anew: delete {self._directory}, and start runs that use it with --fresh",
                 )
+
+    def _stands(self) -> bool:
+        """Whether a complete store of this model is there. What is wrong with what is there, :meth:`build` tells."""
+        try:
+            info = store_info(self._directory)
+        except (ModelError, RunDirectoryError, OSError):
+            return False
+        return info is not None and info.model_fingerprint == self._files.fingerprint()
+
+    def _check_tie(self) -> None:
+        """Compare a tied head with the embedding, once: it may take reading gigabytes."""
+        if not self._tie_checked:
+            check_tie(self._files, self._skeleton, self._recipes, self._stored_dtype)
+        self._tie_checked = True
 
     def _already_complete(self) -> bool:
         info = store_info(self._directory)
@@ -324,6 +344,7 @@ class StoreBuilder:
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def _write(self, journal: Journal) -> None:
+        self._check_tie()  # a store that stood when this was made, of an earlier version perhaps, may be gone by now
         made = journal.last("store")
         if made is None:
             journal.add("store", **self._identity())

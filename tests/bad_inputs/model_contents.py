@@ -140,6 +140,12 @@ def weights_in_double_precision(place):
     return place.train()
 
 
+@bad(INPUT, "lm_head.weight with other numbers than model.embed_tokens.weight", '"tie_word_embeddings": false')
+def tied_head_that_differs_from_the_embedding(place):
+    place.change_config(tie_word_embeddings=True)
+    return place.train()
+
+
 @bad(INPUT, "model.layers.1.self_attn.q_proj.weight", "NaN", "download the checkpoint again", found_at_work=True)
 def weights_that_are_not_numbers(place):
     place.change_weights(lambda tensors: tensors["model.layers.1.self_attn.q_proj.weight"][3].fill_(float("nan")))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from lopt_lite.checkpoints import tied_head
 from lopt_lite.checkpoints.build_store import StoreBuilder
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.matrices import told_by_layers
-from lopt_lite.checkpoints.store import store_info
+from lopt_lite.checkpoints.store import Store, store_info
+from lopt_lite.errors import ModelError
 from lopt_lite.events import Notice
+from tests.bad_inputs.place import change_json
 from tests.tiny_models import LATE_EXPERTS, make_model
 
 CPU = torch.device("cpu")
@@ -25,6 +30,12 @@ def _builder(model: Path, store: Path, told: list[str] | None = None, **more: An
 
     values: dict[str, Any] = {"quantize": "none", "dtype": "bfloat16", **more}
     return StoreBuilder(locate_model(str(model)), store, device=CPU, on_event=on_event, **values)
+
+
+def _change_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors")
 
 
 # -- matrices that stay unquantised ------------------------------------------------------------------------------------
@@ -56,3 +67,94 @@ def test_of_like_layers_it_is_told_once_for_each_layer(architecture: str, count:
 def test_names_of_the_same_layers_are_told_together() -> None:
     places = {"a": [0, 1], "b": [1], "c": [0, 1], "d": [0], "e": [1]}
     assert told_by_layers(places, 2) == "a, c of each layer and b, e of 1 of 2 layers and d of 1 of 2 layers"
+
+
+# -- heads that config.json ties to the embedding ----------------------------------------------------------------------
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def _tied_with_head(directory: Path, change: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Path:
+    """A tied model whose file has a head as well: ``change`` of the embedding."""
+    model = make_model(directory, "llama-tied")
+    _change_weights(model, lambda tensors: tensors.update({HEAD: change(tensors[EMBEDDING]).contiguous()}))
+    return model
+
+
+def _one_off(tensor: torch.Tensor) -> torch.Tensor:
+    changed = tensor.clone()
+    changed[-1, -1] += 1
+    return changed
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Grows by one with each comparison; a few rows are compared at once."""
+    calls: list[bool] = []
+    compare = tied_head._are_equal
+
+    def counting(*arguments: Any) -> bool:
+        calls.append(compare(*arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(tied_head, "_are_equal", counting)
+    monkeypatch.setattr(tied_head, "_COMPARED_AT_ONCE", 100)
+    return calls
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_tied_head_that_differs_is_refused_before_anything_is_written(
+    quantize: str, tmp_path: Path, counted: list[bool]
+) -> None:
+    model = _tied_with_head(tmp_path / "model", _one_off)
+    with pytest.raises(ModelError) as caught:
+        _builder(model, tmp_path / "store", quantize=quantize)
+    text = str(caught.value)
+    assert HEAD in text and EMBEDDING in text and str(model / "config.json") in text
+    assert '"tie_word_embeddings": false' in text and "--config DIR" in text
+    assert counted == [False] and not (tmp_path / "store").exists()
+
+
+def test_untied_as_the_refusal_says_both_are_stored(tmp_path: Path, counted: list[bool]) -> None:
+    model = _tied_with_head(tmp_path / "model", _one_off)
+    change_json(model / "config.json", tie_word_embeddings=False)
+    builder = _builder(model, tmp_path / "store", dtype="float32")
+    builder.build()
+    store = Store(tmp_path / "store")
+    assert torch.equal(store.tensor(HEAD), _one_off(store.tensor(EMBEDDING)))
+    assert not counted
+    store.close()
+
+
+@pytest.mark.parametrize("change", [torch.clone, torch.Tensor.bfloat16], ids=["the same", "in the stored type"])
+def test_a_tied_head_that_is_the_same_as_stored_is_stored_once(
+    change: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path, counted: list[bool]
+) -> None:
+    model = _tied_with_head(tmp_path / "model", change)
+    _builder(model, tmp_path / "store").build()
+    store = Store(tmp_path / "store")
+    assert counted == [True]
+    with pytest.raises(ModelError, match="no tensor"):
+        store.tensor(HEAD)
+    store.close()
+
+
+def test_a_tied_head_is_compared_once_for_each_store(tmp_path: Path, counted: list[bool]) -> None:
+    model = _tied_with_head(tmp_path / "model")
+    for _ in range(3):
+        _builder(model, tmp_path / "store").build()
+    assert len(counted) == 1
+    _builder(model, tmp_path / "layers", layers=range(2)).build()
+    assert len(counted) == 1  # these have neither embedding nor head
+    _builder(model, tmp_path / "other").build()
+    assert len(counted) == 2
+
+
+def test_a_store_that_is_made_anew_is_of_a_compared_head(tmp_path: Path, counted: list[bool]) -> None:
+    model = _tied_with_head(tmp_path / "model")
+    _builder(model, tmp_path / "store").build()
+    builder = _builder(model, tmp_path / "store")
+    for path in (tmp_path / "store").iterdir():
+        path.unlink()
+    builder.build()
+    assert len(counted) == 2
