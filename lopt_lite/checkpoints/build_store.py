@@ -32,7 +32,7 @@ from lopt_lite.checkpoints.store import (
     layer_shard,
     store_info,
 )
-from lopt_lite.checkpoints.tied_head import check_tie
+from lopt_lite.checkpoints.tied_head import check_tie, embed_with_head
 from lopt_lite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from lopt_lite.devices import choose_device
 from lopt_lite.errors import ModelError, RunDirectoryError
@@ -131,6 +131,7 @@ class StoreBuilder:
         self._unties = untie and self._skeleton.tied
         weights = files_.weights
         self._recipes = plan_names(weights.names(), self._skeleton.model, self._skeleton.state_shapes)
+        embed_with_head(self._skeleton, self._recipes)
         skeleton = self._skeleton
         self._unquantized = matrices_besides(skeleton, self._layers, skeleton.linear_names) if quantize == "nf4" else {}
         self._check_tensors()

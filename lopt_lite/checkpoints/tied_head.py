@@ -15,6 +15,13 @@ from lopt_lite.errors import ModelError
 _COMPARED_AT_ONCE = 1 << 20
 
 
+def embed_with_head(skeleton: Skeleton, recipes: dict[str, Recipe]) -> None:
+    """Make the embedding of a tied matrix that the files hold under the head's name alone, as transformers does."""
+    embedding, head = skeleton.embedding_name, skeleton.head_name
+    if skeleton.tied and embedding not in recipes and head in recipes:
+        recipes[embedding] = Recipe([embedding], recipes.pop(head).sources)
+
+
 def check_tie(files_: ModelFiles, skeleton: Skeleton, recipes: dict[str, Recipe], dtype: torch.dtype) -> None:
     """Refuse a head that is tied in config.json and is another matrix than the embedding in the files.
 

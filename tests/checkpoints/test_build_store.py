@@ -158,3 +158,19 @@ def test_a_store_that_is_made_anew_is_of_a_compared_head(tmp_path: Path, counted
         path.unlink()
     builder.build()
     assert len(counted) == 2
+
+
+def test_a_tied_matrix_that_is_called_the_head_is_the_embedding(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama-tied")
+    _builder(model, tmp_path / "expected").build()
+    _change_weights(model, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
+    _builder(model, tmp_path / "store").build()
+    expected, found = store_info(tmp_path / "expected"), store_info(tmp_path / "store")
+    assert expected is not None and found is not None and found.shards == expected.shards
+
+
+def test_an_untied_model_needs_its_own_embedding(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama")
+    _change_weights(model, lambda tensors: tensors.pop(EMBEDDING))
+    with pytest.raises(ModelError, match=f"lacks {EMBEDDING}"):
+        _builder(model, tmp_path / "store")
