@@ -17,7 +17,7 @@ from lopt_lite import files
 from lopt_lite.checkpoints.integrity import DamagedFileError, sha256_of
 from lopt_lite.checkpoints.locate import ModelFiles, locate_model
 from lopt_lite.checkpoints.matrices import matrices_besides, told_by_layers
-from lopt_lite.checkpoints.names import NF4_SUFFIXES, Recipe, plan_names
+from lopt_lite.checkpoints.names import NF4_SUFFIXES, Recipe, plan_names, unused_names
 from lopt_lite.checkpoints.nf4 import dequantize_matrix, quantize_matrix, state_shape
 from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX, packed_specs
 from lopt_lite.checkpoints.shard_writer import TensorSpec, aligned_order, write_shard
@@ -355,13 +355,7 @@ class StoreBuilder:
         remaining = [p for p in self._plans if not self._shard_stands(p, done)]
         needed = sum(spec.nbytes for plan in remaining for spec in plan.specs) + (16 << 20)
         files.require_free_space(self._directory, needed, what="the store")
-        if self._unquantized:
-            self._on_event(
-                Notice(
-                    text=f"{told_by_layers(self._unquantized, len(self._layers))} cannot be quantised "
-                    f"(not a plain linear layer) and stay in {str(self._stored_dtype).removeprefix('torch.')}"
-                )
-            )
+        self._tell_what_is_left_out()
         task = "quantising" if self._quantize == "nf4" else "preparing"
         total = len(self._plans)
         for number, plan in enumerate(remaining, start=total - len(remaining) + 1):
@@ -374,6 +368,25 @@ class StoreBuilder:
         self._write_side_files()
         shards = {f["name"]: {"bytes": f["bytes"], "sha256": f["sha256"]} for f in journal.all("shard")}
         self._write_index(shards)
+
+    def _tell_what_is_left_out(self) -> None:
+        """Name what is not quantised, and tensors of the model's files that are not used."""
+        if self._unquantized:
+            self._on_event(
+                Notice(
+                    text=f"{told_by_layers(self._unquantized, len(self._layers))} cannot be quantised "
+                    f"(not a plain linear layer) and stay in {str(self._stored_dtype).removeprefix('torch.')}"
+                )
+            )
+        unused = unused_names(self._files.weights.names(), self._recipes, self._skeleton.model)
+        # A store of some layers is made beside one of the whole model, which has told it.
+        if unused and not self._partial:
+            self._on_event(
+                Notice(
+                    text=f"tensors of the model's files that are not used: {len(unused)}, such as {unused[0]}; "
+                    f"{self._skeleton.architecture}, as config.json describes it, has no such tensors"
+                )
+            )
 
     def _shard_stands(self, plan: _ShardPlan, done: dict[str, dict[str, object]]) -> bool:
         path = self._directory / plan.name

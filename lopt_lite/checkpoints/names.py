@@ -119,6 +119,38 @@ def plan_names(checkpoint_names: Iterable[str], model: Any, shapes: dict[str, tu
     return recipes
 
 
+def unused_names(checkpoint_names: Iterable[str], recipes: dict[str, Recipe], model: Any) -> list[str]:
+    """Checkpoint tensors that no recipe uses and that the user may miss.
+
+    Parameters
+    ----------
+    checkpoint_names:
+        Every tensor name in the checkpoint.
+    recipes:
+        What :func:`plan_names` made of them.
+    model:
+        The transformers model: its class says what of its checkpoints is left out on purpose (layers that predict
+        further tokens, masks).
+
+    Returns
+    -------
+    list
+        Their names, in natural order. Side tensors of NF4 weights do not count.
+    """
+    used = {name for recipe in recipes.values() for name, _ in recipe.sources}
+    # The last two were kept by older releases of transformers, which computes them now. It leaves them out as well.
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"\.inv_freq$", r"(^|\.)position_ids$"]
+    left_out = re.compile("|".join(f"({pattern})" for pattern in ignored))
+    return [
+        name
+        for name in sorted(checkpoint_names, key=_natural_key)
+        if name not in used
+        and not split_nf4_suffix(name)[1]
+        # Patterns are of the whole model's names; a checkpoint of the base model lacks the prefix.
+        and not any(left_out.search(full) for full in (name, f"{model.base_model_prefix}.{name}"))
+    ]
+
+
 def _natural_key(name: str) -> list[tuple[int, str]]:
     """Sort ``experts.10`` after ``experts.9``, as the fused order requires."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

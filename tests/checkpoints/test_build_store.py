@@ -174,3 +174,59 @@ def test_an_untied_model_needs_its_own_embedding(tmp_path: Path) -> None:
     _change_weights(model, lambda tensors: tensors.pop(EMBEDDING))
     with pytest.raises(ModelError, match=f"lacks {EMBEDDING}"):
         _builder(model, tmp_path / "store")
+
+
+# -- tensors that are not used -----------------------------------------------------------------------------------------
+
+
+def _told_unused(model: Path, store: Path, **more: Any) -> list[str]:
+    told: list[str] = []
+    _builder(model, store, told, **more).build()
+    return [text for text in told if "not used" in text]
+
+
+def test_layers_that_config_json_does_not_have_are_told(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama")
+    change_json(model / "config.json", num_hidden_layers=2)
+    (notice,) = _told_unused(model, tmp_path / "store")
+    assert "not used: 18, such as model.layers.2.input_layernorm.weight;" in notice and "config.json" in notice
+    assert not _told_unused(model, tmp_path / "store")  # it stands
+    assert not _told_unused(model, tmp_path / "layers", layers=range(1))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2", "mixtral", "gpt_neox", *LATE_EXPERTS])
+def test_nothing_is_told_of_a_whole_model(architecture: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", architecture)
+    assert not _told_unused(model, tmp_path / "store", quantize="nf4")
+    assert not _told_unused(tmp_path / "store", tmp_path / "again")  # with the side tensors of its 4-bit weights
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "shape"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq", (4,)),
+        ("llama", "model.rotary_emb.inv_freq", (4,)),
+        ("gpt2", "transformer.h.0.attn.bias", (1, 1, 8, 8)),
+        ("gpt2", "h.0.attn.bias", (1, 1, 8, 8)),
+        ("deepseek_v3", "model.layers.61.eh_proj.weight", (4, 4)),
+        ("deepseek_v3", "layers.61.eh_proj.weight", (4, 4)),
+        ("llama-tied", HEAD, None),
+    ],
+)
+def test_what_transformers_leaves_out_on_purpose_is_not_told(
+    architecture: str, name: str, shape: tuple[int, ...] | None, tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "model", architecture)
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[EMBEDDING].clone() if shape is None else torch.ones(shape)
+
+    _change_weights(model, add)
+    assert not _told_unused(model, tmp_path / "store")
+
+
+def test_a_stranger_tensor_is_told(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama-tied")
+    _change_weights(model, lambda tensors: tensors.update({"score.weight": torch.ones(2, 32)}))
+    (notice,) = _told_unused(model, tmp_path / "store")
+    assert "not used: 1, such as score.weight;" in notice
