@@ -72,7 +72,7 @@ LATE_EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-#: More of them, for what they alone have: state spaces beside attention, routers, layers that return or are asked for more.
+#: More of them, for what they alone have: state spaces beside attention, routers, layers that are asked for more.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_h1": (
         "FalconH1Config",

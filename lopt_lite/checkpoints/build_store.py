@@ -30,6 +30,7 @@ from lopt_lite.checkpoints.store import (
     Store,
     StoreInfo,
     layer_shard,
+    standing_store,
     store_info,
 )
 from lopt_lite.checkpoints.tied_head import check_tie, embed_with_head
@@ -203,8 +204,8 @@ class StoreBuilder:
     def _stands(self) -> bool:
         """Whether a complete store of this model is there. What is wrong with what is there, :meth:`build` tells."""
         try:
-            info = store_info(self._directory)
-        except (ModelError, RunDirectoryError, OSError):
+            info = standing_store(self._directory)
+        except (RunDirectoryError, OSError):
             return False
         return info is not None and info.model_fingerprint == self._files.fingerprint()
 
@@ -215,7 +216,8 @@ class StoreBuilder:
         self._tie_checked = True
 
     def _already_complete(self) -> bool:
-        info = store_info(self._directory)
+        # What a damaged index said is known once more when the shards are gone through.
+        info = standing_store(self._directory)
         if info is None:
             return False
         self._compare(

@@ -57,8 +57,10 @@ def store_info(directory: Path) -> StoreInfo | None:
 
     Raises
     ------
+    ModelError
+        The index is damaged.
     RunDirectoryError
-        The index is damaged, or of a later version of lopt-lite.
+        The store is of a later version of lopt-lite.
     """
     path = directory / INDEX_NAME
     if not path.is_file():
@@ -77,7 +79,21 @@ def store_info(directory: Path) -> StoreInfo | None:
     try:
         return StoreInfo(**{**own, "unquantized": tuple(own["unquantized"])})
     except (TypeError, KeyError) as error:
-        raise RunDirectoryError(f"the index {path} is damaged: {error}", fix="make the store again") from error
+        raise ModelError(f"the index {path} is damaged: {error}", fix="make the store again") from error
+
+
+def standing_store(directory: Path) -> StoreInfo | None:
+    """As :func:`store_info`, and None where the index is damaged too: for whom can make the store again.
+
+    Raises
+    ------
+    RunDirectoryError
+        The store is of a later version of lopt-lite.
+    """
+    try:
+        return store_info(directory)
+    except ModelError:
+        return None
 
 
 def _read_index(path: Path) -> Any:

@@ -19,7 +19,7 @@ import torch
 
 from lopt_lite import devices
 from lopt_lite.checkpoints.locate import ModelDescription, ModelFiles, describe_model
-from lopt_lite.checkpoints.store import store_info
+from lopt_lite.checkpoints.store import standing_store
 from lopt_lite.data.dataset import check_can_be_split
 from lopt_lite.data.estimate import DataEstimate
 from lopt_lite.errors import DoesNotFitError
@@ -130,7 +130,7 @@ def draft_of_run(
         device=device,
         memory=memory,
         speeds=machine_speeds(device, nf4=settings.quantize == "nf4"),
-        paths=Places(run, store, store_info(store) is not None),
+        paths=Places(run, store, standing_store(store) is not None),
         source_bytes=facts.parameters * 2,
     )
 

@@ -18,7 +18,6 @@ from lopt_lite import devices, files
 from lopt_lite.checkpoints.build_store import DTYPES, StoreBuilder
 from lopt_lite.checkpoints.integrity import DamagedFileError
 from lopt_lite.checkpoints.locate import ModelFiles, locate_model
-from lopt_lite.checkpoints.matrices import matrices_besides
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store, store_info
 from lopt_lite.checkpoints.tokenizer import check_vocabulary, load_tokenizer, pad_token_id
@@ -64,7 +63,7 @@ from lopt_lite.training.run_directory import (
 from lopt_lite.training.sequential import train_sequentially
 from lopt_lite.training.stopping import Stopper
 from lopt_lite.training.store_choice import is_model, store_directory
-from lopt_lite.training.targets import target_names, untouched_modules
+from lopt_lite.training.targets import target_names, without_adapter
 from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
 
 _NO_BFLOAT16 = (
@@ -383,27 +382,10 @@ def _announce(bench: Workbench, given: _Given) -> None:
 def _remarks(bench: Workbench) -> list[str]:
     """What the user should know of these settings on this device."""
     found = [*bench.settings.without_effect(), *remarks(bench.settings, bench.device)]
-    untouched = untouched_modules(bench.skeleton, bench.settings)
-    if untouched is not None:
-        found.append(untouched)
+    found += without_adapter(bench.skeleton, bench.settings, bench.blocks)
     if bench.skeleton.dtype == torch.bfloat16 and devices.backend(bench.device).lacks_bfloat16():
         found.append(_NO_BFLOAT16)
-    without = _without_adapter(bench)
-    if without:
-        found.append(
-            f"{', '.join(without)} of the trained layers get no adapter and stay as they are: adapters go on plain "
-            "linear layers only (--tune full trains everything in a layer)"
-        )
     return found
-
-
-def _without_adapter(bench: Workbench) -> list[str]:
-    """Names of matrices in the trained layers that no adapter can go on: experts, above all."""
-    # Who names modules has chosen what is trained, and knows.
-    if bench.settings.tune != "lora" or bench.settings.target_names:
-        return []
-    trained = [i for block in bench.blocks if block.objective != "none" for i in range(block.first, block.end)]
-    return list(matrices_besides(bench.skeleton, trained, bench.skeleton.adaptable_names))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lopt_lite.checkpoints.locate import ModelFiles
-from lopt_lite.checkpoints.store import store_info
+from lopt_lite.checkpoints.store import standing_store
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.model_facts import stored_dtype
 
@@ -24,7 +24,7 @@ def store_directory(settings: TrainSettings, model: ModelFiles | None, own: Path
 
 def is_store_for(settings: TrainSettings, directory: Path) -> bool:
     """Whether ``directory`` holds a complete store of the kind asked for."""
-    info = store_info(directory)
+    info = standing_store(directory)
     wanted = (settings.quantize, str(stored_dtype(settings)).removeprefix("torch."))
     return info is not None and (info.quantize, info.dtype) == wanted
 

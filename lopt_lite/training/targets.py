@@ -5,11 +5,15 @@ Apart from the adapters, whose library takes seconds to import.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from lopt_lite.checkpoints.matrices import matrices_besides
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.devices import backend, choose_device
 from lopt_lite.errors import SettingsError
 from lopt_lite.residency.shapes import Tuning
 from lopt_lite.settings import TrainSettings
+from lopt_lite.training.block_plan import Block
 from lopt_lite.training.full import has_eight_bit_moments
 from lopt_lite.training.peft_limits import refused_by_peft
 
@@ -38,15 +42,25 @@ def target_names(skeleton: Skeleton, index: int, settings: TrainSettings) -> lis
     return [n for n in adaptable if any(_is_called(n, name) for name in wanted)]
 
 
-def untouched_modules(skeleton: Skeleton, settings: TrainSettings) -> str | None:
-    """What the user should know of linear modules that get no adapter though all were to get one."""
-    refused = refused_by_peft(skeleton)
-    if settings.tune != "lora" or settings.target_names or not refused:
-        return None
-    return (
-        f"{', '.join(sorted(refused))} of {skeleton.architecture} get no adapter: PEFT, which loads the result, would "
-        "not put it there"
-    )
+def without_adapter(skeleton: Skeleton, settings: TrainSettings, blocks: Sequence[Block]) -> list[str]:
+    """What the user should know of matrices in the trained layers that get no adapter though all were to get one."""
+    # Who names modules has chosen what is trained, and knows.
+    if settings.tune != "lora" or settings.target_names:
+        return []
+    trained = [index for block in blocks if block.objective != "none" for index in range(block.first, block.end)]
+    remarks = []
+    refused = sorted(refused_by_peft(skeleton))
+    if refused:
+        names = ", ".join(refused)
+        why = "PEFT, which loads the result, would not put it there"
+        remarks.append(f"{names} of {skeleton.architecture} get no adapter: {why}")
+    besides = matrices_besides(skeleton, trained, skeleton.adaptable_names)
+    if besides:
+        remarks.append(
+            f"{', '.join(besides)} of the trained layers get no adapter and stay as they are: adapters go on plain "
+            "linear layers only (--tune full trains everything in a layer)"
+        )
+    return remarks
 
 
 def _adaptable(skeleton: Skeleton, index: int) -> list[str]:

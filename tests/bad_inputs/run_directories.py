@@ -156,11 +156,21 @@ def damaged_journal(place):
     return place.train()
 
 
-@bad(RUN_DIRECTORY, "journal.jsonl is damaged at line 1", "micro_batch_tokens", "--fresh", "backup")
+@bad(RUN_DIRECTORY, "journal.jsonl is damaged at line 1", "checksum", "--fresh", "backup")
 def altered_journal(place):
     journal = place.finished_run() / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
-    journal.write_text("".join([json.dumps({**json.loads(lines[0]), "micro_batch_tokens": "many"}) + "\n", *lines[1:]]))
+    journal.write_text("".join([json.dumps({**json.loads(lines[0]), "micro_batch_tokens": 64}) + "\n", *lines[1:]]))
+    return place.train()
+
+
+@bad(RUN_DIRECTORY, "journal.jsonl is damaged at line 1", "micro_batch_tokens", "--fresh", "backup")
+def altered_journal_without_checksums(place):
+    journal = place.finished_run() / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    first = {**json.loads(lines[0]), "micro_batch_tokens": "many"}
+    del first["crc32"]
+    journal.write_text("".join([json.dumps(first) + "\n", *lines[1:]]))
     return place.train()
 
 

@@ -354,3 +354,23 @@ def test_where_the_base_model_is_may_be_put_right_by_hand(inputs, tmp_path, one_
     config.write_text(json.dumps({**content, "base_model_name_or_path": "someone/elsewhere"}))
     assert lopt_lite.train(settings).already_done
     assert json.loads(config.read_text())["base_model_name_or_path"] == "someone/elsewhere"
+
+
+@pytest.mark.parametrize("how", ["cut", "zeroed", "no index"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_index_of_the_store_is_made_again(inputs, tmp_path, one_thread, how, finished):
+    settings = _settings(inputs, tmp_path / "run")
+    if finished:
+        lopt_lite.train(settings)
+    else:
+        _train_until(settings, block=1, step=2)
+    index = tmp_path / "run" / "store" / "model.safetensors.index.json"
+    before = index.read_bytes()
+    if how == "cut":
+        os.truncate(index, 100)
+    elif how == "zeroed":
+        index.write_bytes(bytes(len(before)))
+    else:
+        index.write_text('{"metadata": {"lopt_lite": {"version": 1}}, "weight_map": {}}')
+    lopt_lite.train(settings)
+    assert index.read_bytes() == before

@@ -14,7 +14,7 @@ from tests.tiny_models import make_data, make_model
 
 
 def _told(tmp_path: Path, architecture: str, config: dict[str, Any], **changes: Any) -> list[str]:
-    """What a run says of adapters."""
+    """What a run says of matrices that adapters cannot go on."""
     told: list[str] = []
     model = make_model(tmp_path / "model", architecture, **config)
     values = {"quantize": "none", "dtype": "float32", "device": "cpu", "retain": 0.0, "max_steps": 1, **changes}
@@ -22,7 +22,7 @@ def _told(tmp_path: Path, architecture: str, config: dict[str, Any], **changes: 
         model=str(model), data=str(make_data(tmp_path / "data.jsonl", 6)), output=str(tmp_path / "run"), **values
     )
     lopt_lite.train(settings, on_event=lambda event: told.append(event.text) if isinstance(event, Notice) else None)
-    return [text for text in told if "adapter" in text]
+    return [text for text in told if "plain linear layers" in text]
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
