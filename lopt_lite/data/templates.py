@@ -32,6 +32,7 @@ from lopt_lite.data.formats import Message, Tool
 from lopt_lite.data.template_limits import limit_text, limited_time
 from lopt_lite.data.tokenization import default_bos, encode_batch, token_range
 from lopt_lite.errors import ModelError
+from lopt_lite.text import one_line
 
 _PLAIN_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -181,7 +182,7 @@ class ChatTemplate:
                     continue_final_message=continue_final_message,
                 )
         except _TEMPLATE_ERRORS as error:
-            raise TemplateRefusedError(str(error)) from error
+            raise TemplateRefusedError(one_line(str(error))) from error
 
     def render_with_marks(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> tuple[str, list[Span]]:
         """The text of ``messages``, and the character ranges that the template marks as generated.
@@ -201,7 +202,7 @@ class ChatTemplate:
                     **self.tokenizer.special_tokens_map,
                 )
         except _TEMPLATE_ERRORS as error:
-            raise TemplateRefusedError(str(error)) from error
+            raise TemplateRefusedError(one_line(str(error))) from error
         return texts[0], spans[0]
 
     def content_range(
