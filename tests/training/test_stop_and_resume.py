@@ -190,10 +190,10 @@ def test_cut_off_while_the_held_out_loss_is_measured_it_is_measured_again(
     """The checkpoint of an epoch's last step stands, so the epoch is not trained again; its loss must still come."""
     validate = block_trainer.BlockTrainer._validate
 
-    def crash(self: Any, phase: Any, epoch: int) -> None:
+    def crash(self: Any, epoch: int) -> None:
         if self._is_last and epoch == cut_epoch:
             raise _Crash
-        validate(self, phase, epoch)
+        validate(self, epoch)
 
     settings = _settings(inputs, tmp_path / "run", checkpoint_every="0s")
     with monkeypatch.context() as patch:
