@@ -1,4 +1,7 @@
-"""SIGTERM and SIGHUP end a command in the way that Ctrl-C does: with its exit code, message and JSON document."""
+"""SIGTERM and SIGHUP end a command in the way that Ctrl-C does: with its exit code, message and JSON document.
+
+None of them does once its work is done.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,20 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-_NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def ignore_ending_signals() -> None:
-    """From now on nothing but SIGKILL ends the process from outside: its work is done, and its exit code is known.
+    """From now on none of them ends the process: its work is done, and its exit code is known.
 
     Without this, one that comes while the interpreter puts itself away would make a finished run look failed.
     """
-    for number in (signal.SIGINT, *_NUMBERS):
+    for number in _NUMBERS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class EndingSignals:
-    """A ``with`` block in which SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does.
+    """A ``with`` block in which SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt while its work goes on.
 
     Handlers are put back on exit. Outside the main thread signals are left alone, and so is one that is ignored
     (``nohup`` turns SIGHUP off).

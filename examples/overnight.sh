@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Queue several runs for a night. A run that fails does not stop the next one; a run that was stopped by a signal (exit
 # code 75) is given again, and goes on where it was. With a time limit (LOPT_LITE_DEADLINE=07:00 or LOPT_LITE_MAX_HOURS=8
-# in the environment, or the options of these names), 75 ends the queue: the night is over.
+# in the environment, or the options of these names in a line of the queue), 75 ends the queue: the night is over.
 #
 #     nohup examples/overnight.sh > overnight.log 2>&1 &
 #

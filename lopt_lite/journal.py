@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lopt_lite import files
-from lopt_lite.errors import RunDirectoryError
+from lopt_lite.errors import LoptError, RunDirectoryError
 from lopt_lite.journal_facts import as_read, damage
 
 Fact = dict[str, Any]
@@ -92,9 +93,10 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.facts, whole_bytes = read_facts(path)
-        if path.exists() and path.stat().st_size > whole_bytes:
-            files.truncate(path, whole_bytes)
+        self._failed: LoptError | None = None
+        self.facts, self._whole_bytes = read_facts(path)
+        if path.exists() and path.stat().st_size > self._whole_bytes:
+            files.truncate(path, self._whole_bytes)
         self._file = files.open_lines(path)
         try:
             files.fsync_directory(path.parent)
@@ -102,11 +104,31 @@ class Journal:
             raise files.explain_os_error(error, path, "open") from error
 
     def add(self, fact: str, **values: Any) -> None:
-        """Append a fact; durable on return."""
+        """Append a fact; durable on return.
+
+        Raises
+        ------
+        LoptError
+            It cannot be written. What came of it is taken off again, so that no later fact follows half a line.
+        """
         entry = {"fact": fact, **values}
         text = json.dumps(files.as_json(entry), allow_nan=False).encode()
-        files.append_line(self._file, {**entry, _SUM: _sum(text)})
+        if self._failed is not None:
+            raise self._failed
+        try:
+            files.append_line(self._file, {**entry, _SUM: _sum(text)})
+        except LoptError:
+            self._take_back()
+            raise
+        self._whole_bytes = os.fstat(self._file.fileno()).st_size
         self.facts.append(entry)
+
+    def _take_back(self) -> None:
+        """Cut off what came of a line that could not be written; without that, nothing may follow it any more."""
+        try:
+            files.truncate(self._path, self._whole_bytes)
+        except LoptError as error:
+            self._failed = error
 
     def last(self, fact: str, **match: Any) -> Fact | None:
         """The newest fact of this name whose values equal ``match``, or None."""

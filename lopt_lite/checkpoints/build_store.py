@@ -88,6 +88,8 @@ class StoreBuilder:
     untie:
         Store the LM head of a model that ties it to its embedding as a tensor of its own: ``transform`` gets it by its
         own name, as a copy of the embedding.
+    anew:
+        What is in ``directory`` now will be deleted before :meth:`build`.
     check:
         Called between shards; may raise to stop.
 
@@ -112,6 +114,7 @@ class StoreBuilder:
         transform_fingerprint: str = "",
         layers: range | None = None,
         untie: bool = False,
+        anew: bool = False,
         check: Callable[[], None] = lambda: None,
         on_event: OnEvent = ignore,
     ) -> None:
@@ -138,7 +141,7 @@ class StoreBuilder:
         self._check_tensors()
         # Of some layers alone, neither embedding nor head is stored.
         self._tie_checked = self._partial or not self._skeleton.tied
-        if not self._tie_checked and not self._stands():
+        if not self._tie_checked and (anew or not self._stands()):
             self._check_tie()
         self._plans = self._plan_shards()
 

@@ -113,7 +113,7 @@ def _render(template: ChatTemplate, conversation: Conversation, *, system_merged
 
 
 def _check_calls_are_shown(template: ChatTemplate, conversation: Conversation, text: str) -> None:
-    """Refuse tool calls that the template does not show: with other ones it makes the same ``text``.
+    """Refuse tool calls to be learnt that the template does not show: with other ones it makes the same ``text``.
 
     Such a turn would be an answer that ends without its calls, often an empty one. Asked turn by turn, as there are
     templates that show calls only in a turn without other content.
@@ -125,7 +125,8 @@ def _check_calls_are_shown(template: ChatTemplate, conversation: Conversation, t
     """
     messages = conversation.messages
     assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for number, turn in enumerate(assistants, start=1):
+    for turn in conversation.trained_turns:
+        number = assistants.index(turn) + 1
         calls = [key for key in _CALL_KEYS if messages[turn].get(key)]
         if not calls:
             continue

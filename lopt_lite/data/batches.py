@@ -18,7 +18,8 @@ Lengths: TypeAlias = torch.Tensor | Sequence[int]
 def epoch_batches(lengths: Lengths, *, batch_size: int, seed: SeedParts) -> list[list[int]]:
     """One epoch in a shuffled order, every example exactly once. A batch is two halves, each of similar lengths.
 
-    Of an odd number one half has one example more. What makes no whole batch, a random part, is the last one.
+    That is so for even sizes, until the one half of a bucket that may be short: from there on, and of odd sizes, a
+    batch has parts of up to three halves. (The order is part of what a resumed run relies on.)
 
     So there is little padding, as the halves need not pass through the model together, and yet most batches have long
     and short examples: with a single length in each, training end to end ended with a higher loss (docs/recipe.md).
@@ -34,25 +35,13 @@ def epoch_batches(lengths: Lengths, *, batch_size: int, seed: SeedParts) -> list
     """
     sizes = _as_list(lengths)
     shuffled = permutation(len(sizes), (*seed, "examples")).tolist()
-    whole, bucket_size = len(shuffled) - len(shuffled) % batch_size, batch_size * BUCKET_BATCHES
-    larger = -(-batch_size // 2)
+    half_size, bucket_size = -(-batch_size // 2), batch_size * BUCKET_BATCHES
     halves: list[list[int]] = []
-    for begin in range(0, whole, bucket_size):
-        bucket = sorted(shuffled[begin : min(begin + bucket_size, whole)], key=sizes.__getitem__)
-        for i in range(0, len(bucket), batch_size):
-            halves += [bucket[i : i + larger], bucket[i + larger : i + batch_size]]
-    if batch_size % 2:
-        # Each with one of the other size, so that batches are whole.
-        both = [_shuffled(halves[number::2], (*seed, number)) for number in (0, 1)]
-        halves = [half for pair in zip(*both, strict=True) for half in pair]
-    else:
-        halves = _shuffled(halves, seed)
-    order = [i for half in halves for i in half] + shuffled[whole:]
+    for begin in range(0, len(shuffled), bucket_size):
+        bucket = sorted(shuffled[begin : begin + bucket_size], key=sizes.__getitem__)
+        halves.extend(bucket[i : i + half_size] for i in range(0, len(bucket), half_size))
+    order = [i for half in permutation(len(halves), (*seed, "halves")).tolist() for i in halves[half]]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def _shuffled(halves: list[list[int]], seed: SeedParts) -> list[list[int]]:
-    return [halves[i] for i in permutation(len(halves), (*seed, "halves")).tolist()]
 
 
 def length_sorted_batches(lengths: Lengths, *, max_tokens: int, max_rows: int) -> list[list[int]]:

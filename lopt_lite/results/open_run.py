@@ -14,7 +14,7 @@ from torch import nn
 from lopt_lite.checkpoints.build_store import DTYPES
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
-from lopt_lite.checkpoints.store import Store, store_info
+from lopt_lite.checkpoints.store import Store, standing_store
 from lopt_lite.checkpoints.tokenizer import holds_tokenizer, load_tokenizer, load_tokenizer_from
 from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.journal import last_fact, read_facts
@@ -134,8 +134,8 @@ def open_run(run: str, device: torch.device) -> OpenRun:
         )
     settings = stored_settings(content)
     full = settings.tune == "full"
-    if full and store_info(paths.model) is None:
-        raise RunDirectoryError(f"the model of the run in {run} is gone", fix="train again with --fresh")
+    if full and standing_store(paths.model) is None:
+        raise RunDirectoryError(f"the model of the run in {run} is gone or damaged", fix="train again with --fresh")
     if not full:
         check_adapter(paths.adapter, last_fact(facts, "adapter") or {})
     store = Store(current_store(paths, content))

@@ -162,7 +162,8 @@ class _Paces:
         settings = content["settings"]
         self._objectives = {stage.index: stage.objective for stage in stages}
         self._layers = _layer_counts(content, stages)
-        self._metrics = [m for m in metrics if m.get("block") in self._objectives and m.get("tokens_per_s")]
+        timed = (m for m in metrics if m.get("tokens") and m.get("tokens_per_s"))
+        self._metrics = [m for m in timed if m["block"] in self._objectives]
         # Through the layers: forward; back for the inputs' gradients, and for those of weights that are trained
         # themselves; forward again where activations were not kept.
         residence = last_fact(facts, "residence")

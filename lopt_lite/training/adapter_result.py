@@ -52,10 +52,23 @@ def write_adapter(
             tensors[_PEFT_PREFIX + skeleton.layer_prefix(int(layer)) + rest] = tensor
         for index in range(block.first, block.end):
             trained += [skeleton.layer_prefix(index) + n for n in target_names(skeleton, index, settings)]
+    _check_names(tensors, trained)
     _write_config(paths.adapter / CONFIG_NAME, skeleton, settings, trained, origin)
     save_tokenizer(tokenizer, paths.adapter)
     weights = save_tensors(paths.adapter / WEIGHTS_NAME, tensors, {"format": "pt"})
     return {"sha256": weights, "config_sha256": _config_digest(paths.adapter / CONFIG_NAME)}
+
+
+def _check_names(tensors: Mapping[str, object], trained: list[str]) -> None:
+    """See that blocks, which an earlier version may have trained, are of the modules that get an adapter."""
+    expected = {f"{_PEFT_PREFIX}{name}.lora_{half}.weight" for name in trained for half in "AB"}
+    others = sorted(expected ^ set(tensors))
+    if others:
+        raise RunDirectoryError(
+            f"the run's blocks, which an earlier version trained, are of other modules than get an adapter now "
+            f"({others[0]})",
+            fix="start anew with --fresh",
+        )
 
 
 def check_adapter(directory: Path, fact: Mapping[str, Any]) -> None:
@@ -72,8 +85,9 @@ def check_adapter(directory: Path, fact: Mapping[str, Any]) -> None:
         It is not, or something is missing.
     """
     weights = directory / WEIGHTS_NAME
-    if not weights.is_file():
-        raise DamagedFileError(f"{weights} is missing", fix=_WRITE_AGAIN)
+    for path in (weights, directory / CONFIG_NAME):
+        if not path.is_file():
+            raise DamagedFileError(f"{path} is missing", fix=_WRITE_AGAIN)
     if fact.get("sha256") is not None:
         check_file(weights, str(fact["sha256"]), fix=_WRITE_AGAIN)
     config = directory / CONFIG_NAME

@@ -113,7 +113,7 @@ def load_adapter(layer: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     if others:
         raise RunDirectoryError(
             f"the run's adapter is of other modules than this version of lopt-lite adapts ({others[0]})",
-            fix="use the version that trained it (settings.json names it), or train again",
+            fix="train again with --fresh: what PEFT would not load is not trained any more",
         )
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[name])

@@ -50,7 +50,7 @@ def _takes(skeleton: Skeleton, index: int, leaf: str) -> bool:
     model.config, model.layer = skeleton.config, skeleton.layer_template(index)
     try:
         inject_adapter_in_model(LoraConfig(r=1, target_modules=[leaf]), model)
-    except ValueError:
-        return False
+    except (ValueError, TypeError, AttributeError, RuntimeError):
+        return False  # whatever keeps it from that, it would keep the finished adapter from being loaded
     names = [name for name in skeleton.adaptable_names(index) if name.rpartition(".")[2] == leaf]
     return all(isinstance(model.layer.get_submodule(name), BaseTunerLayer) for name in names)

@@ -19,12 +19,12 @@ from lopt_lite.checkpoints.build_store import DTYPES, StoreBuilder
 from lopt_lite.checkpoints.integrity import DamagedFileError
 from lopt_lite.checkpoints.locate import ModelFiles, locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
-from lopt_lite.checkpoints.store import Store, store_info
+from lopt_lite.checkpoints.store import Store, standing_store
 from lopt_lite.checkpoints.tokenizer import check_vocabulary, load_tokenizer, pad_token_id
 from lopt_lite.data.dataset import TokenizedDataset
 from lopt_lite.data.load import load_dataset
 from lopt_lite.data.seeding import permutation
-from lopt_lite.errors import RunDirectoryError, SettingsError, StoppedError
+from lopt_lite.errors import LoptError, RunDirectoryError, SettingsError, StoppedError
 from lopt_lite.events import Notice, OnEvent, RunStarted, Validation, ignore
 from lopt_lite.float32_products import float32_products
 from lopt_lite.journal import Fact, Journal, last_fact, read_facts
@@ -85,8 +85,7 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
         given = _read_inputs(settings, stop, on_event)
         settings = settings.settle(has_prompts=given.sample is not None, model=given.skeleton.kind)
         paths = RunPaths(run_directory(settings, given.model.name))
-        store_at = store_directory(settings, given.model, paths.store)
-        builder = _store_builder(settings, given.model, store_at, device, stop, on_event)
+        store_at, builder = _store_builder(settings, given, paths, device, stop, on_event)
         files.make_directory(paths.root)
         with locked(paths.root, what="the run directory"):
             # What cannot work is refused before anything of an earlier run is deleted, and before this one is known.
@@ -239,20 +238,23 @@ def _used(other: TokenizedDataset, settings: TrainSettings, train_count: int) ->
 
 
 def _store_builder(
-    settings: TrainSettings, model: ModelFiles, directory: Path, device: torch.device, stop: Stopper, on_event: OnEvent
-) -> StoreBuilder | None:
-    """What makes the store in ``directory``, the model's tensors checked; None when MODEL is the store."""
-    if is_model(settings, model, directory):
-        return None
-    return StoreBuilder(
-        model,
+    settings: TrainSettings, given: _Given, paths: RunPaths, device: torch.device, stop: Stopper, on_event: OnEvent
+) -> tuple[Path, StoreBuilder | None]:
+    """Where the store is, and what makes it, the model's tensors checked; None when MODEL is the store."""
+    directory = store_directory(settings, given.model, paths.store)
+    if is_model(settings, given.model, directory):
+        return directory, None
+    builder = StoreBuilder(
+        given.model,
         directory,
         quantize=settings.quantize,
         dtype=settings.dtype,
         device=device,
+        anew=settings.fresh and directory == paths.store,
         check=stop.check,
         on_event=on_event,
     )
+    return directory, builder
 
 
 @contextlib.contextmanager
@@ -391,12 +393,18 @@ def _remarks(bench: Workbench) -> list[str]:
 @contextlib.contextmanager
 def _peak_noted(bench: Workbench) -> Iterator[None]:
     """Write down the memory that all of the work took, between the steps as well, when it ends or is stopped."""
+
+    def note() -> None:
+        # Nothing follows from it: a disk that is full now makes no other end of what was done.
+        with contextlib.suppress(LoptError):
+            bench.journal.add("peak", device_bytes=bench.peak.read())
+
     try:
         yield
     except StoppedError:
-        bench.journal.add("peak", device_bytes=bench.peak.read())
+        note()
         raise
-    bench.journal.add("peak", device_bytes=bench.peak.read())
+    note()
 
 
 def _work(bench: Workbench, given: _Given) -> None:
@@ -462,9 +470,9 @@ def _result_stands(bench: Workbench) -> bool:
     if fact is None:
         return False
     if name == "model":
-        if store_info(bench.paths.model) is None:
+        if standing_store(bench.paths.model) is None:
             raise RunDirectoryError(
-                f"the run in {bench.paths.root} is done, but its model is gone",
+                f"the run in {bench.paths.root} is done, but its model is gone or damaged",
                 fix="restore RUN/model from a backup, or train again with --fresh",
             )
         return True
@@ -486,7 +494,8 @@ def _outcome(bench: Workbench, *, already_done: bool, seconds: float, predicted_
         if r["block"] == len(bench.stages) - 1 and r["phase"] == "train" and r["loss"] is not None
     ]
     recent = finite[-10:]
-    peaks = [r["device_peak_bytes"] for r in steps] + [f["device_bytes"] for f in bench.journal.all("peak")]
+    peaks = [r["device_peak_bytes"] for r in steps if r.get("device_peak_bytes")]
+    peaks += [fact["device_bytes"] for fact in bench.journal.all("peak")]
     return TrainOutcome(
         run=str(bench.paths.root),
         adapter=None if bench.settings.tune == "full" else str(bench.paths.adapter),

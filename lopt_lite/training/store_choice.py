@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lopt_lite.checkpoints.locate import ModelFiles
-from lopt_lite.checkpoints.store import standing_store
+from lopt_lite.checkpoints.store import standing_store, store_info
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.model_facts import stored_dtype
 
@@ -14,11 +14,19 @@ def store_directory(settings: TrainSettings, model: ModelFiles | None, own: Path
     """``--store``; or MODEL itself when it is a store of the kind asked for; or the run's ``own``.
 
     ``model`` is None where its weights are not here yet.
+
+    Raises
+    ------
+    ModelError
+        MODEL is a store with a damaged index.
     """
     if settings.store is not None:
         return Path(settings.store)
-    if model is not None and is_store_for(settings, _weights_directory(model)):
-        return _weights_directory(model)
+    if model is not None:
+        # Nothing makes a store again that was brought as the model: a damaged one is refused here.
+        store_info(_weights_directory(model))
+        if is_store_for(settings, _weights_directory(model)):
+            return _weights_directory(model)
     return own
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lopt_lite
+from lopt_lite import TrainSettings
 from lopt_lite.checkpoints import tied_head
 from lopt_lite.checkpoints.build_store import StoreBuilder
 from lopt_lite.checkpoints.locate import locate_model
@@ -18,7 +21,7 @@ from lopt_lite.checkpoints.store import Store, store_info
 from lopt_lite.errors import ModelError
 from lopt_lite.events import Notice
 from tests.bad_inputs.place import change_json
-from tests.tiny_models import LATE_EXPERTS, make_model
+from tests.tiny_models import LATE_EXPERTS, make_data, make_model
 
 CPU = torch.device("cpu")
 
@@ -230,3 +233,16 @@ def test_a_stranger_tensor_is_told(tmp_path: Path) -> None:
     _change_weights(model, lambda tensors: tensors.update({"score.weight": torch.ones(2, 32)}))
     (notice,) = _told_unused(model, tmp_path / "store")
     assert "not used: 1, such as score.weight;" in notice
+
+
+def test_a_run_that_is_started_anew_is_refused_before_it_is_deleted(tmp_path: Path, monkeypatch: Any) -> None:
+    """Its store may have been made by an earlier version, which tied every head."""
+    model, data = _tied_with_head(tmp_path / "model", _one_off), make_data(tmp_path / "data.jsonl")
+    settings = TrainSettings(model=str(model), data=str(data), output=str(tmp_path / "run"), device="cpu")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(tied_head, "_are_equal", lambda *arguments: True)
+        lopt_lite.train(settings)
+    assert lopt_lite.train(settings).already_done, "what stands goes on"
+    with pytest.raises(ModelError, match="ties the two"):
+        lopt_lite.train(dataclasses.replace(settings, fresh=True))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -78,8 +78,8 @@ def test_a_signal_ends_a_command_with_code_75_and_one_document(lopt, monkeypatch
 def test_signals_that_come_while_the_result_is_printed_neither_cut_nor_repeat_it(lopt, monkeypatch):
     class Outcome(outcomes.ExportOutcome):
         def to_json(self) -> dict[str, Any]:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGHUP)
+            for number in (signal.SIGINT, *ENDING):
+                os.kill(os.getpid(), number)
             return super().to_json()
 
     outcome = Outcome(out="out", format="adapter", onto=None, bytes=1)

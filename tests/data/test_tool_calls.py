@@ -81,21 +81,24 @@ def test_a_template_that_shows_calls_only_where_there_is_no_content_is_found_out
         load(write_lines(tmp_path, {"messages": TURNS}, {"messages": turns}), make_tokenizer(ONE_OR_THE_OTHER))
 
 
-def test_no_turn_of_a_line_loses_its_calls_unseen(tmp_path: Path) -> None:
-    """Also none that is not learnt: what follows would be learnt after a conversation with a hole in it."""
-    for line in (
+def test_conversations_are_looked_at_as_messages_are(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "What is 2 + 2?"}, {"from": "gpt", "value": "", "tool_calls": CALLS}]
+    with pytest.raises(DataError, match="line 1: the chat template does not show 'tool_calls' of assistant turn 1"):
+        load(write_lines(tmp_path, {"conversations": turns, "system": "Be brief."}), make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
         {"prompt": TURNS[:3], "completion": TURNS[3:]},
         {"messages": [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]},
-        {
-            "conversations": [
-                {"from": "human", "value": "What is 2 + 2?"},
-                {"from": "gpt", "value": "", "tool_calls": CALLS},
-            ],
-            "system": "Be brief.",
-        },
-    ):
-        with pytest.raises(DataError, match="line 1: the chat template does not show 'tool_calls' of assistant turn 1"):
-            load(write_lines(tmp_path, line), make_tokenizer())
+    ],
+)
+def test_calls_that_are_only_context_need_not_be_shown(tmp_path: Path, line: dict[str, Any]) -> None:
+    """Nothing is learnt of that turn, and the template decides what of a conversation a model sees."""
+    tokenizer = make_tokenizer()
+    dataset, _, _ = load(write_lines(tmp_path, line), tokenizer)
+    assert trained_runs(dataset, tokenizer) == ["It is 4.<|im_end|>"]
 
 
 @pytest.mark.parametrize(("template", "what"), [(tt.CHATML, "chat"), (None, "plain")])

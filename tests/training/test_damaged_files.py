@@ -322,7 +322,7 @@ def test_every_file_is_hashed_once_in_a_run(inputs, tmp_path, monkeypatch):
     assert set(reads.values()) == {1}
 
 
-@pytest.mark.parametrize("how", ["weights", "config", "cut config", "gone"])
+@pytest.mark.parametrize("how", ["weights", "config", "cut config", "no config", "gone"])
 def test_an_adapter_that_is_not_what_the_run_wrote_is_written_again(inputs, tmp_path, one_thread, how):
     settings = _settings(inputs, tmp_path / "run")
     lopt_lite.train(settings)
@@ -335,6 +335,8 @@ def test_an_adapter_that_is_not_what_the_run_wrote_is_written_again(inputs, tmp_
         config.write_text(config.read_text().replace('"lora_alpha": 32.0', '"lora_alpha": 72.0'))
     elif how == "cut config":
         os.truncate(adapter / "adapter_config.json", 100)
+    elif how == "no config":
+        (adapter / "adapter_config.json").unlink()
     else:
         shutil.rmtree(adapter)
     events: list[Event] = []

@@ -153,6 +153,46 @@ def test_a_full_disk_is_said_and_the_fact_does_not_count(path, monkeypatch):
     assert journal.last("one") is None
 
 
+def _half_a_line(monkeypatch, *, cuts_back: bool) -> None:
+    """The next fact is written in half; what came of it can be taken off again, or not."""
+    append, truncate = files.append_line, files.truncate
+
+    def half(file, value, **named):
+        file.write(json.dumps(value).encode()[:10])
+        monkeypatch.setattr(files, "append_line", append)
+        raise DoesNotFitError("the disk is full")
+
+    def fails(*arguments):
+        raise RunDirectoryError("cannot repair")
+
+    monkeypatch.setattr(files, "append_line", half)
+    monkeypatch.setattr(files, "truncate", truncate if cuts_back else fails)
+
+
+def test_no_fact_follows_half_a_line(path, monkeypatch):
+    journal = Journal(path)
+    journal.add("one")
+    _half_a_line(monkeypatch, cuts_back=True)
+    with pytest.raises(DoesNotFitError):
+        journal.add("two")
+    journal.add("three")
+    journal.close()
+    assert [fact["fact"] for fact in read_facts(path)[0]] == ["one", "three"]
+
+
+def test_where_half_a_line_stays_nothing_follows_it(path, monkeypatch):
+    journal = Journal(path)
+    journal.add("one")
+    _half_a_line(monkeypatch, cuts_back=False)
+    with pytest.raises(DoesNotFitError):
+        journal.add("two")
+    with pytest.raises(RunDirectoryError, match="cannot repair"):
+        journal.add("three")
+    journal.close()
+    monkeypatch.undo()
+    assert [fact["fact"] for fact in Journal(path).facts] == ["one"]
+
+
 def test_a_journal_that_is_a_directory_is_an_error_of_the_run_directory(path):
     path.mkdir()
     with pytest.raises(RunDirectoryError, match="cannot read the journal"):
