@@ -34,9 +34,10 @@ def target_names(skeleton: Skeleton, index: int, settings: TrainSettings) -> lis
     for name in wanted:
         if not any(_is_called(n, name) for n in everywhere):
             choices = sorted({n.rpartition(".")[2] for n in everywhere})
-            why = "which PEFT would not load in" if name.rpartition(".")[2] in refused_by_peft(skeleton) else None
+            is_refused = name.rpartition(".")[2] in refused_by_peft(skeleton)
+            why = "which PEFT would not load in {}" if is_refused else "which no layer of {} has"
             raise SettingsError(
-                f"--lora-targets names {name!r}, {why or 'which no layer has in'} {skeleton.architecture}",
+                f"--lora-targets names {name!r}, {why.format(skeleton.architecture)}",
                 expected=f"all-linear, or some of {', '.join(choices)}",
             )
     return [n for n in adaptable if any(_is_called(n, name) for name in wanted)]
