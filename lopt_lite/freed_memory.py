@@ -5,7 +5,8 @@ time grew to 1.4 GiB in ``benchmarks/depth.py``. Giving every freed block back a
 paid for in page faults when it is taken again: two fifths of the time of a run. So blocks stay in the heap, and a
 thread looks at the process's size every few milliseconds: above a line, it has the C library give back the pages of all
 holes (``malloc_trim``). A step of SmolLM2 does that once or never, and as page faults limit how fast a process grows,
-it passes the line by a few MiB.
+it passes the line by a few MiB. Where other processes want the same core, the thread may come late: whoever computes
+looks as well, between one layer and the next (:func:`look`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 import psutil
 
@@ -48,10 +50,17 @@ class FreedMemory:
         How many times holes were given back.
     """
 
+    #: The one that :func:`look` asks.
+    _at_work: ClassVar[FreedMemory | None] = None
+
     def __init__(self, *, watches: bool = True) -> None:
         self.watches = watches and host_memory.has_glibc()
         self._line_bytes: float = float("inf")
         self.given_back = 0
+        self._next_bytes, self._step_bytes = 0.0, _STEP_BYTES
+        self._rests_until_s = 0.0
+        self._size: ResidentSize | None = None
+        self._looking = threading.Lock()
         self._left = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -62,6 +71,8 @@ class FreedMemory:
             libc = ctypes.CDLL(None)
             libc.mallopt(_M_MMAP_THRESHOLD, _FROM_HEAP_BYTES)
             libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+            self._size = ResidentSize()
+            FreedMemory._at_work = self
             self._thread = threading.Thread(target=self._watch, name="freed memory", daemon=True)
             self._thread.start()
 
@@ -75,27 +86,47 @@ class FreedMemory:
             self._left.set()
             self._thread.join()
             self._thread = None
+            if FreedMemory._at_work is self:
+                FreedMemory._at_work = None
+            with self._looking:
+                assert self._size is not None
+                self._size.close()
+                self._size = None
+
+    def look(self) -> None:
+        """Give holes back if the process is above the line. Microseconds where it is not, or another thread looks."""
+        if not self._looking.acquire(blocking=False):
+            return
+        try:
+            if self._size is not None and time.monotonic() >= self._rests_until_s:
+                self._keep_below_line(self._size)
+        finally:
+            self._looking.release()
+
+    def _keep_below_line(self, size: ResidentSize) -> None:
+        now_bytes = size.read()
+        if now_bytes <= self._line_bytes:
+            self._next_bytes, self._step_bytes = 0.0, _STEP_BYTES
+        elif now_bytes > self._next_bytes:
+            began_s = time.monotonic()
+            host_memory.trim()
+            ended_s = time.monotonic()
+            self._rests_until_s = ended_s + _PAUSES * (ended_s - began_s)
+            self.given_back += 1
+            left_bytes = size.read()
+            was_worth_it = now_bytes - left_bytes >= _STEP_BYTES
+            self._step_bytes = _STEP_BYTES if was_worth_it else min(2 * self._step_bytes, _LARGEST_STEP_BYTES)
+            self._next_bytes = left_bytes + self._step_bytes
 
     def _watch(self) -> None:
-        size = ResidentSize()
-        next_bytes, step_bytes, pause_s = 0.0, _STEP_BYTES, _INTERVAL_S
-        try:
-            while not self._left.wait(pause_s):
-                pause_s = _INTERVAL_S
-                now_bytes = size.read()
-                if now_bytes <= self._line_bytes:
-                    next_bytes, step_bytes = 0.0, _STEP_BYTES
-                elif now_bytes > next_bytes:
-                    began_s = time.monotonic()
-                    host_memory.trim()
-                    pause_s = max(_INTERVAL_S, _PAUSES * (time.monotonic() - began_s))
-                    self.given_back += 1
-                    left_bytes = size.read()
-                    was_worth_it = now_bytes - left_bytes >= _STEP_BYTES
-                    step_bytes = _STEP_BYTES if was_worth_it else min(2 * step_bytes, _LARGEST_STEP_BYTES)
-                    next_bytes = left_bytes + step_bytes
-        finally:
-            size.close()
+        while not self._left.wait(_INTERVAL_S):
+            self.look()
+
+
+def look() -> None:
+    """Have whoever keeps this process at what it may have look at its size now; nothing where nobody does."""
+    if FreedMemory._at_work is not None:
+        FreedMemory._at_work.look()
 
 
 class ResidentSize:

@@ -134,3 +134,21 @@ def test_the_resident_size_is_that_which_psutil_reads():
         assert size.read() == pytest.approx(psutil.Process().memory_info().rss, rel=0.05)
     finally:
         size.close()
+
+
+@needs_glibc
+def test_whoever_computes_can_look_where_the_thread_comes_late(monkeypatch: pytest.MonkeyPatch):
+    sizes = iter(range(1 << 30, 1 << 40, 64 << 20))
+    monkeypatch.setattr(freed_memory, "_INTERVAL_S", 3600)
+    monkeypatch.setattr(freed_memory, "_PAUSES", 0)
+    monkeypatch.setattr(freed_memory.ResidentSize, "read", lambda size: next(sizes))
+    monkeypatch.setattr(host_memory, "trim", lambda: None)
+    freed_memory.look()  # nobody keeps anything: no matter
+    with FreedMemory() as freed:
+        freed_memory.look()
+        freed.keep_below(1 << 20)
+        for looks in range(1, 4):
+            freed_memory.look()
+            assert freed.given_back == looks
+    freed_memory.look()
+    assert freed.given_back == 3

@@ -22,6 +22,7 @@ from torch import nn
 from lopt_lite.checkpoints.skeleton import LayerCall, Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.devices import release_cached_memory
+from lopt_lite.freed_memory import look
 from lopt_lite.residency.layer_loader import LayerShell, quantised_linears
 
 #: Called with a layer's index and module after it is made (to attach an adapter, say).
@@ -208,7 +209,7 @@ class ResidentLayers:
         for index in part_of(self, None, None) if part is None else part:
             if dropout_seed is not None:
                 torch.manual_seed(dropout_seed(index, number))
-            hidden = batch.calls[index].run(self.layers[index - self.first], hidden)
+            hidden = run_layer(batch.calls[index], self.layers[index - self.first], hidden)
         return hidden
 
     def modules(self) -> list[nn.Module]:
@@ -225,6 +226,14 @@ class ResidentLayers:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def run_layer(call: LayerCall, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """What ``layer`` makes of ``hidden`` [rows, tokens, hidden]; freed memory is looked at on the way, and back."""
+    look()
+    if hidden.requires_grad:
+        hidden.register_hook(lambda gradient: look())
+    return call.run(layer, hidden)
 
 
 def part_of(pool: LayerPool, first: int | None, end: int | None) -> range:

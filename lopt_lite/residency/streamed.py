@@ -33,6 +33,7 @@ from lopt_lite.residency.pool import (
     OnLayer,
     load_layer,
     part_of,
+    run_layer,
 )
 from lopt_lite.residency.slabs import ShardStream
 from lopt_lite.residency.spill import Spill, SpillLimits
@@ -146,7 +147,7 @@ class StreamedLayers:
             # After the last layer comes the first one again, for the next batches.
             with self.loaded(index, [*indices[position + 1 :], *indices[:1]]) as layer:
                 for number, batch in enumerate(batches):
-                    hidden[number] = batch.calls[index].run(layer, hidden[number])
+                    hidden[number] = run_layer(batch.calls[index], layer, hidden[number])
             self._on_pass(position + 1, len(indices))
         for number in range(len(batches)):
             on_output(number, hidden[number])
@@ -175,7 +176,7 @@ class StreamedLayers:
         def run(index: int, layer: nn.Module, number: int, hidden: torch.Tensor) -> torch.Tensor:
             if dropout_seed is not None:
                 torch.manual_seed(dropout_seed(index, number))
-            return parts[number].calls[index].run(layer, hidden)
+            return run_layer(parts[number].calls[index], layer, hidden)
 
         hidden = [part.hidden.detach() for part in parts]
         returns = top in trains_below

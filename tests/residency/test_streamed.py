@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lopt_lite.errors import RunDirectoryError
+from lopt_lite.residency import pool
 from lopt_lite.residency.choices import Residence
 from lopt_lite.residency.pool import LayerPool, MicroBatch
 from lopt_lite.residency.spill import Spill, SpillLimits
@@ -124,6 +125,22 @@ def test_weights_do_not_stay_between_passes(tmp_path: Path) -> None:
     with StreamedLayers(rig.store, rig.skeleton, 0, 4, device=CPU) as streamed:
         streamed.forward(_batches(rig)[0])
         assert all(parameter.is_meta for layer in streamed.layers for parameter in layer.parameters())
+
+
+def test_freed_memory_is_looked_at_at_every_layer_up_and_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = _rig(tmp_path, "llama", "nf4")
+    attach = _with_adapter(rig, range(4))
+    looks: list[int] = []
+    monkeypatch.setattr(pool, "look", lambda: looks.append(1))
+    with rig.layers(on_layer=attach) as resident:
+        _step(rig, resident)
+    # Three micro-batches up through four layers, and back to the inputs of all but the first.
+    assert len(looks) == 3 * (4 + 3)
+    looks.clear()
+    with StreamedLayers(rig.store, rig.skeleton, 0, 4, device=CPU, on_layer=attach) as streamed:
+        _step(rig, streamed)
+    # Each but the top layer runs once more on the way down.
+    assert len(looks) == 3 * (4 + 3 + 3)
 
 
 def test_progress_moves_per_layer_within_a_step(tmp_path: Path) -> None:
