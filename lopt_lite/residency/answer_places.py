@@ -39,7 +39,7 @@ def place(
     while True:
         kept = rows * longest * shapes.cache_bytes_per_token
         left = dataclasses.replace(memory, budget_bytes=memory.limit_bytes - kept)
-        job = Job(step_tokens=0, longest=longest, measured_tokens=rows)
+        job = Job(step_tokens=0, longest=longest, forward_rows=rows, measured_tokens=rows)
         try:
             placed = choose_residence(shapes, whole, job, device=device, memory=left)
         except DoesNotFitError as error:
@@ -60,6 +60,6 @@ def place(
 
 def smallest_place(shapes: ModelShapes, *, longest: int, memory: Memory, device: torch.device) -> int:
     """The smallest budget, in bytes, with which :func:`place` finds a way for one prompt at a time."""
-    job = Job(step_tokens=0, longest=longest, measured_tokens=1)
+    job = Job(step_tokens=0, longest=longest, forward_rows=1, measured_tokens=1)
     smallest = smallest_budget(shapes, [(0, len(shapes.layers))], job, device=device, memory=memory)
     return longest * shapes.cache_bytes_per_token + smallest

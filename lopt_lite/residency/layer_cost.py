@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from lopt_lite.checkpoints.skeleton import LayerCall, Skeleton
 
 
-#: Two lengths, so that what grows with the square of the length (attention without a fused kernel) is told apart.
-_PROBE_TOKENS = (8, 16)
+#: Lengths of rows that are tried: the short one, and the long one and twice as long where a model takes them. The long
+#: ones tell apart what grows with the square of the length (attention without a fused kernel). State spaces fill rows
+#: up to a multiple of 64 to 256 tokens: the short one tells what a row costs however short it is.
+_SHORT_TOKENS, _LONG_TOKENS = 2, 512
+#: What a row costs beyond its tokens is taken for filling up when it is worth more tokens than this.
+_ROUNDING_TOKENS = 4
 #: What is raised on the meta device by code that looks at values, such as the routing of tokens to experts.
 _NEEDS_VALUES = (RuntimeError, NotImplementedError)
 #: Widths of a layer's widest activation that exist for a moment beside what it keeps.
@@ -34,9 +38,10 @@ class ActivationCost:
 
     Attributes
     ----------
-    saved_bytes_per_token, saved_bytes_per_pair:
-        Activations that autograd keeps for the backward pass: of each token, and of each pair of tokens of a row
-        (attention weights, where the architecture has no fused kernel for them).
+    saved_bytes_per_token, saved_bytes_per_pair, saved_bytes_per_row:
+        Activations that autograd keeps for the backward pass: of each token, of each pair of tokens of a row
+        (attention weights, where the architecture has no fused kernel for them), and at most of each row beyond its
+        tokens (where rows are filled up to whole chunks).
     transient_bytes_per_token:
         An estimate of what else exists for a moment within a layer's backward pass, fitted to measured peaks.
     measured:
@@ -45,8 +50,23 @@ class ActivationCost:
 
     saved_bytes_per_token: int
     saved_bytes_per_pair: int
+    saved_bytes_per_row: int
     transient_bytes_per_token: int
     measured: bool
+
+
+def layer_kinds(skeleton: Skeleton) -> list[int]:
+    """For each layer, the first layer that costs what it costs.
+
+    Those are alike whose parameters have the same names and shapes, and which config.json says to be of one type.
+    """
+    types = getattr(skeleton.config, "layer_types", None)
+    types = types if types and len(types) == skeleton.layer_count else [None] * skeleton.layer_count
+    first: dict[Any, int] = {}
+    return [
+        first.setdefault((types[i], *sorted(skeleton.layer_parameters(i).items())), i)
+        for i in range(skeleton.layer_count)
+    ]
 
 
 def try_layers(skeleton: Skeleton) -> None:
@@ -57,11 +77,10 @@ def try_layers(skeleton: Skeleton) -> None:
     ModelError
         Its code fails, for another reason than that there are no values: it needs what another layer has left.
     """
-    tokens = _PROBE_TOKENS[0]
+    tokens = _SHORT_TOKENS
     calls = skeleton.probe(tokens)
-    # Layers of one kind have parameters of the same names and shapes; where some lean on others they lack a few.
-    kinds = {tuple(sorted(skeleton.layer_parameters(i).items())): i for i in range(skeleton.layer_count)}
-    for index in kinds.values():
+    # Where some layers lean on others they lack a few parameters, and so are of another kind.
+    for index in sorted(set(layer_kinds(skeleton))):
         with (
             torch.no_grad(),
             trial(skeleton.architecture, f"has a layer ({index + 1}) that cannot run by itself"),
@@ -105,25 +124,36 @@ def activation_cost(
     widest = max(shape[0] for shape in shapes.values() if len(shape) > 1)
     with trial(skeleton.architecture, "has layers that cannot be tried out as they are trained"):
         found = _measured_bytes(skeleton, index, layer, () if dropout else targets, fused_attention=fused_attention)
-    saved, pairs = found or (_estimated_saved_bytes(skeleton, list(shapes.values())), 0)
+    saved, pairs, row = found or (_estimated_saved_bytes(skeleton, list(shapes.values())), 0, 0)
+    transient = round(_TRANSIENT_WIDTHS * widest * skeleton.dtype.itemsize)
+    if row:
+        # Whatever works in chunks makes tensors of all pairs of a chunk's tokens, and it keeps most of them.
+        transient = max(transient, saved)
     widths = [_input_width(layer.get_submodule(target)) for target in targets]
     saved += lora_cost.saved_bytes_per_token(widths, rank=rank, dtype=skeleton.dtype, dropout=dropout)
-    return ActivationCost(saved, pairs, round(_TRANSIENT_WIDTHS * widest * skeleton.dtype.itemsize), found is not None)
+    return ActivationCost(saved, pairs, row, transient, found is not None)
 
 
 def _measured_bytes(
     skeleton: Skeleton, index: int, layer: nn.Module, kept: Sequence[str], *, fused_attention: bool
-) -> tuple[int, int] | None:
-    """Bytes that a layer keeps of each token and of each pair of tokens; None where it cannot run without values."""
+) -> tuple[int, int, int] | None:
+    """Bytes that a layer keeps of a token, of a pair and of a row; None where it cannot run without values."""
     attention = _fused_attention if fused_attention else nullcontext
-    short, long = _PROBE_TOKENS
+    least, short = _SHORT_TOKENS, _LONG_TOKENS
+    if skeleton.most_positions:
+        short = max(least, min(short, skeleton.most_positions // 2))
+    long = 2 * short
     try:
-        few, many = (_saved_bytes(skeleton, index, layer, tokens, kept, attention) for tokens in _PROBE_TOKENS)
+        fewest, few, many = (
+            _saved_bytes(skeleton, index, layer, tokens, kept, attention) for tokens in (least, short, long)
+        )
     except _NEEDS_VALUES:
         return None
     # few = a * short + b * short ** 2, and the same with many and long.
     pairs = max(0, round((many / long - few / short) / (long - short)))
-    return few // short - pairs * short, pairs
+    tokens = few // short - pairs * short
+    row = fewest - tokens * least - pairs * least**2
+    return tokens, pairs, row if row > _ROUNDING_TOKENS * tokens else 0
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -16,6 +16,8 @@ from lopt_lite.residency.shapes import ModelShapes
 
 MIB = 2**20
 
+#: Most examples of a batch in passes without gradients.
+FORWARD_ROWS = 64
 #: What libraries allocate on their first use, and what the allocator cannot give back, fitted on the CPU build.
 _CPU_OVERHEAD_BYTES = 42 * MIB
 #: More of it in full tuning.
@@ -44,6 +46,10 @@ class Job:
         Most padded tokens of one optimiser step, 0 without training.
     longest:
         Tokens of the longest example.
+    rows, forward_rows:
+        Most examples of one optimiser step, and of a batch of a pass without gradients.
+    row_tokens:
+        Tokens that examples of one batch have on average, at least.
     answer_tokens:
         Most answer tokens of one optimiser step; None when any token may be one.
     measured_tokens:
@@ -68,6 +74,9 @@ class Job:
 
     step_tokens: int
     longest: int
+    rows: int = 0
+    forward_rows: int = FORWARD_ROWS
+    row_tokens: int = 1
     answer_tokens: int | None = None
     measured_tokens: int | None = None
     all_tokens: int | None = None
@@ -82,6 +91,14 @@ class Job:
     def trains(self) -> bool:
         """Whether anything is trained."""
         return self.step_tokens > 0
+
+    def rows_among(self, tokens: int) -> int:
+        """Most examples among ``tokens`` that go through a layer at once in a step."""
+        return min(self.rows, -(-tokens // self.row_tokens))
+
+    def forward_rows_among(self, tokens: int) -> int:
+        """As :meth:`rows_among`, in a pass without gradients."""
+        return min(self.forward_rows, -(-tokens // self.row_tokens))
 
     def answers_among(self, tokens: int) -> int:
         """Most answer tokens among ``tokens`` that go through a layer at once in a step."""
@@ -161,13 +178,14 @@ def training_parts(
         Whether the block has the LM head, or a reconstruction head of its own.
     """
     micro = layout.micro_tokens(job)
-    row = shapes.hidden * shapes.itemsize
+    row_bytes = shapes.hidden * shapes.itemsize
     layers, together = block[1] - block[0], job.graph_layers is not None
-    saved = micro * (1 if layout.recompute else job.depth(block))
-    saved *= shapes.saved_bytes_per_token + shapes.saved_bytes_per_pair * job.longest
+    depth = 1 if layout.recompute else job.depth(block)
+    rows = job.rows_among(micro)
+    saved = shapes.kept_bytes(*block, depth=depth, tokens=micro, rows=rows, row_length=job.longest)
     if not shapes.full:
         # Adapters compute with copies of their float32 values in the compute dtype.
-        adapters = shapes.trained_parameters(*block) // layers * (1 if layout.recompute else job.depth(block))
+        adapters = shapes.trained_parameters(*block) // layers * depth
         saved += adapters * shapes.itemsize
     if last:
         answers = job.answers_among(micro)
@@ -176,16 +194,16 @@ def training_parts(
         if anchored:
             kept = head_cost.answer_bytes(shapes.head, answers, layout.head_slice_rows, gradient=True)
             losses = max(losses, kept + _comparing_bytes(shapes, layout, anchored))
-        losses += micro * row
+        losses += micro * row_bytes
         if on_cpu:
             # oneDNN copies a product's operand into an order of its own.
             losses += _logit_elements(shapes, layout, answers) * shapes.itemsize
     else:
         losses = _RECONSTRUCTION_VALUES * micro * shapes.hidden * 4
-    inside = micro * shapes.transient_bytes_per_token
+    inside = shapes.inside_bytes(*block, tokens=micro, rows=rows)
     if on_cpu:
-        row = min(job.longest, short_attention.LONGEST)
-        scores = short_attention.transient_bytes(-(-micro // row), row, shapes.short_attention_heads)
+        length = min(job.longest, short_attention.LONGEST)
+        scores = short_attention.transient_bytes(-(-micro // length), length, shapes.short_attention_heads)
         inside = max(inside, scores)
     # Inputs of the block, and of the layer at hand with their gradients; and what is read for the next step.
     copies = (3 if layout.recompute else 1) + (1 if job.cache_bytes or together else 0)
@@ -199,7 +217,7 @@ def training_parts(
         "weights": _weights(shapes, block, layout),
         "head": _heads(shapes, layout, job, reconstruction, last=last, together=together and job.early_blocks),
         "activations": saved + max(at_top, inside + gradients),
-        "hidden states": copies * job.step_tokens * row,
+        "hidden states": copies * job.step_tokens * row_bytes,
         "trained": values + job.around_bytes,
         "overhead": _overhead(shapes, layout, layers, on_cpu=on_cpu),
     }
@@ -234,7 +252,8 @@ def forward_peak(
         item = shapes.itemsize if shapes.full else 4
         kept = max(layer.trained_parameters for layer in shapes.layers)
         trained = item * (kept if layout.offload_state else shapes.trained_parameters(*block))
-    inside = tokens * (shapes.transient_bytes_per_token + shapes.saved_bytes_per_pair * job.longest // 2)
+    rows = job.forward_rows_among(tokens)
+    inside = shapes.inside_bytes(*block, tokens=tokens, rows=rows, row_length=job.longest)
     losses = _loss_bytes(shapes, layout, job.measured_among(tokens), gradient=False)
     return int(
         _weights(shapes, block, layout)

@@ -11,7 +11,7 @@ import torch
 from lopt_lite.checkpoints.nf4_layout import packed_specs
 from lopt_lite.residency import short_attention
 from lopt_lite.residency.head_cost import HeadShapes
-from lopt_lite.residency.layer_cost import activation_cost, try_layers
+from lopt_lite.residency.layer_cost import ActivationCost, activation_cost, layer_kinds, try_layers
 
 if TYPE_CHECKING:
     from lopt_lite.checkpoints.skeleton import Skeleton
@@ -37,12 +37,29 @@ class LayerShapes:
         Elements of its largest weight.
     trained_parameters:
         Parameters that training changes.
+    activations:
+        What a token costs in it, adapters included.
     """
 
     stored_bytes: int
     dense_bytes: int
     largest_matrix: int
     trained_parameters: int
+    activations: ActivationCost
+
+    def kept_bytes_per_token(self, row_length: float) -> float:
+        """Activations that autograd keeps of each token, in rows of so many tokens."""
+        return self.activations.saved_bytes_per_token + self.activations.saved_bytes_per_pair * row_length
+
+    def kept_bytes(self, tokens: int, *, rows: int, row_length: int) -> int:
+        """Activations that autograd keeps of ``tokens`` tokens in ``rows`` rows at most, of ``row_length`` at most."""
+        return int(tokens * self.kept_bytes_per_token(row_length)) + rows * self.activations.saved_bytes_per_row
+
+    def inside_bytes(self, tokens: int, *, rows: int, row_length: int) -> int:
+        """What exists of them for a moment, beside what is kept; with ``row_length``, attention weights as well."""
+        cost = self.activations
+        pairs = tokens * cost.saved_bytes_per_pair * row_length // 2
+        return tokens * cost.transient_bytes_per_token + pairs + rows * cost.saved_bytes_per_row
 
 
 @dataclass(frozen=True)
@@ -76,13 +93,6 @@ class ModelShapes:
         Bytes of a number of the compute dtype.
     quantised:
         Whether the store is NF4.
-    saved_bytes_per_token, saved_bytes_per_pair:
-        Activations of one layer that autograd keeps for the backward pass, adapters included: of each token, and of
-        each pair of tokens of a row.
-    transient_bytes_per_token:
-        What else exists for a moment within a layer, of each token.
-    measured:
-        False where a layer cannot run without values (routed experts), so that the two are a formula's estimate.
     state_bytes_per_parameter:
         Value, gradient and optimiser state of a trained parameter; 0 without training.
     short_attention_heads:
@@ -97,14 +107,15 @@ class ModelShapes:
     itemsize: int
     quantised: bool
     layers: tuple[LayerShapes, ...]
-    saved_bytes_per_token: int
-    saved_bytes_per_pair: int
-    transient_bytes_per_token: int
-    measured: bool
     state_bytes_per_parameter: float
     full: bool
     short_attention_heads: int = 0
     cache_bytes_per_token: int = 0
+
+    @property
+    def measured(self) -> bool:
+        """False where a layer cannot run without values (routed experts): its activations are a formula's estimate."""
+        return all(layer.activations.measured for layer in self.layers)
 
     @property
     def largest_shard(self) -> int:
@@ -129,6 +140,16 @@ class ModelShapes:
         """Bytes of layers ``first`` to ``end`` (exclusive) in the compute dtype."""
         return sum(layer.dense_bytes for layer in self.layers[first:end])
 
+    def kept_bytes(self, first: int, end: int, *, depth: int, tokens: int, rows: int, row_length: int) -> int:
+        """What ``depth`` of the layers keep, of those that keep most. See :meth:`LayerShapes.kept_bytes`."""
+        layers = self.layers[first:end]
+        return sum(sorted(layer.kept_bytes(tokens, rows=rows, row_length=row_length) for layer in layers)[-depth:])
+
+    def inside_bytes(self, first: int, end: int, *, tokens: int, rows: int, row_length: int = 0) -> int:
+        """What exists for a moment in the layer that needs most. See :meth:`LayerShapes.inside_bytes`."""
+        layers = self.layers[first:end]
+        return max(layer.inside_bytes(tokens, rows=rows, row_length=row_length) for layer in layers)
+
     def trained_parameters(self, first: int, end: int) -> int:
         """Trained parameters of layers ``first`` to ``end`` (exclusive)."""
         return sum(layer.trained_parameters for layer in self.layers[first:end])
@@ -152,17 +173,10 @@ def model_shapes(
         A layer cannot run by itself.
     """
     try_layers(skeleton)
-    layers = tuple(_layer_shapes(skeleton, i, quantize, stored_dtype, tuning) for i in range(skeleton.layer_count))
-    middle = skeleton.layer_count // 2
-    targets = [] if tuning is None or tuning.rank is None else list(tuning.targets(middle))
-    cost = activation_cost(
-        skeleton,
-        middle,
-        targets=targets,
-        rank=0 if tuning is None or tuning.rank is None else tuning.rank,
-        dropout=tuning is not None and tuning.dropout,
-        full=tuning is not None and tuning.rank is None,
-        fused_attention=tuning is None or tuning.fused_attention,
+    kinds = layer_kinds(skeleton)
+    costs = {index: _activation_cost(skeleton, index, tuning) for index in sorted(set(kinds))}
+    layers = tuple(
+        _layer_shapes(skeleton, index, quantize, stored_dtype, tuning, costs[kind]) for index, kind in enumerate(kinds)
     )
     return ModelShapes(
         hidden=skeleton.hidden_size,
@@ -171,10 +185,6 @@ def model_shapes(
         itemsize=skeleton.dtype.itemsize,
         quantised=quantize == "nf4",
         layers=layers,
-        saved_bytes_per_token=cost.saved_bytes_per_token,
-        saved_bytes_per_pair=cost.saved_bytes_per_pair,
-        transient_bytes_per_token=cost.transient_bytes_per_token,
-        measured=cost.measured,
         state_bytes_per_parameter=_state_bytes(tuning, skeleton.dtype.itemsize),
         full=tuning is not None and tuning.rank is None,
         short_attention_heads=short_attention.heads_of(skeleton.config, skeleton.dtype),
@@ -205,8 +215,26 @@ def _state_bytes(tuning: Tuning | None, itemsize: int) -> float:
     return 2 * itemsize + (2 * (1 + 4 / 256) if tuning.eight_bit else 8)
 
 
+def _activation_cost(skeleton: Skeleton, index: int, tuning: Tuning | None) -> ActivationCost:
+    rank = None if tuning is None else tuning.rank
+    return activation_cost(
+        skeleton,
+        index,
+        targets=[] if tuning is None or rank is None else list(tuning.targets(index)),
+        rank=rank or 0,
+        dropout=tuning is not None and tuning.dropout,
+        full=tuning is not None and rank is None,
+        fused_attention=tuning is None or tuning.fused_attention,
+    )
+
+
 def _layer_shapes(
-    skeleton: Skeleton, index: int, quantize: str, stored_dtype: torch.dtype, tuning: Tuning | None
+    skeleton: Skeleton,
+    index: int,
+    quantize: str,
+    stored_dtype: torch.dtype,
+    tuning: Tuning | None,
+    activations: ActivationCost,
 ) -> LayerShapes:
     shapes = skeleton.layer_parameters(index)
     linear = {f"{name}.weight" for name in skeleton.linear_names(index)}
@@ -228,4 +256,5 @@ def _layer_shapes(
         dense_bytes=elements * skeleton.dtype.itemsize,
         largest_matrix=max(torch.Size(shape).numel() for shape in shapes.values()),
         trained_parameters=trained,
+        activations=activations,
     )

@@ -140,7 +140,7 @@ class TimeModel:
         products = 2 * self._active[layer] * tokens / self._flops
         # Scores and weighted sum, over half the tokens on average (causal).
         attention = 2 * shapes.hidden * mean_length * tokens / self._flops
-        kept = (shapes.saved_bytes_per_token + shapes.saved_bytes_per_pair * mean_length) * tokens
+        kept = shapes.layers[layer].kept_bytes_per_token(mean_length) * tokens
         traffic = _TRAFFIC * kept / speeds.elementwise_bytes_per_s
         fresh = _NEW_MEMORY * kept / speeds.fresh_bytes_per_s if self._on_cpu else 0.0
         adapters = 2 * shapes.layers[layer].trained_parameters * tokens / self._flops

@@ -86,7 +86,7 @@ def _losses(
     """Held-out loss of the base and of the tuned model."""
     ranges = [(b.first, b.end) for b in run.blocks]
     memory = Memory.now(run.device, parse_memory(settings.memory))
-    residence = choose_residence(run.shapes(), ranges, _job(dataset), device=run.device, memory=memory)
+    residence = choose_residence(run.shapes(), ranges, _job(dataset, settings), device=run.device, memory=memory)
     measure = partial(
         held_out_losses,
         dataset=dataset,
@@ -115,11 +115,13 @@ def _losses(
     return base, tuned
 
 
-def _job(dataset: TokenizedDataset) -> Job:
+def _job(dataset: TokenizedDataset, settings: EvaluateSettings) -> Job:
     longest = int(dataset.lengths.max())
     return Job(
         step_tokens=0,
         longest=longest,
+        forward_rows=settings.batch_size,
+        row_tokens=max(1, int(dataset.lengths.sum()) // len(dataset) // 2),
         measured_tokens=int(dataset.target_counts.sum()),
         all_tokens=len(dataset) * longest,
     )

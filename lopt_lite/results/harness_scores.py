@@ -84,7 +84,7 @@ class Scorer:
         run = self._run
         ranges = [(block.first, block.end) for block in run.blocks]
         memory = Memory.now(run.device, self._budget_bytes)
-        residence = choose_residence(run.shapes(), ranges, rows.job(), device=run.device, memory=memory)
+        residence = choose_residence(run.shapes(), ranges, rows.job(self._max_rows), device=run.device, memory=memory)
         rows.make_batches(max_tokens=residence.forward_tokens, max_rows=self._max_rows)
         rate = partial(self._pass, rows, residence, ranges)
         if run.settings.tune == "full":
@@ -190,11 +190,13 @@ class _Rows(Sequence[Batch]):
         self._asked = list(rows.values())
         self._rated = [max(len(rated) for _, rated in asked) for asked in self._asked]
 
-    def job(self) -> Job:
+    def job(self, max_rows: int) -> Job:
         longest = max(map(len, self._inputs))
         return Job(
             step_tokens=0,
             longest=longest,
+            forward_rows=max_rows,
+            row_tokens=max(1, sum(map(len, self._inputs)) // len(self._inputs) // 2),
             measured_tokens=sum(self._rated),
             all_tokens=len(self._inputs) * longest,
         )

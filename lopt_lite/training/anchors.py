@@ -17,12 +17,13 @@ from lopt_lite.data.dataset import Batch, TokenizedDataset
 from lopt_lite.data.seeding import permutation
 from lopt_lite.residency import head_cost
 from lopt_lite.residency.anchors import Anchors
+from lopt_lite.residency.memory_model import FORWARD_ROWS
 from lopt_lite.training.activation_cache import ActivationCache, CacheLayout
 from lopt_lite.training.block_inputs import BlockInputs
 from lopt_lite.training.block_plan import Block
 from lopt_lite.training.job import nothing_to_anchor
 from lopt_lite.training.untouched import UntouchedPass
-from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
+from lopt_lite.training.workbench import Workbench
 
 
 class AnchorSample:

@@ -22,6 +22,7 @@ from lopt_lite.errors import DivergedError, DoesNotFitError, is_out_of_memory
 from lopt_lite.events import BlockDone, BlockStarted, CheckpointSaved, Notice, Progress, Step, Validation
 from lopt_lite.residency.block_major import groups
 from lopt_lite.residency.layers import open_layers
+from lopt_lite.residency.memory_model import FORWARD_ROWS
 from lopt_lite.residency.pool import LayerPool, MicroBatch
 from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.seeds import derive_seed
@@ -41,7 +42,7 @@ from lopt_lite.training.optimisation import learning_rate
 from lopt_lite.training.stage_losses import Local, StageLosses, StepLosses
 from lopt_lite.training.stopping import stopped
 from lopt_lite.training.trained import TrainedParameters
-from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
+from lopt_lite.training.workbench import Workbench
 from lopt_lite.units import counted
 
 PHASES = ("head-fit", "train")

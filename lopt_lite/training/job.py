@@ -104,6 +104,9 @@ def make_job(
     return Job(
         step_tokens=(rows + others) * longest,
         longest=longest,
+        rows=rows + others,
+        # Batches are of examples of about the same length, so there are some of short ones.
+        row_tokens=max(1, all_tokens // all_examples // 2),
         answer_tokens=None if most_answers is None else rows * most_answers,
         measured_tokens=measured_tokens,
         all_tokens=all_examples * longest,

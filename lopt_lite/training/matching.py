@@ -15,11 +15,12 @@ from lopt_lite import files
 from lopt_lite.checkpoints.build_store import StoreBuilder
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.data.dataset import Batch
+from lopt_lite.residency.memory_model import FORWARD_ROWS
 from lopt_lite.training.activation_cache import CacheLayout
 from lopt_lite.training.block_inputs import BlockInputs, CacheReader
 from lopt_lite.training.block_plan import Block
 from lopt_lite.training.untouched import UntouchedPass
-from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
+from lopt_lite.training.workbench import Workbench
 
 
 def write_targets(bench: Workbench, block: Block, inputs: BlockInputs) -> None:

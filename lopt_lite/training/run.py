@@ -31,6 +31,7 @@ from lopt_lite.journal import Fact, Journal, last_fact, read_facts
 from lopt_lite.locks import locked
 from lopt_lite.outcomes import TrainOutcome
 from lopt_lite.residency.block_major import WAITING, held_out_losses
+from lopt_lite.residency.memory_model import FORWARD_ROWS
 from lopt_lite.seeds import derive_seed
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import check_adapter, write_adapter
@@ -64,7 +65,7 @@ from lopt_lite.training.sequential import train_sequentially
 from lopt_lite.training.stopping import Stopper
 from lopt_lite.training.store_choice import is_model, store_directory
 from lopt_lite.training.targets import target_names, without_adapter
-from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
+from lopt_lite.training.workbench import Workbench
 
 _NO_BFLOAT16 = (
     "this GPU has no units for bfloat16, so its products are slow: --dtype float32 may be faster, and takes more memory"

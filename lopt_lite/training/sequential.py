@@ -13,6 +13,7 @@ from lopt_lite.data.dataset import Batch, collate
 from lopt_lite.events import Notice, Progress
 from lopt_lite.residency.block_major import groups
 from lopt_lite.residency.layers import open_layers
+from lopt_lite.residency.memory_model import FORWARD_ROWS
 from lopt_lite.residency.spill import Spill, SpillLimits
 from lopt_lite.training.activation_cache import CacheLayout, drop_damaged, shard_name, write_cache
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, load_adapter, set_training
@@ -25,7 +26,7 @@ from lopt_lite.training.cache_format import StoredError
 from lopt_lite.training.checkpoint import load_tensors
 from lopt_lite.training.matching import Targets, write_targets
 from lopt_lite.training.trained import TrainedParameters
-from lopt_lite.training.workbench import FORWARD_ROWS, Workbench
+from lopt_lite.training.workbench import Workbench
 
 
 def train_sequentially(bench: Workbench, sample: AnchorSample | None) -> None:

@@ -23,9 +23,6 @@ from lopt_lite.training.metrics import Metrics
 from lopt_lite.training.run_directory import RunPaths
 from lopt_lite.training.stopping import Stopper
 
-#: Most examples of a batch in passes without gradients.
-FORWARD_ROWS = 64
-
 
 @dataclass(frozen=True)
 class Workbench:

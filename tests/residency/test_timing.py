@@ -9,12 +9,14 @@ import torch
 
 from lopt_lite.residency.choices import Residence
 from lopt_lite.residency.head_cost import HeadShapes
+from lopt_lite.residency.layer_cost import ActivationCost
 from lopt_lite.residency.machine import MachineSpeeds
 from lopt_lite.residency.shapes import LayerShapes, ModelShapes
 from lopt_lite.residency.timing import Amounts, TimeModel
 
 CPU = torch.device("cpu")
 LAYERS, PARAMETERS, ADAPTER = 4, 200_000_000, 1_000_000
+ACTIVATIONS = ActivationCost(300_000, 0, 0, 80_000, measured=True)
 
 SHAPES = ModelShapes(
     hidden=4096,
@@ -24,11 +26,7 @@ SHAPES = ModelShapes(
     ),
     itemsize=2,
     quantised=True,
-    layers=(LayerShapes(int(0.516 * PARAMETERS), 2 * PARAMETERS, 4096 * 11008, ADAPTER),) * LAYERS,
-    saved_bytes_per_token=300_000,
-    saved_bytes_per_pair=0,
-    transient_bytes_per_token=80_000,
-    measured=True,
+    layers=(LayerShapes(int(0.516 * PARAMETERS), 2 * PARAMETERS, 4096 * 11008, ADAPTER, ACTIVATIONS),) * LAYERS,
     state_bytes_per_parameter=16,
     full=False,
 )
