@@ -191,9 +191,9 @@ def choose_residence(
     DoesNotFitError
         Nothing fits; names the smallest budget that would do.
     """
-    block = max(ranges, key=lambda r: shapes.stored_bytes(*r))
-    for layout in _layouts(shapes, block, job):
-        fitted = _fit(layout, shapes, block, job, device, memory)
+    blocks = _unlike(shapes, ranges)
+    for layout in _layouts(shapes, _depth(blocks), job):
+        fitted = _fit(layout, shapes, blocks, job, device, memory)
         if isinstance(fitted, Residence):
             return fitted
     smallest = smallest_budget(shapes, ranges, job, device=device, memory=memory)
@@ -212,20 +212,29 @@ def smallest_budget(
     shapes: ModelShapes, ranges: Sequence[tuple[int, int]], job: Job, *, device: torch.device, memory: Memory
 ) -> int:
     """The smallest budget, in bytes, with which :func:`choose_residence` surely finds a way; whole MiB."""
-    block = max(ranges, key=lambda r: shapes.stored_bytes(*r))
+    blocks = _unlike(shapes, ranges)
     nothing = replace(memory, budget_bytes=0)
-    needs = [_fit(layout, shapes, block, job, device, nothing) for layout in _layouts(shapes, block, job)]
+    needs = [_fit(layout, shapes, blocks, job, device, nothing) for layout in _layouts(shapes, _depth(blocks), job)]
     # A process that begins a little larger than this one did must not be refused in its turn.
     return (-(-min(need for need in needs if isinstance(need, int)) // MIB) + _SLACK_MIB) * MIB
 
 
-def _layouts(shapes: ModelShapes, block: tuple[int, int], job: Job) -> Iterator[Layout]:
+def _unlike(shapes: ModelShapes, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The blocks, of those that are alike only one."""
+    return list({shapes.layers[slice(*block)]: block for block in ranges}.values())
+
+
+def _depth(blocks: Sequence[tuple[int, int]]) -> int:
+    """Layers of the largest block."""
+    return max(end - first for first, end in blocks)
+
+
+def _layouts(shapes: ModelShapes, layers: int, job: Job) -> Iterator[Layout]:
     """Ways of working, the fastest first.
 
     Whole graphs first, since recomputing costs a third more; then as many resident layers as fit with micro-batches of
     a good size; then streaming with less and less on the device.
     """
-    layers = block[1] - block[0]
     forms = (True, False) if shapes.quantised else (False,)
     roomy = _ROOMY_LOGIT_TOKENS * shapes.vocabulary
     logit_elements = (roomy, *_LOGIT_ELEMENTS) if roomy > _LOGIT_ELEMENTS[0] else _LOGIT_ELEMENTS
@@ -262,29 +271,41 @@ def _offloads(shapes: ModelShapes, job: Job) -> tuple[bool, ...]:
 def _fit(
     layout: Layout,
     shapes: ModelShapes,
-    block: tuple[int, int],
+    blocks: Sequence[tuple[int, int]],
     job: Job,
     device: torch.device,
     memory: Memory,
 ) -> Residence | int:
     """``layout`` with the rest of the budget made use of, or the bytes it would need."""
     on_cpu = device.type == "cpu"
+    layers = _depth(blocks)
+
+    def within(candidate: Layout, block: tuple[int, int]) -> Layout:
+        return replace(candidate, resident_layers=min(candidate.resident_layers, block[1] - block[0]))
+
+    def training(candidate: Layout, boundary_bytes: int) -> int:
+        return max(
+            training_peak(shapes, block, job, within(candidate, block), boundary_bytes, on_cpu=on_cpu)
+            for block in blocks
+        )
+
+    def passing(candidate: Layout, group_tokens: int) -> int:
+        return max(
+            forward_peak(shapes, block, job, within(candidate, block), group_tokens, on_cpu=on_cpu) for block in blocks
+        )
 
     def peak(candidate: Layout, boundary_bytes: int) -> int:
-        return memory.used_bytes + max(
-            training_peak(shapes, block, job, candidate, boundary_bytes, on_cpu=on_cpu) if job.trains else 0,
-            forward_peak(shapes, block, job, candidate, candidate.forward_tokens, on_cpu=on_cpu),
-        )
+        trained = training(candidate, boundary_bytes) if job.trains else 0
+        return memory.used_bytes + max(trained, passing(candidate, candidate.forward_tokens))
 
     share = 0.0 if on_cpu else _GPU_MARGIN_SHARE
     limit = min(memory.limit_bytes - _MARGIN_MIB * MIB, int((1 - share) * memory.limit_bytes))
     needed = peak(layout, 0)
     if needed > limit:
         return max(needed + _MARGIN_MIB * MIB, math.ceil(needed / (1 - share)))
-    boundaries = job.boundary_bytes(shapes, block) if layout.recompute and job.trains else 0
+    boundaries = max(job.boundary_bytes(shapes, b) for b in blocks) if layout.recompute and job.trains else 0
     kept = min(boundaries, limit - needed)
     if layout.resident_layers == 0 and not shapes.full:
-        layers = block[1] - block[0]
         for resident in range(layers - 1, 0, -1):
             candidate = replace(layout, resident_layers=resident)
             if peak(candidate, kept) <= limit:
@@ -293,16 +314,16 @@ def _fit(
     forward_tokens = layout.forward_tokens
     group_tokens = forward_tokens
     predicted = peak(layout, kept)
-    if layout.resident_layers < block[1] - block[0]:
+    if layout.resident_layers < layers:
         for factor in range(_LARGEST_GROUP, 1, -1):
             tokens = factor * forward_tokens
-            grouped = memory.used_bytes + forward_peak(shapes, block, job, layout, tokens, on_cpu=on_cpu)
+            grouped = memory.used_bytes + passing(layout, tokens)
             if grouped <= max(predicted, memory.used_bytes if job.trains else limit):
                 group_tokens, predicted = tokens, max(predicted, grouped)
                 break
     host = 0 if devices.takes_host_memory(device) else int(_HOST_SHARE * memory.free_host_bytes)
     return Residence(
-        layers=block[1] - block[0],
+        layers=layers,
         resident_layers=layout.resident_layers,
         dequantised=layout.dequantised,
         recompute=layout.recompute,

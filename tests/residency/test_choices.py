@@ -11,6 +11,7 @@ import torch
 from lopt_lite import TrainSettings
 from lopt_lite.errors import DoesNotFitError
 from lopt_lite.residency.choices import Memory, Residence, choose_residence, smallest_budget
+from lopt_lite.residency.memory_model import Job
 from lopt_lite.training.block_plan import plan_blocks
 from lopt_lite.training.job import make_job
 from tests.rig import CPU, shapes_on_paper
@@ -78,3 +79,27 @@ def test_a_budget_that_is_not_to_be_had_is_no_reason_to_raise_it(tmp_path):
             _residence(tmp_path, 512, tight=False, budget_bytes=100 * MIB, named_bytes=named)
         assert says in refused.value.found
         assert refused.value.fix.startswith(fix)
+
+
+@pytest.mark.parametrize("budget_mib", [None, 1024])
+def test_every_block_fits_also_one_of_fewer_layers_that_keep_more(tmp_path, budget_mib):
+    settings = TrainSettings(model="model", data="data")
+    shapes = shapes_on_paper(tmp_path, settings, 512, hidden_size=256)
+    heavy, *light = shapes.layers
+    kept = dataclasses.replace(heavy.activations, saved_bytes_per_token=60_000)
+    shapes = dataclasses.replace(shapes, layers=(dataclasses.replace(heavy, activations=kept), *light))
+    job = Job(step_tokens=4096, longest=512, rows=8)
+    memory = Memory(
+        budget_bytes=None if budget_mib is None else budget_mib * MIB,
+        used_bytes=512 * MIB,
+        free_bytes=PLENTY,
+        free_host_bytes=PLENTY,
+    )
+
+    def predicted(*ranges: tuple[int, int]) -> int:
+        return choose_residence(shapes, ranges, job, device=CPU, memory=memory).predicted_bytes
+
+    both = predicted((0, 1), (1, 4))
+    assert both >= predicted((0, 1)) > predicted((1, 4))
+    least = [smallest_budget(shapes, r, job, device=CPU, memory=memory) for r in ([(0, 1), (1, 4)], [(0, 1)], [(1, 4)])]
+    assert least[0] == max(least)
