@@ -17,7 +17,14 @@ from lopt_lite.residency.shapes import ModelShapes
 
 
 def place(
-    shapes: ModelShapes, *, longest: int, rows: int, memory: Memory, device: torch.device, fix: str
+    shapes: ModelShapes,
+    *,
+    longest: int,
+    rows: int,
+    memory: Memory,
+    device: torch.device,
+    fix: str,
+    prompt_at_once: int = 0,
 ) -> tuple[Residence, int]:
     """Where the layers are, and how many prompts are continued at once: fewer where keys and values would not fit.
 
@@ -29,6 +36,9 @@ def place(
         Prompts that are continued at once, at most.
     fix:
         What the user can do where even one does not fit.
+    prompt_at_once:
+        Tokens of the longest prompt, if all prompts that are continued at once pass through the layers at once as well;
+        0 if no more of them do than ``forward_tokens`` allows.
 
     Raises
     ------
@@ -39,7 +49,13 @@ def place(
     while True:
         kept = rows * longest * shapes.cache_bytes_per_token
         left = dataclasses.replace(memory, budget_bytes=memory.limit_bytes - kept)
-        job = Job(step_tokens=0, longest=longest, forward_rows=rows, measured_tokens=rows)
+        job = Job(
+            step_tokens=0,
+            longest=longest,
+            forward_rows=rows,
+            measured_tokens=rows,
+            at_once=rows * prompt_at_once,
+        )
         try:
             placed = choose_residence(shapes, whole, job, device=device, memory=left)
         except DoesNotFitError as error:

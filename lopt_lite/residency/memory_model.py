@@ -57,6 +57,9 @@ class Job:
         when any token may be one.
     all_tokens:
         Padded tokens of all examples together; None when they are many.
+    at_once:
+        Padded tokens that pass through a layer at once without training, whatever the way of working says; 0 where it
+        decides.
     early_blocks:
         Whether there is a block that trains a reconstruction head.
     cache_bytes:
@@ -80,6 +83,7 @@ class Job:
     answer_tokens: int | None = None
     measured_tokens: int | None = None
     all_tokens: int | None = None
+    at_once: int = 0
     early_blocks: bool = False
     matches: bool = False
     cache_bytes: int = 0
@@ -245,7 +249,7 @@ def forward_peak(
     shapes: ModelShapes, block: tuple[int, int], job: Job, layout: Layout, group_tokens: int, *, on_cpu: bool
 ) -> int:
     """Peak bytes of a pass without gradients, with ``group_tokens`` of hidden states on the device."""
-    tokens = job.present(max(layout.forward_tokens, job.longest))
+    tokens = job.present(max(layout.forward_tokens, job.longest, job.at_once))
     row = shapes.hidden * shapes.itemsize
     trained = 0.0
     if shapes.state_bytes_per_parameter:

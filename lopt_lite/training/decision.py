@@ -120,6 +120,7 @@ def decide(
         train_examples=train_examples,
         answered=answered,
         longest_answered=longest_answered,
+        answer_tokens=settings.retain_answers,
         device=device,
         memory=memory,
     ).residences()

@@ -144,6 +144,7 @@ class Draft:
             train_examples=self.training.examples,
             answered=self._answered,
             longest_answered=min(LONGEST_PROMPT, self.training.longest) + self.settings.retain_answers,
+            answer_tokens=self.settings.retain_answers,
             device=self.device,
             memory=self.memory,
         )

@@ -83,8 +83,9 @@ class Demand:
     ----------
     stages, job:
         Of training: (first layer, end layer) of what is trained at the same time, and the largest step.
-    answered, longest_answered:
-        Prompts that the untouched model answers, and the tokens of the longest of them with its answer; 0 for none.
+    answered, longest_answered, answer_tokens:
+        Prompts that the untouched model answers, the tokens of the longest of them with its answer, and those of an
+        answer; 0 for none.
     """
 
     shapes: ModelShapes
@@ -94,6 +95,7 @@ class Demand:
     train_examples: int
     answered: int
     longest_answered: int
+    answer_tokens: int
     device: torch.device
     memory: Memory
 
@@ -135,6 +137,7 @@ class Demand:
             memory=dataclasses.replace(self.memory, budget_bytes=budget),
             device=self.device,
             fix="raise --memory, or leave --retain-answers out",
+            prompt_at_once=longest - self.answer_tokens,
         )
         return Answering(*found)
 

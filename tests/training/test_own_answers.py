@@ -23,7 +23,7 @@ from lopt_lite.residency.answer_places import place, smallest_place
 from lopt_lite.residency.choices import Memory
 from lopt_lite.residency.shapes import ModelShapes, model_shapes
 from lopt_lite.seeds import derive_seed
-from lopt_lite.training import memory_choice
+from lopt_lite.training import memory_choice, own_answers
 from lopt_lite.training.anchors import AnchorSample
 from lopt_lite.training.job import answered_count
 from lopt_lite.training.own_prompts import answered_prompts
@@ -256,6 +256,38 @@ def test_fewer_prompts_are_answered_at_once_where_keys_and_values_would_not_fit(
         residence, rows = place(_shapes(inputs, kept), longest=100, rows=64, memory=memory, device=CPU, fix="")
         assert least <= rows <= most
         assert rows * 100 * kept < residence.predicted_bytes <= memory.limit_bytes
+
+
+def test_fewer_prompts_are_answered_at_once_where_they_would_not_pass_a_layer_together(inputs):
+    """All of them are read at once, however few tokens pass a layer at once in other passes."""
+    memory = Memory.now(CPU, None)
+    memory = dataclasses.replace(memory, budget_bytes=memory.used_bytes + 2**29)
+    shapes = dataclasses.replace(_shapes(inputs, 512), transient_bytes_per_token=2**20)
+    where: dict[str, Any] = {"longest": 100, "rows": 64, "memory": memory, "device": CPU, "fix": ""}
+    residence, rows = place(shapes, **where, prompt_at_once=90)
+    assert rows == 4 and rows * 90 * 2**20 < residence.predicted_bytes - memory.used_bytes
+    assert residence.predicted_bytes <= memory.limit_bytes
+    assert place(shapes, **where)[1] == 64, "who makes smaller batches of them may go on with all"
+
+
+def test_what_a_run_reckons_with_is_what_passes_its_layers(tmp_path, inputs, monkeypatch):
+    place, reckoned, passed = memory_choice.place, [], []
+    sample = own_answers._sample
+
+    def note_place(*args: Any, **options: Any) -> Any:
+        residence, rows = place(*args, **options)
+        reckoned.append(rows * options["prompt_at_once"])
+        return residence, rows
+
+    def note_sample(model: Any, ids: torch.Tensor, *args: Any) -> Any:
+        passed.append(ids.numel())
+        return sample(model, ids, *args)
+
+    monkeypatch.setattr(memory_choice, "place", note_place)
+    monkeypatch.setattr(own_answers, "_sample", note_sample)
+    lopt_lite.train(_settings(tmp_path / "run", inputs))
+    longest = max(map(len, _prompts_of(inputs)))
+    assert reckoned[-1] == 5 * longest >= max(passed)
 
 
 def test_where_not_even_one_prompt_fits_the_smallest_budget_is_named(inputs):
