@@ -35,6 +35,11 @@ def check_can_be_split(examples: int) -> None:
         )
 
 
+def held_out_count(examples: int, fraction: float) -> int:
+    """How many of at least two ``examples`` are held out: ``fraction`` of them, and at least one on each side."""
+    return min(max(round(examples * fraction), 1), examples - 1)
+
+
 @dataclass(frozen=True)
 class TokenizedDataset:
     """All examples, one after the other.
@@ -127,7 +132,7 @@ class TokenizedDataset:
         """
         count = len(self)
         check_can_be_split(count)
-        held_out = min(max(round(count * fraction), 1), count - 1)
+        held_out = held_out_count(count, fraction)
         order = permutation(count, (seed, "validation split"))
         train, validation = np.sort(order[held_out:]), np.sort(order[:held_out])
         return self.select(torch.from_numpy(train)), self.select(torch.from_numpy(validation))

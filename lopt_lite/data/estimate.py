@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lopt_lite.data.dataset import held_out_count
 from lopt_lite.data.json_lines import MAX_LINE_BYTES, Line, check_is_data_file, parse_line
 from lopt_lite.errors import DataError
 
@@ -60,9 +61,16 @@ class DataEstimate:
             how=self.how,
         )
 
-    def part(self, fraction: float) -> DataEstimate:
-        """A random part of the examples; at least one."""
-        count = max(1, round(self.examples * fraction))
+    def split(self, fraction: float) -> tuple[DataEstimate, DataEstimate]:
+        """Training and validation part, of as many examples as :meth:`TokenizedDataset.split` makes of them.
+
+        Of a single example, which may be a guess, each part has one.
+        """
+        held_out = max(1, held_out_count(self.examples, fraction))
+        return self._part(max(1, self.examples - held_out)), self._part(held_out)
+
+    def _part(self, count: int) -> DataEstimate:
+        """So many random examples, at least one."""
         share = count / self.examples
         return DataEstimate(
             examples=count,

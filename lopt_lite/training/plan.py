@@ -178,7 +178,7 @@ def _estimate(
     if fraction is not None:
         if training.how != "from bytes":
             check_can_be_split(training.examples)
-        return training.part(1 - fraction), training.part(fraction), other
+        return *training.split(fraction), other
     return training, validation, other
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from lopt_lite.data import estimate
+from lopt_lite.data.dataset import TokenizedDataset
 from lopt_lite.data.estimate import estimate_data
 from lopt_lite.data.load import load_dataset
 from lopt_lite.errors import DataError
@@ -77,7 +81,11 @@ def test_lines_that_cannot_be_used_do_not_matter_unless_all_are(tmp_path):
         estimate_data(path, None, max_length=1024)
 
 
-def test_parts_add_up(tmp_path):
+def test_as_many_are_held_out_as_of_the_data_itself(tmp_path):
     whole = estimate_data(write(tmp_path / "d.jsonl", 40), None, max_length=1024)
-    assert whole.part(0.75).examples + whole.part(0.25).examples == 40
-    assert whole.part(1e-9).examples == 1
+    for examples, fraction in itertools.product((2, 3, 4, 5, 15, 24, 101), (1e-9, 0.01, 0.1, 0.25, 0.5, 0.9)):
+        data = TokenizedDataset(torch.zeros(examples), torch.ones(examples).bool(), torch.arange(examples + 1))
+        expected = [len(part) for part in data.split(fraction, seed=0)]
+        parts = dataclasses.replace(whole, examples=examples).split(fraction)
+        assert [part.examples for part in parts] == expected, (examples, fraction)
+    assert [part.examples for part in dataclasses.replace(whole, examples=1).split(0.1)] == [1, 1]
