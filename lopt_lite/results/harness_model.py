@@ -19,7 +19,8 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lopt_lite.data.templates import ChatTemplate, TemplateRefusedError, stop_token_ids
-from lopt_lite.errors import ModelError, SettingsError
+from lopt_lite.data.tokenization import token_without_row
+from lopt_lite.errors import DataError, ModelError, SettingsError
 from lopt_lite.events import Notice, OnEvent
 from lopt_lite.results.harness_generate import complete
 from lopt_lite.results.harness_scores import Scorer
@@ -83,11 +84,22 @@ class LayerStreamedLM(TemplateLM):
         return Path(self.tokenizer.name_or_path).name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text, with the tokenizer's own special tokens unless the text has them already."""
+        """Token ids of a text, with the tokenizer's own special tokens unless the text has them already.
+
+        Raises
+        ------
+        DataError
+            The text has a token that the model has not.
+        """
         if add_special_tokens is None and (self._template is not None or self._begins_with_prefix(string)):
             add_special_tokens = False
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self.tokenizer(string, verbose=False, **special)["input_ids"])
+        ids = list(self.tokenizer(string, verbose=False, **special)["input_ids"])
+        # An answer with such a token would have a score that is not a number, and be the best of all.
+        problem = token_without_row(self.tokenizer, ids, self._run.skeleton.vocabulary_rows)
+        if problem is not None:
+            raise DataError(f"a task's text cannot be used: {problem}", fix="leave that task out")
+        return ids
 
     def _begins_with_prefix(self, string: str) -> bool:
         prefix = self.tokenizer.bos_token or self.tokenizer.eos_token

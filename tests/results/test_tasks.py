@@ -25,6 +25,7 @@ from lopt_lite.results import harness_generate, harness_scores
 from lopt_lite.results.harness_head import ScoringHead
 from lopt_lite.results.open_run import open_run
 from tests.cuda.paper_gpu import paper_gpu
+from tests.data.tiny_tokenizers import make_tokenizer
 from tests.rig import CPU, open_rig, residence
 from tests.tiny_models import make_data, make_model
 
@@ -424,3 +425,17 @@ def test_the_command_line_shows_tasks_as_a_table_without_the_parts_of_groups() -
         "gsm8k  exact_match (strict-match)  14,042    0.2500 ± 0.0036  0.2600",
         "peak memory 3.00 GiB",
     ]
+
+
+@pytest.mark.parametrize(("question", "choice"), [("What is it?", "<image>"), ("What is in <image>?", "ducks")])
+def test_a_text_with_a_token_that_the_model_has_not_is_refused_and_is_not_the_best_answer(tmp_path, question, choice):
+    tokenizer = make_tokenizer()
+    model = make_model(tmp_path / "model", "llama", tokenizer=tokenizer)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(model)
+    _train(tmp_path, model)
+    line = {"question": question, "choices": ["none", choice], "label": 0}
+    (tmp_path / "task.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    (tmp_path / "task.yaml").write_text(CHOICES.format(data=tmp_path / "task.jsonl"), encoding="utf-8")
+    with pytest.raises(DataError, match="a task's text cannot be used: the token '<image>'"):
+        _evaluate(tmp_path / "run", tmp_path / "task.yaml")
