@@ -118,7 +118,11 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
 
 @dataclass(frozen=True)
 class _Given:
-    """What the user brought, read and checked."""
+    """What the user brought, read and checked.
+
+    ``dataset`` has the training examples, the held-out ones, and those that are only there to anchor on, own answers
+    last. The sample is of this very object: answers are put into it later.
+    """
 
     model: ModelFiles
     skeleton: Skeleton
@@ -129,13 +133,8 @@ class _Given:
     held_out: TokenizedDataset | None
     other: TokenizedDataset | None
     answered: TokenizedDataset | None
+    dataset: TokenizedDataset
     sample: AnchorSample | None
-
-    @functools.cached_property
-    def dataset(self) -> TokenizedDataset:
-        """Training examples, held-out ones, and those that are only there to anchor on, own answers last."""
-        parts = [part for part in (self.held_out, self.other, self.answered) if part is not None]
-        return functools.reduce(TokenizedDataset.concat, parts, self.train)
 
     def identity(self, settings: TrainSettings, store: Path, device: torch.device) -> RunIdentity:
         return RunIdentity(
@@ -193,12 +192,14 @@ def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _
     if other is not None:
         other = _used(other, settings, len(training))
     answered = _answered(settings, training, skeleton)
-    given = _Given(model, skeleton, facts, blocks, tokenizer, training, held_out, other, answered, None)
+    parts = [part for part in (held_out, other, answered) if part is not None]
+    dataset = functools.reduce(TokenizedDataset.concat, parts, training)
+    given = _Given(model, skeleton, facts, blocks, tokenizer, training, held_out, other, answered, dataset, None)
     if settings.retain == 0:
         return given
-    count, own = len(given.dataset), 0 if answered is None else len(answered)
+    count, own = len(dataset), 0 if answered is None else len(answered)
     sample = AnchorSample(
-        given.dataset,
+        dataset,
         len(training),
         range(count - own - (0 if other is None else len(other)), count),
         most=settings.retain_tokens,

@@ -18,6 +18,7 @@ from lopt_lite.data.dataset import TokenizedDataset
 from lopt_lite.errors import DataError, DoesNotFitError, SettingsError, StoppedError
 from lopt_lite.events import Event, Progress, Step
 from lopt_lite.journal import read_facts
+from lopt_lite.residency import head_cost
 from lopt_lite.residency import shapes as shapes_module
 from lopt_lite.residency.answer_places import place, smallest_place
 from lopt_lite.residency.choices import Memory
@@ -160,6 +161,21 @@ def _prompts_of(inputs: tuple[Path, Path]) -> list[list[int]]:
     dataset, _ = load_dataset(inputs[1], tokenizer, max_length=1024, skip_bad_lines=False, on_event=lambda event: None)
     found = answered_prompts(dataset, most=12, tokens=6, most_tokens=1024, seed=derive_seed(0, "own answers"))
     return [found.example(index)[0][:-6].tolist() for index in range(len(found))]
+
+
+def test_of_a_large_vocabulary_their_tokens_are_compared(tmp_path, inputs, monkeypatch):
+    monkeypatch.setattr(head_cost, "COMPARED_TOKENS", 250)
+    compared, find = [], AnchorSample.compared
+
+    def note(sample: AnchorSample, vocabulary: int) -> torch.Tensor:
+        compared.append(find(sample, vocabulary))
+        return compared[-1]
+
+    monkeypatch.setattr(AnchorSample, "compared", note)
+    lopt_lite.train(_settings(tmp_path / "run", inputs, retain=1.0, epochs=2))
+    (tokens,) = compared
+    written = {token for answer in _answers(tmp_path / "run") for token in answer}
+    assert len(written) > 10 and written <= set(tokens.tolist())
 
 
 @pytest.mark.parametrize("changes", [{}, {"blocks": 1, "retain": 2.0}, {"schedule": "joint", "retain": 2.0}])
