@@ -101,6 +101,11 @@ def _with_attention_weights(hidden: torch.Tensor) -> Any:
 _LAYER_OUTPUTS: tuple[Callable[[torch.Tensor], Any], ...] = (_just_hidden, _in_a_tuple, _with_attention_weights)
 
 
+def words_of(layer: nn.Module) -> dict[str, str]:
+    """What a layer says of its own kind, by attribute (Nemotron-H's ``block_type``): models ask their layers for it."""
+    return {name: value for name, value in vars(layer).items() if isinstance(value, str)}
+
+
 class _LayerProxy(nn.Module):
     """Stands in for one layer: notes its arguments and hands the hidden state on.
 
@@ -111,7 +116,7 @@ class _LayerProxy(nn.Module):
         super().__init__()
         self._note: Callable[..., Any] = owner._layer_called
         self._index = index
-        self._told = {n: v for n, v in vars(owner._templates[index]).items() if isinstance(v, str)}
+        self._told = words_of(owner._templates[index])
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_told", ()):

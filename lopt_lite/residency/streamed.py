@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.checkpoints.skeleton import Skeleton, words_of
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.devices import release_cached_memory
 from lopt_lite.residency.layer_loader import LayerShell, quantised_linears
@@ -282,6 +282,8 @@ class _StreamedLayer(nn.Module):
         super().__init__()
         self._loaded = pool.loaded
         self._index = index
+        for name, word in words_of(pool.layers[index - pool.first]).items():
+            setattr(self, name, word)
         self._next = [index + 1 if index + 1 < pool.end else pool.first]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -343,10 +343,13 @@ def _mode(run: Path) -> str:
     return next(f["mode"] for f in read_facts(run / "journal.jsonl")[0] if f["fact"] == "residence")
 
 
-def test_generation_is_the_same_with_streamed_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "nemotron_h"])
+def test_generation_is_the_same_with_streamed_layers(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lopt_lite.results import generate as generation
 
-    run = _train(tmp_path, make_model(tmp_path / "model", "llama"), epochs=1)
+    run = _train(tmp_path, make_model(tmp_path / "model", architecture), epochs=1)
     settings = GenerateSettings(run=str(run), prompt="What is 3 + 4?", max_new_tokens=6)
     expected = lopt_lite.generate(settings).text
     monkeypatch.setattr(generation, "place", lambda *a, **k: (residence("streamed", layers=4), 1))
