@@ -1,7 +1,8 @@
 """Where layers are while many prompts are answered at once.
 
-A streamed model is read once for each new token of a batch, so batches are as large as they may be. Keys and values of
-a batch's tokens stay on the device while it is answered: they are taken off the budget before layers are placed.
+A streamed model is read once for each new token of a batch, so batches are as large as they may be. What is kept of a
+batch, keys and values of its tokens and the states of state spaces, stays on the device while it is answered: it is
+taken off the budget before layers are placed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def place(
     """
     whole = [(0, len(shapes.layers))]
     while True:
-        kept = rows * longest * shapes.cache_bytes_per_token
+        kept = rows * shapes.cache_bytes(longest)
         left = dataclasses.replace(memory, budget_bytes=memory.limit_bytes - kept)
         job = Job(
             step_tokens=0,
@@ -78,4 +79,4 @@ def smallest_place(shapes: ModelShapes, *, longest: int, memory: Memory, device:
     """The smallest budget, in bytes, with which :func:`place` finds a way for one prompt at a time."""
     job = Job(step_tokens=0, longest=longest, forward_rows=1, measured_tokens=1)
     smallest = smallest_budget(shapes, [(0, len(shapes.layers))], job, device=device, memory=memory)
-    return longest * shapes.cache_bytes_per_token + smallest
+    return shapes.cache_bytes(longest) + smallest

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,14 +21,18 @@ if TYPE_CHECKING:
     from lopt_lite.checkpoints.skeleton import LayerCall, Skeleton
 
 
-#: Lengths of rows that are tried: the short one, and the long one and twice as long where a model takes them. The long
-#: ones tell apart what grows with the square of the length (attention without a fused kernel). State spaces fill rows
-#: up to a multiple of 64 to 256 tokens: the short one tells what a row costs however short it is.
+#: Length of the row with which a layer is seen to run at all.
+_TRIED_TOKENS = 8
+#: Lengths of rows that are measured: the short one, and the long one and twice as long where a model takes them. The
+#: long ones tell apart what grows with the square of the length (attention without a fused kernel). State spaces fill
+#: rows up to a multiple of 64 to 256 tokens: the short one tells what a row costs however short it is.
 _SHORT_TOKENS, _LONG_TOKENS = 2, 512
 #: What a row costs beyond its tokens is taken for filling up when it is worth more tokens than this.
 _ROUNDING_TOKENS = 4
 #: What is raised on the meta device by code that looks at values, such as the routing of tokens to experts.
 _NEEDS_VALUES = (RuntimeError, NotImplementedError)
+#: What layers call the cache that they are given: transformers renamed it.
+_CACHE_NAMES = ("cache", "past_key_values")
 #: Widths of a layer's widest activation that exist for a moment beside what it keeps.
 _TRANSIENT_WIDTHS = 2.5
 
@@ -77,16 +82,16 @@ def try_layers(skeleton: Skeleton) -> None:
     ModelError
         Its code fails, for another reason than that there are no values: it needs what another layer has left.
     """
-    tokens = _SHORT_TOKENS
-    calls = skeleton.probe(tokens)
-    # Where some layers lean on others they lack a few parameters, and so are of another kind.
-    for index in sorted(set(layer_kinds(skeleton))):
+    calls = skeleton.probe(_TRIED_TOKENS)
+    # Where some layers lean on others those are the later ones, and of another kind if they lack parameters.
+    last_of_kind = {kind: index for index, kind in enumerate(layer_kinds(skeleton))}
+    for index in last_of_kind.values():
         with (
             torch.no_grad(),
             trial(skeleton.architecture, f"has a layer ({index + 1}) that cannot run by itself"),
             suppress(*_NEEDS_VALUES),
         ):
-            _run(skeleton, calls[index], skeleton.layer_template(index).to("meta"), tokens)
+            _run(skeleton, calls[index], skeleton.layer_template(index).to("meta"), _TRIED_TOKENS)
 
 
 def activation_cost(
@@ -132,6 +137,35 @@ def activation_cost(
     widths = [_input_width(layer.get_submodule(target)) for target in targets]
     saved += lora_cost.saved_bytes_per_token(widths, rank=rank, dtype=skeleton.dtype, dropout=dropout)
     return ActivationCost(saved, pairs, row, transient, found is not None)
+
+
+def row_state_bytes(skeleton: Skeleton) -> int:
+    """What the layers keep of a row while it is continued, however long it is: states of state spaces and the like.
+
+    Found by giving layers on the meta device a cache of transformers'. Keys and values grow with the row and do not
+    count; nor does the state of a layer that cannot run without values.
+    """
+    from transformers import DynamicCache  # here, as most plans have no need of it
+
+    cache = DynamicCache(config=skeleton.config)
+    with_state = [index for index, kept in enumerate(cache.layers) if hasattr(kept, "recurrent_states")]
+    if not with_state:
+        return 0
+    calls, kinds = skeleton.probe(_TRIED_TOKENS), layer_kinds(skeleton)
+    found = 0
+    for index, layers in Counter(kinds[index] for index in with_state).items():
+        call = calls[index]
+        given = {name: cache for name in _CACHE_NAMES if name in call.kwargs}
+        with torch.no_grad(), suppress(*_NEEDS_VALUES):
+            changed = replace(call, kwargs={**call.kwargs, **given})
+            _run(skeleton, changed, skeleton.layer_template(index).to("meta"), _TRIED_TOKENS)
+        found += layers * sum(state.numel() * state.element_size() for state in _states(cache.layers[index]))
+    return found
+
+
+def _states(kept: Any) -> list[torch.Tensor]:
+    """The states, of one row, in a layer of transformers' cache."""
+    return [state for part in (kept.conv_states, kept.recurrent_states) for state in part.values() if state is not None]
 
 
 def _measured_bytes(

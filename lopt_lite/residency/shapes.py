@@ -11,7 +11,7 @@ import torch
 from lopt_lite.checkpoints.nf4_layout import packed_specs
 from lopt_lite.residency import short_attention
 from lopt_lite.residency.head_cost import HeadShapes
-from lopt_lite.residency.layer_cost import ActivationCost, activation_cost, layer_kinds, try_layers
+from lopt_lite.residency.layer_cost import ActivationCost, activation_cost, layer_kinds, row_state_bytes, try_layers
 
 if TYPE_CHECKING:
     from lopt_lite.checkpoints.skeleton import Skeleton
@@ -99,6 +99,8 @@ class ModelShapes:
         Query heads whose scores exist for a moment on the CPU, where rows are short; 0: they never do.
     cache_bytes_per_token:
         Keys and values of one token in all layers, where what follows it is generated.
+    cache_bytes_per_row:
+        What all layers keep of a row then, however long it is: the states of state spaces.
     """
 
     hidden: int
@@ -111,6 +113,11 @@ class ModelShapes:
     full: bool
     short_attention_heads: int = 0
     cache_bytes_per_token: int = 0
+    cache_bytes_per_row: int = 0
+
+    def cache_bytes(self, tokens: int) -> int:
+        """What all layers keep of a row of so many tokens, where what follows it is generated."""
+        return tokens * self.cache_bytes_per_token + self.cache_bytes_per_row
 
     @property
     def measured(self) -> bool:
@@ -189,6 +196,7 @@ def model_shapes(
         full=tuning is not None and tuning.rank is None,
         short_attention_heads=short_attention.heads_of(skeleton.config, skeleton.dtype),
         cache_bytes_per_token=_cache_bytes_per_token(skeleton),
+        cache_bytes_per_row=row_state_bytes(skeleton),
     )
 
 

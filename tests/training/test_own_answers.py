@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import lopt_lite
 from lopt_lite import PlanSettings, TrainSettings
-from lopt_lite.checkpoints.locate import locate_model
+from lopt_lite.checkpoints.locate import describe_model, locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.data.dataset import TokenizedDataset
 from lopt_lite.errors import DataError, DoesNotFitError, SettingsError, StoppedError
@@ -28,7 +29,7 @@ from lopt_lite.training import memory_choice, own_answers
 from lopt_lite.training.anchors import AnchorSample
 from lopt_lite.training.job import answered_count
 from lopt_lite.training.own_prompts import answered_prompts
-from tests.tiny_models import make_data, make_model
+from tests.tiny_models import make_config, make_data, make_model
 from tests.training.same_runs import assert_same
 
 CPU = torch.device("cpu")
@@ -304,6 +305,32 @@ def test_what_a_run_reckons_with_is_what_passes_its_layers(tmp_path, inputs, mon
     lopt_lite.train(_settings(tmp_path / "run", inputs))
     longest = max(map(len, _prompts_of(inputs)))
     assert reckoned[-1] == 5 * longest >= max(passed)
+
+
+@pytest.mark.parametrize("architecture", ["falcon_h1", "nemotron_h", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_that_are_kept_of_a_row_are_those_that_transformers_keeps(tmp_path, architecture, dtype):
+    config = make_config(architecture, 300)
+    config.save_pretrained(tmp_path)
+    cache = DynamicCache(config=config)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    given = "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        model(torch.randint(3, 250, (2, 20)), use_cache=True, **{given: cache})
+    parts = [getattr(layer, name, {}) for layer in cache.layers for name in ("conv_states", "recurrent_states")]
+    kept = sum(state[0].nbytes for part in parts for state in part.values() if state is not None)
+    shapes = model_shapes(Skeleton(describe_model(str(tmp_path)), dtype=dtype), quantize="none", stored_dtype=dtype)
+    assert shapes.cache_bytes_per_row == kept
+    assert (kept > 0) == (architecture != "llama")
+    assert shapes.cache_bytes(7) == 7 * shapes.cache_bytes_per_token + kept
+
+
+def test_fewer_prompts_are_answered_at_once_where_states_would_not_fit(inputs):
+    memory = Memory.now(CPU, None)
+    memory = dataclasses.replace(memory, budget_bytes=memory.used_bytes + 2**29)
+    shapes = dataclasses.replace(_shapes(inputs, 512), cache_bytes_per_row=2**26)
+    residence, rows = place(shapes, longest=100, rows=64, memory=memory, device=CPU, fix="")
+    assert rows == 4 and memory.used_bytes + rows * 2**26 < residence.predicted_bytes <= memory.limit_bytes
 
 
 def test_where_not_even_one_prompt_fits_the_smallest_budget_is_named(inputs):
