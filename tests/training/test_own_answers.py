@@ -279,7 +279,10 @@ def test_fewer_prompts_are_answered_at_once_where_they_would_not_pass_a_layer_to
     """All of them are read at once, however few tokens pass a layer at once in other passes."""
     memory = Memory.now(CPU, None)
     memory = dataclasses.replace(memory, budget_bytes=memory.used_bytes + 2**29)
-    shapes = dataclasses.replace(_shapes(inputs, 512), transient_bytes_per_token=2**20)
+    shapes = _shapes(inputs, 512)
+    costly = dataclasses.replace(shapes.layers[0].activations, transient_bytes_per_token=2**20)
+    layers = tuple(dataclasses.replace(layer, activations=costly) for layer in shapes.layers)
+    shapes = dataclasses.replace(shapes, layers=layers)
     where: dict[str, Any] = {"longest": 100, "rows": 64, "memory": memory, "device": CPU, "fix": ""}
     residence, rows = place(shapes, **where, prompt_at_once=90)
     assert rows == 4 and rows * 90 * 2**20 < residence.predicted_bytes - memory.used_bytes
