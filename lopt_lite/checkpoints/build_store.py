@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lopt_lite import files
 from lopt_lite.checkpoints.integrity import DamagedFileError, sha256_of
@@ -90,6 +91,8 @@ class StoreBuilder:
         own name, as a copy of the embedding.
     anew:
         What is in ``directory`` now will be deleted before :meth:`build`.
+    tokenizer:
+        The model's, where it is loaded already; None to load it when it is written.
     check:
         Called between shards; may raise to stop.
 
@@ -115,10 +118,12 @@ class StoreBuilder:
         layers: range | None = None,
         untie: bool = False,
         anew: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         check: Callable[[], None] = lambda: None,
         on_event: OnEvent = ignore,
     ) -> None:
         self._files = files_
+        self._tokenizer = tokenizer
         self._directory = directory
         self._quantize = quantize
         self._dtype = DTYPES[dtype]
@@ -463,7 +468,8 @@ class StoreBuilder:
         if self._files.generation_config_path is not None:
             files.copy_file(self._files.generation_config_path, self._directory / "generation_config.json")
         try:
-            tokenizer = load_tokenizer(self._files)
+            # A second one of 262,144 tokens would take the process above its budget.
+            tokenizer = self._tokenizer or load_tokenizer(self._files)
         except ModelError as error:
             self._on_event(Notice(text=f"the store gets no tokenizer: {error.found}"))
         else:

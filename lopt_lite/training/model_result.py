@@ -61,6 +61,7 @@ def _build(bench: Workbench) -> None:
             transform=lambda name, tensor: trained.read(name) if name in trained else tensor,
             transform_fingerprint=_digest([fact.get("sha256") for fact in bench.journal.all("block")]),
             untie=bench.settings.trains_around,
+            tokenizer=bench.tokenizer,
             check=bench.stop.check,
             on_event=bench.on_event,
         ).build()

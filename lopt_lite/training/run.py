@@ -253,6 +253,7 @@ def _store_builder(
         dtype=settings.dtype,
         device=device,
         anew=settings.fresh and directory == paths.store,
+        tokenizer=given.tokenizer,
         check=stop.check,
         on_event=on_event,
     )

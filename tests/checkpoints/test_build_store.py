@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import lopt_lite
 from lopt_lite import TrainSettings
-from lopt_lite.checkpoints import tied_head
+from lopt_lite.checkpoints import tied_head, tokenizer
 from lopt_lite.checkpoints.build_store import StoreBuilder
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.matrices import told_by_layers
@@ -246,3 +246,22 @@ def test_a_run_that_is_started_anew_is_refused_before_it_is_deleted(tmp_path: Pa
     with pytest.raises(ModelError, match="ties the two"):
         lopt_lite.train(dataclasses.replace(settings, fresh=True))
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_run_loads_its_tokenizer_once(tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large one takes some hundred MiB, which the budget does not have twice."""
+    loaded: list[Path] = []
+    load = tokenizer.load_tokenizer_from
+
+    def counting(directory: Path) -> Any:
+        loaded.append(directory)
+        return load(directory)
+
+    monkeypatch.setattr(tokenizer, "load_tokenizer_from", counting)
+    model, data = make_model(tmp_path / "model", "llama"), make_data(tmp_path / "data.jsonl")
+    run = tmp_path / "run"
+    lopt_lite.train(TrainSettings(model=str(model), data=str(data), output=str(run), device="cpu", tune=tune))
+    assert len(loaded) == 1
+    for place in ("store", "adapter" if tune == "lora" else "model"):
+        assert (run / place / "tokenizer.json").is_file()
