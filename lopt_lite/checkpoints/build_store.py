@@ -159,6 +159,9 @@ class StoreBuilder:
         """Write what is missing; returns False when the store was complete before."""
         if self._directory.exists() and not self._directory.is_dir():
             raise RunDirectoryError(f"{self._directory} is not a directory", fix="name a new or empty directory")
+        # The index is written last. A complete store is not locked, as it may be of someone else, and read-only.
+        if self._already_complete():
+            return False
         files.make_directory(self._directory)
         with locked(self._directory, what="the store", wait=True, check=self._check, on_event=self._on_event):
             if self._already_complete():

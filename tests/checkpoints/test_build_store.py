@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lopt_lite
-from lopt_lite import TrainSettings
+from lopt_lite import QuantizeSettings, TrainSettings, files
 from lopt_lite.checkpoints import tied_head, tokenizer
 from lopt_lite.checkpoints.build_store import StoreBuilder
 from lopt_lite.checkpoints.locate import locate_model
@@ -265,3 +265,28 @@ def test_a_run_loads_its_tokenizer_once(tune: Any, tmp_path: Path, monkeypatch: 
     assert len(loaded) == 1
     for place in ("store", "adapter" if tune == "lora" else "model"):
         assert (run / place / "tokenizer.json").is_file()
+
+
+def test_a_complete_store_is_used_without_writing_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = make_model(tmp_path / "model", "llama"), make_data(tmp_path / "data.jsonl")
+    store = tmp_path / "store"
+    lopt_lite.quantize(QuantizeSettings(model=str(model), store=str(store), device="cpu"))
+    make_directory = files.make_directory
+
+    def refusing(path: Path) -> None:
+        assert store not in [path, *path.parents], "it may be read-only"
+        make_directory(path)
+
+    monkeypatch.setattr(files, "make_directory", refusing)
+    for path in store.iterdir():
+        path.chmod(0o444)
+    store.chmod(0o555)
+    try:
+        before = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
+        settings = TrainSettings(
+            model=str(model), data=str(data), output=str(tmp_path / "run"), store=str(store), device="cpu"
+        )
+        lopt_lite.train(settings)
+        assert {path.name: path.stat().st_mtime_ns for path in store.iterdir()} == before
+    finally:
+        store.chmod(0o755)
