@@ -275,6 +275,20 @@ def test_activations_in_8_bits_halve_the_caches(bare, data):
     assert run_plan(bare, data, **plain, blocks=4).disk.caches_bytes == 2 * exact
 
 
+def test_the_data_is_counted_as_a_run_holds_it_in_memory(bare, data, monkeypatch):
+    """Ten million tokens: a run has an int32 and a bool of each, and was refused the budget that was planned."""
+    one_block = {"blocks": 1, "retain": 0.0}
+    few = run_plan(bare, data, **one_block).memory.smallest_budget_bytes
+    estimate, more = plan.known_estimate, 10_000_000
+
+    def of_much(*arguments, **options):
+        found = estimate(*arguments, **options)
+        return dataclasses.replace(found, tokens=found.tokens + more)
+
+    monkeypatch.setattr(plan, "known_estimate", of_much)
+    assert run_plan(bare, data, **one_block).memory.smallest_budget_bytes - few >= 5 * more
+
+
 def test_alternatives_hold_the_smallest_budget_and_other_blocks(bare, data):
     outcome = run_plan(bare, data)
     rows = {row.options: row for row in outcome.alternatives}
