@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -46,6 +47,13 @@ class PositionTables(TorchFunctionMode):
         elif function is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor):  # GPT-J's and CodeGen's
             self._note(*args)
         return function(*args, **(kwargs or {}))
+
+    def note_layer(self, layer: nn.Module) -> None:
+        """Note the table that ``layer`` has of its own.
+
+        In transformers before 5.24 each layer of GPT-J and CodeGen has one, which the model's root does not look into.
+        """
+        self._most += [b.shape[0] for name, b in layer.named_buffers() if name.rpartition(".")[2] == "embed_positions"]
 
     def _note(self, table: torch.Tensor, rows: torch.Tensor) -> None:
         is_row = rows.numel() == PROBED_TOKENS and rows.dtype in (torch.int64, torch.int32) and not rows.is_meta

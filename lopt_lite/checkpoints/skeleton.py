@@ -475,6 +475,8 @@ class Skeleton:
         ids = torch.full((1, PROBED_TOKENS), token)
         with _meta_root_on_cpu(self.model), PositionTables() as tables:
             self.record(ids, embed=False)
+        for template in self._templates:
+            tables.note_layer(template)
         return tables.most_positions
 
     def _hidden_survives(self, convention: Callable[[torch.Tensor], Any]) -> bool:
