@@ -55,7 +55,7 @@ def test_it_gives_pefts_numbers_but_for_rounding(tmp_path, architecture, quantiz
     expected, expected_gradients = _run(layer, call, hidden)
     with fused_modules():
         found, gradients = _run(layer, call, hidden)
-    assert _error(found, expected) < 1e-2
+    assert _error(found, expected) < 2e-2
     for name, gradient in expected_gradients.items():
         assert _error(gradients[name], gradient) < 3e-2, name
 
