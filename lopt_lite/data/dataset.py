@@ -7,7 +7,8 @@ nothing can leak from one example to another and positions start at 0 in each.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,8 @@ from lopt_lite.errors import DataError
 
 #: Label at positions without a target; what torch's cross-entropy ignores.
 IGNORED = -100
+#: Tokens that are worked on at once: their positions take several times as much memory as they do.
+_PIECE_TOKENS = 2**20
 
 
 def check_can_be_split(examples: int) -> None:
@@ -69,9 +72,13 @@ class TokenizedDataset:
     @property
     def target_counts(self) -> torch.Tensor:
         """Tokens to be predicted in each example: int64 [examples]."""
-        before = torch.zeros(self.is_target.numel() + 1, dtype=torch.int64)
-        torch.cumsum(self.is_target, 0, dtype=torch.int64, out=before[1:])
-        return before[self.offsets].diff()
+        counts = torch.zeros(len(self), dtype=torch.int64)
+        for examples in _pieces(self.offsets):
+            piece = self.part(examples)
+            before = torch.zeros(piece.is_target.numel() + 1, dtype=torch.int64)
+            torch.cumsum(piece.is_target, 0, dtype=torch.int64, out=before[1:])
+            counts[examples.start : examples.stop] = before[piece.offsets].diff()
+        return counts
 
     def example(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of one example's tokens (int32) and targets (bool), both [length]."""
@@ -96,17 +103,41 @@ class TokenizedDataset:
         """Examples of ``lengths`` tokens from ``starts`` on, both int64 [examples]."""
         offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64)
         torch.cumsum(lengths, 0, out=offsets[1:])
-        positions = torch.arange(int(offsets[-1])) + (starts - offsets[:-1]).repeat_interleave(lengths)
-        return TokenizedDataset(self.tokens[positions], self.is_target[positions], offsets)
+        total = int(offsets[-1])
+        made = TokenizedDataset(self.tokens.new_empty(total), self.is_target.new_empty(total), offsets)
+        moved_by = starts - offsets[:-1]
+        for examples in _pieces(offsets):
+            here = slice(examples.start, examples.stop)
+            there = slice(int(offsets[examples.start]), int(offsets[examples.stop]))
+            positions = torch.arange(there.start, there.stop)
+            positions += moved_by[here].repeat_interleave(lengths[here])
+            torch.index_select(self.tokens, 0, positions, out=made.tokens[there])
+            torch.index_select(self.is_target, 0, positions, out=made.is_target[there])
+        return made
+
+    def part(self, examples: range) -> TokenizedDataset:
+        """A view of examples that follow each other."""
+        there = slice(int(self.offsets[examples.start]), int(self.offsets[examples.stop]))
+        offsets = self.offsets[examples.start : examples.stop + 1] - self.offsets[examples.start]
+        return TokenizedDataset(self.tokens[there], self.is_target[there], offsets)
 
     @staticmethod
-    def concat(a: TokenizedDataset, b: TokenizedDataset) -> TokenizedDataset:
-        """The examples of ``a``, then those of ``b``."""
-        return TokenizedDataset(
-            torch.cat([a.tokens, b.tokens]),
-            torch.cat([a.is_target, b.is_target]),
-            torch.cat([a.offsets, b.offsets[1:] + a.offsets[-1]]),
+    def join(parts: Sequence[TokenizedDataset]) -> tuple[TokenizedDataset, list[TokenizedDataset]]:
+        """The examples of all parts, one part after the other, and a view of each part of them.
+
+        With the views in their place, the parts that were given can be let go.
+        """
+        if len(parts) == 1:
+            return parts[0], list(parts)
+        lengths = torch.cat([part.lengths for part in parts])
+        offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        tokens, is_target = (
+            torch.cat(values) for values in zip(*((p.tokens, p.is_target) for p in parts), strict=True)
         )
+        whole = TokenizedDataset(tokens, is_target, offsets)
+        ends = list(itertools.accumulate(map(len, parts)))
+        return whole, [whole.part(range(end - len(part), end)) for end, part in zip(ends, parts, strict=True)]
 
     def without_targets(self) -> TokenizedDataset:
         """The same examples with no token to be predicted."""
@@ -115,9 +146,9 @@ class TokenizedDataset:
     def fingerprint(self) -> str:
         """sha256 (hexadecimal) over tokens, targets and offsets: equal for equal data on any machine."""
         digest = hashlib.sha256()
-        for tensor, kind in ((self.tokens, "<i4"), (self.is_target, "|u1"), (self.offsets, "<i8")):
+        for tensor, kind in ((self.tokens, "<i4"), (self.is_target.view(torch.uint8), "|u1"), (self.offsets, "<i8")):
             digest.update(f"{tensor.numel()}{kind}".encode())
-            digest.update(np.ascontiguousarray(tensor.numpy().astype(kind, copy=False)).tobytes())
+            digest.update(np.ascontiguousarray(tensor.numpy().astype(kind, copy=False)).data)
         return digest.hexdigest()
 
     def split(self, fraction: float, seed: int) -> tuple[TokenizedDataset, TokenizedDataset]:
@@ -136,6 +167,16 @@ class TokenizedDataset:
         order = permutation(count, (seed, "validation split"))
         train, validation = np.sort(order[held_out:]), np.sort(order[:held_out])
         return self.select(torch.from_numpy(train)), self.select(torch.from_numpy(validation))
+
+
+def _pieces(offsets: torch.Tensor) -> Iterator[range]:
+    """Examples that are worked on at once: of so many tokens together, or a single one."""
+    count, begin = offsets.numel() - 1, 0
+    while begin < count:
+        within = int(torch.searchsorted(offsets, offsets[begin] + _PIECE_TOKENS, right=True)) - 1
+        end = min(max(within, begin + 1), count)
+        yield range(begin, end)
+        begin = end
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,28 @@ def load_lines(path: str | Path, lines: Iterable[Line], tokenizer: Any, *, max_l
     return loader.dataset()
 
 
+class _Growing:
+    """An array that values are added to: many small ones, and one of all at the end, would take twice the memory."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self._values = np.empty(0, dtype)
+        self._count = 0
+
+    def add(self, values: np.ndarray) -> None:
+        end = self._count + len(values)
+        if end > len(self._values):
+            # By an eighth, as room that is not used yet counts as well.
+            self._values.resize(max(end, len(self._values) * 9 // 8, 2**16), refcheck=False)
+        self._values[self._count : end] = values
+        self._count = end
+
+    def take(self) -> np.ndarray:
+        """All of them; nothing can be added any more."""
+        values, self._values = self._values, np.empty(0, self._values.dtype)
+        values.resize(self._count, refcheck=False)
+        return values
+
+
 @dataclass(frozen=True)
 class _Rendered:
     """What a line holds, as text."""
@@ -194,8 +216,8 @@ class _Loader:
         self.format: Format | None = None
         self.format_line = 0
         self.first_problem: str | None = None
-        self.ids: list[np.ndarray] = []
-        self.masks: list[np.ndarray] = []
+        self.lengths: list[int] = []
+        self.ids, self.masks = _Growing(np.dtype(np.int32)), _Growing(np.dtype(bool))
 
     def run(self, lines: Iterable[Line]) -> Iterator[int]:
         """Work through the file's lines; yields the bytes done after each chunk but the last."""
@@ -225,7 +247,7 @@ class _Loader:
                 f"none of the {report.lines} lines of {self.path} can be used; {self.first_problem}",
                 expected=f"lines with the keys of one known format: {describe_formats()}",
             )
-        if not self.ids:
+        if not self.lengths:
             raise DataError(
                 f"none of the {report.dropped} examples of {self.path} has a token to train on",
                 expected=f"an assistant message that the chat template shows, within {self.max_length:,} tokens "
@@ -233,11 +255,11 @@ class _Loader:
                 fix="check that the conversations have assistant messages, and not all of weight 0, raise "
                 "--max-length, or check the tokenizer's chat template",
             )
-        offsets = np.zeros(len(self.ids) + 1, dtype=np.int64)
-        np.cumsum([len(ids) for ids in self.ids], out=offsets[1:])
+        offsets = np.zeros(len(self.lengths) + 1, dtype=np.int64)
+        np.cumsum(self.lengths, out=offsets[1:])
         return TokenizedDataset(
-            tokens=torch.from_numpy(np.concatenate(self.ids)),
-            is_target=torch.from_numpy(np.concatenate(self.masks)),
+            tokens=torch.from_numpy(self.ids.take()),
+            is_target=torch.from_numpy(self.masks.take()),
             offsets=torch.from_numpy(offsets),
         )
 
@@ -378,8 +400,9 @@ class _Loader:
             return
         self.report.cut += is_cut
         self.report.examples += 1
-        self.ids.append(ids)
-        self.masks.append(mask)
+        self.lengths.append(len(ids))
+        self.ids.add(ids)
+        self.masks.add(mask)
 
 
 def _name_keys(record: dict[str, Any]) -> str:

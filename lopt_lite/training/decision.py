@@ -63,6 +63,7 @@ def decide(
     answered: int,
     longest_answered: int,
     device: torch.device,
+    reached_bytes: int,
 ) -> Decision:
     """What the journal says of this kind of device, or what fits now.
 
@@ -74,7 +75,7 @@ def decide(
         int64 [examples], tokens of each example of any kind.
     train_examples, other_examples, most_answers, held_out_answers, most_anchors:
         See :func:`make_job`.
-    answered, longest_answered:
+    answered, longest_answered, reached_bytes:
         See :class:`Demand`.
 
     Raises
@@ -123,5 +124,6 @@ def decide(
         answer_tokens=settings.retain_answers,
         device=device,
         memory=memory,
+        reached_bytes=reached_bytes,
     ).residences()
     return Decision(chosen, memory, facts)

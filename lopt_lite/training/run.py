@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,7 +90,7 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
         with locked(paths.root, what="the run directory"):
             # What cannot work is refused before anything of an earlier run is deleted, and before this one is known.
             known = [] if settings.fresh or not paths.settings.is_file() else read_facts(paths.journal)[0]
-            decided = _decide(known, given, settings, device)
+            decided = _decide(known, given, settings, device, peak)
             memory.keep_below(decided.chosen.predicted_bytes)
             draft = None
             if not any(last_fact(known, fact) for fact in RESULT_FACTS):
@@ -192,8 +191,11 @@ def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _
     if other is not None:
         other = _used(other, settings, len(training))
     answered = _answered(settings, training, skeleton)
-    parts = [part for part in (held_out, other, answered) if part is not None]
-    dataset = functools.reduce(TokenizedDataset.concat, parts, training)
+    dataset, views = TokenizedDataset.join([part for part in (training, held_out, other, answered) if part is not None])
+    # Views of the whole stand for the parts, so that the data is in memory once.
+    training, *rest = views
+    held_out, other, answered = (None if part is None else rest.pop(0) for part in (held_out, other, answered))
+    del views
     given = _Given(model, skeleton, facts, blocks, tokenizer, training, held_out, other, answered, dataset, None)
     if settings.retain == 0:
         return given
@@ -317,7 +319,9 @@ def _open_bench(
         )
 
 
-def _decide(known: Sequence[Fact], given: _Given, settings: TrainSettings, device: torch.device) -> Decision:
+def _decide(
+    known: Sequence[Fact], given: _Given, settings: TrainSettings, device: torch.device, peak: devices.PeakMemory
+) -> Decision:
     sample, held_out = given.sample, given.held_out
     of_held_out = torch.zeros(1) if held_out is None else held_out.target_counts
     held_out_answers = min(FORWARD_ROWS, len(of_held_out)) * int(of_held_out.max())
@@ -335,6 +339,7 @@ def _decide(known: Sequence[Fact], given: _Given, settings: TrainSettings, devic
         answered=0 if given.answered is None else len(given.answered),
         longest_answered=0 if given.answered is None else int(given.answered.lengths.max()),
         device=device,
+        reached_bytes=peak.read(),
     )
 
 

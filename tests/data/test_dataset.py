@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lopt_lite.data import dataset
 from lopt_lite.data.dataset import TokenizedDataset, collate
 from lopt_lite.data.load import load_dataset
 from lopt_lite.errors import DataError, StoppedError
@@ -26,6 +27,13 @@ def random_dataset(count: int, seed: int = 0) -> TokenizedDataset:
     return TokenizedDataset(tokens, is_target, offsets)
 
 
+@pytest.fixture(params=[2**20, 10, 1], ids="pieces of {} tokens".format)
+def piece_tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few examples are worked on in pieces as many are."""
+    monkeypatch.setattr(dataset, "_PIECE_TOKENS", request.param)
+
+
+@pytest.mark.usefixtures("piece_tokens")
 def test_lengths_counts_and_examples() -> None:
     data = random_dataset(7)
     assert len(data) == 7
@@ -36,17 +44,25 @@ def test_lengths_counts_and_examples() -> None:
         assert tokens.dtype == torch.int32 and is_target.dtype == torch.bool
 
 
-def test_select_and_concat() -> None:
+@pytest.mark.usefixtures("piece_tokens")
+def test_select_and_join() -> None:
     data = random_dataset(6)
     chosen = data.select([4, 0, 4])
     for row, i in enumerate([4, 0, 4]):
         assert torch.equal(chosen.example(row)[0], data.example(i)[0])
         assert torch.equal(chosen.example(row)[1], data.example(i)[1])
-    both = TokenizedDataset.concat(data.select([0, 1, 2]), data.select(torch.tensor([3, 4, 5])))
-    assert both.fingerprint() == data.fingerprint()
+    parts = [data.select([0, 1]), data.select([]), data.select(torch.tensor([2, 3, 4, 5]))]
+    whole, views = TokenizedDataset.join(parts)
+    assert whole.fingerprint() == data.fingerprint()
+    assert [view.fingerprint() for view in views] == [part.fingerprint() for part in parts]
+    assert all(view.tokens.untyped_storage().data_ptr() == whole.tokens.data_ptr() for view in views[::2])
+    assert [view.target_counts.tolist() for view in views] == [part.target_counts.tolist() for part in parts]
+    alone, (view,) = TokenizedDataset.join([data])
+    assert alone is view is data
     assert len(data.select([])) == 0
 
 
+@pytest.mark.usefixtures("piece_tokens")
 def test_beginnings() -> None:
     data = random_dataset(6)
     lengths = torch.tensor([2, 0, 1, 2, 0, int(data.lengths[5])])

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import lopt_lite
-from lopt_lite import EvaluateSettings, QuantizeSettings, TrainSettings
+from lopt_lite import EvaluateSettings, QuantizeSettings, TrainSettings, devices
 from lopt_lite.errors import DoesNotFitError, RunDirectoryError, StoppedError
 from lopt_lite.events import Event, Progress
 from lopt_lite.results.open_run import open_run
@@ -56,6 +56,16 @@ def test_after_a_budget_was_refused_another_one_begins_the_run(inputs, tmp_path)
         _train(inputs, run, memory="100MiB")
     assert _content(run) == {}
     _train(inputs, run, memory="8GiB")
+
+
+def test_a_budget_that_reading_has_exceeded_already_is_refused(inputs, tmp_path, monkeypatch):
+    """What training takes would fit, but data and tokenizer have taken more while they were read."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(devices.PeakMemory, "read", lambda peak: 9 << 30)
+    with pytest.raises(DoesNotFitError, match=r"8,192 MiB .* reading them took 9,216 MiB\n.*at least --memory 9224MiB"):
+        _train(inputs, run, memory="8GiB")
+    assert _content(run) == {}
+    _train(inputs, run, memory="9224MiB")
 
 
 def test_of_a_run_that_is_done_another_budget_asks_for_nothing(inputs, tmp_path):
