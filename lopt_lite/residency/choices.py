@@ -175,7 +175,13 @@ class Memory:
 
 
 def choose_residence(
-    shapes: ModelShapes, ranges: Sequence[tuple[int, int]], job: Job, *, device: torch.device, memory: Memory
+    shapes: ModelShapes,
+    ranges: Sequence[tuple[int, int]],
+    job: Job,
+    *,
+    device: torch.device,
+    memory: Memory,
+    instead: str = "lower --batch-size, --max-length or --lora-r, or use more --blocks",
 ) -> Residence:
     """The fastest way of working within the budget.
 
@@ -185,6 +191,8 @@ def choose_residence(
         (first layer, end layer) of each block.
     job:
         What is to be done.
+    instead:
+        What the user can do other than to give more memory.
 
     Raises
     ------
@@ -204,7 +212,7 @@ def choose_residence(
     raise DoesNotFitError(
         f"a budget of {memory.limit_bytes / MIB:,.0f} MiB{named} is too small for this model and batch",
         expected=f"at least --memory {smallest // MIB}MiB",
-        fix=f"{more}, or lower --batch-size, --max-length or --lora-r, or use more --blocks",
+        fix=f"{more}, or {instead}",
     )
 
 

@@ -86,7 +86,9 @@ def _losses(
     """Held-out loss of the base and of the tuned model."""
     ranges = [(b.first, b.end) for b in run.blocks]
     memory = Memory.now(run.device, parse_memory(settings.memory))
-    residence = choose_residence(run.shapes(), ranges, _job(dataset, settings), device=run.device, memory=memory)
+    job = _job(dataset, settings)
+    instead = "measure shorter examples"
+    residence = choose_residence(run.shapes(), ranges, job, device=run.device, memory=memory, instead=instead)
     measure = partial(
         held_out_losses,
         dataset=dataset,

@@ -31,6 +31,9 @@ from lopt_lite.results.open_run import OpenRun
 #: (tokens before, tokens to rate), neither empty.
 Question = tuple[Sequence[int], Sequence[int]]
 
+#: What the user can do other than to give more memory.
+_INSTEAD = "lower --num-fewshot"
+
 
 class Score(NamedTuple):
     """Log-probability of a continuation in nats, and whether it is what greedy decoding would have produced."""
@@ -84,7 +87,8 @@ class Scorer:
         run = self._run
         ranges = [(block.first, block.end) for block in run.blocks]
         memory = Memory.now(run.device, self._budget_bytes)
-        residence = choose_residence(run.shapes(), ranges, rows.job(self._max_rows), device=run.device, memory=memory)
+        job = rows.job(self._max_rows)
+        residence = choose_residence(run.shapes(), ranges, job, device=run.device, memory=memory, instead=_INSTEAD)
         rows.make_batches(max_tokens=residence.forward_tokens, max_rows=self._max_rows)
         rate = partial(self._pass, rows, residence, ranges)
         if run.settings.tune == "full":

@@ -385,6 +385,14 @@ def test_a_budget_that_cannot_work_names_the_smallest_that_can(tmp_path: Path, m
         _train(tmp_path, model, memory=memory)
 
 
+def test_evaluating_in_too_small_a_budget_advises_nothing_that_only_training_has(tmp_path: Path) -> None:
+    run = _train(tmp_path, make_model(tmp_path / "model", "llama"), epochs=1)
+    settings = EvaluateSettings(run=str(run), data=str(tmp_path / "data.jsonl"), memory="1MiB")
+    with pytest.raises(DoesNotFitError, match="raise --memory, or measure shorter examples") as refused:
+        lopt_lite.evaluate(settings)
+    assert "--lora-r" not in str(refused.value)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_heads_input_has_strides_of_its_own_while_generating(rows: int) -> None:
     """The last position of a single row counts as contiguous as it is, and PyTorch would copy the head for it."""
