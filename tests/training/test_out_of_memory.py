@@ -54,7 +54,8 @@ class Device:
         run = LayerCall.run
 
         def limited(call: LayerCall, layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-            if torch.is_grad_enabled():
+            # Planning runs layers without values, which take no memory.
+            if torch.is_grad_enabled() and not hidden.is_meta:
                 self.calls += 1
                 if self.calls > since and hidden.shape[0] * hidden.shape[1] > self.tokens:
                     self.failures += 1
