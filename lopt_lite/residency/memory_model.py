@@ -36,6 +36,14 @@ _RECONSTRUCTION_VALUES = 6
 _CACHE_BUFFERS_BYTES = 64 * MIB
 
 
+def least_row_tokens(tokens: int, examples: int) -> int:
+    """What :attr:`Job.row_tokens` is for so many ``examples`` (at least one) of so many ``tokens`` together.
+
+    Half the average: batches are of examples of about the same length, so there are some of short ones.
+    """
+    return max(1, tokens // examples // 2)
+
+
 @dataclass(frozen=True)
 class Job:
     """What is to be done, in tokens.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lopt_lite import recipe
 from lopt_lite.errors import DataError
-from lopt_lite.residency.memory_model import Job, around_state_bytes
+from lopt_lite.residency.memory_model import Job, around_state_bytes, least_row_tokens
 from lopt_lite.residency.shapes import ModelShapes
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Block
@@ -105,8 +105,7 @@ def make_job(
         step_tokens=(rows + others) * longest,
         longest=longest,
         rows=rows + others,
-        # Batches are of examples of about the same length, so there are some of short ones.
-        row_tokens=max(1, all_tokens // all_examples // 2),
+        row_tokens=least_row_tokens(all_tokens, all_examples),
         answer_tokens=None if most_answers is None else rows * most_answers,
         measured_tokens=measured_tokens,
         all_tokens=all_examples * longest,
