@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench.start(NAME, __doc__, options, arguments)
     cases = [CASES[1]] if bench.quick else options.cases.split(";")
     most = 1 if bench.quick else options.most
-    kills = 2 if bench.quick else options.random
+    kills = 1 if bench.quick else options.random
     rows = []
     for case in cases:
         undisturbed = partial(bench.alone.call, _reference, directory=str(bench.directory), case=case)
@@ -86,7 +86,7 @@ def _tries(operations: list[list[Any]], most: int | None, *, every_fault: bool, 
 
     known = [Operation(*values) for values in operations]
     if quick:
-        known = known[:: len(known) // 3]
+        known = known[:: len(known) // 2]
     rng = random.Random(0)
     boundaries = [operation for operation in known if operation.name != "write"]
     writes = [operation for operation in known if operation.name == "write"]

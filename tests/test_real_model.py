@@ -44,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, o
     directory = tmp_path_factory.mktemp("real")
     data, held_out = directory / "train.jsonl", directory / "held_out.jsonl"
     examples = ROOT / "examples"
-    data.write_text("".join((examples / "gsm8k_train.jsonl").open(encoding="utf-8").readlines()[:48]), encoding="utf-8")
+    data.write_text("".join((examples / "gsm8k_train.jsonl").open(encoding="utf-8").readlines()[:32]), encoding="utf-8")
     held_out.write_text(
         "".join((examples / "gsm8k_heldout.jsonl").open(encoding="utf-8").readlines()[:12]), encoding="utf-8"
     )

@@ -98,14 +98,22 @@ class Runs:
         What the budget has beyond the smallest.
     shape:
         Of the model.
+    examples:
+        In its data.
     """
 
     def __init__(
-        self, directory: Path, device: str, *, slack_bytes: int = 0, shape: dict[str, int] | None = None
+        self,
+        directory: Path,
+        device: str,
+        *,
+        slack_bytes: int = 0,
+        shape: dict[str, int] | None = None,
+        examples: int = 24,
     ) -> None:
         self._directory, self._device = directory, device
         self._model = make_model(directory / "model", "llama", dtype=torch.bfloat16, **(shape or SHAPE))
-        self._data = make_data(directory / "data.jsonl", 24)
+        self._data = make_data(directory / "data.jsonl", examples)
         self.budget_bytes = MIB
         try:
             self.train("too small")

@@ -105,7 +105,7 @@ def test_a_run_is_the_cpus(kind: str, recipe: str, tmp_path: Path, monkeypatch: 
 
 def test_a_streamed_run_resumes_to_the_same_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with paper_gpu(monkeypatch):
-        runs = Runs(tmp_path, "cuda", shape=_STREAMED)
+        runs = Runs(tmp_path, "cuda", shape=_STREAMED, examples=8)
         whole = runs.train("whole")
         assert runs.streams("whole")
         runs.interrupt("resumed", after_steps=whole.steps // 2)

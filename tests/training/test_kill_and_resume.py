@@ -34,7 +34,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny model and its data."""
     directory = tmp_path_factory.mktemp("inputs")
     model = make_model(directory / "model", "llama", dtype=torch.bfloat16)
-    return model, make_data(directory / "data.jsonl", 24)
+    return model, make_data(directory / "data.jsonl", 14)
 
 
 # -- cut off at random moments ----------------------------------------------------------------------------------------
