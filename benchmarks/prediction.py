@@ -43,12 +43,18 @@ class Case:
     tune: str = "lora"
     quantize: Quantize = "nf4"
     steps: int = 2
+    uneven: bool = False
+
+    @property
+    def batches(self) -> str:
+        """Rows and tokens of a step."""
+        return f"{self.batch} x {'up to ' if self.uneven else ''}{self.tokens}"
 
     @property
     def key(self) -> str:
         """What tells this case from others."""
         return (
-            f"{self.shape} {self.budget} times the smallest, {self.batch} x {self.tokens} tokens, K={self.blocks}, "
+            f"{self.shape} {self.budget} times the smallest, {self.batches} tokens, K={self.blocks}, "
             f"{self.tune}, {self.quantize}"
         )
 
@@ -76,6 +82,10 @@ CASES = [
     Case("wordy", _SMALLEST, 1, 64, steps=32),
     Case("wordy", 1.5, 1, 64, steps=32),
     Case("wordy", 1.2, 2, 64, blocks=1, steps=16),
+    Case("narrow", 4.0, 8, 512, steps=4, uneven=True),
+    Case("narrow", 1.5, 4, 512, steps=12, uneven=True),
+    Case("middle", 1.15, 8, 256, steps=4, uneven=True),
+    Case("wide", 2.0, 4, 256, blocks=1, steps=6, uneven=True),
 ]
 QUICK = [Case("tiny", 1.2, 2, 32), Case("tiny", 2.0, 2, 32, blocks=1)]
 
@@ -109,9 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(bench: Bench, case: Case) -> dict[str, Any]:
-    data = write_data(
-        bench.directory / f"data-{case.steps}-{case.batch}-{case.tokens}.jsonl", case.steps * case.batch, case.tokens
-    )
+    name = f"data-{case.steps}-{case.batches.replace(' ', '-')}.jsonl"
+    data = write_data(bench.directory / name, case.steps * case.batch, case.tokens, uneven=case.uneven)
     model = write_store(bench.directory / f"store-{case.shape}-{case.quantize}", SHAPES[case.shape], case.quantize)
     output = bench.directory / "run"
     settings: dict[str, Any] = {
@@ -140,7 +149,7 @@ def _row(bench: Bench, case: Case, found: dict[str, Any]) -> tuple[object, ...]:
     budget_mib = found["budget_mib"]
     row = (
         str(SHAPES[case.shape]),
-        f"{case.batch} x {case.tokens}",
+        case.batches,
         case.blocks,
         case.tune,
         case.quantize,

@@ -156,11 +156,17 @@ def _multiply_layer(directory: Path, layers: int) -> None:
     files.write_json(directory / INDEX_NAME, index)
 
 
-def write_data(path: Path, examples: int, tokens: int) -> Path:
-    """Write examples that ``--max-length`` of ``tokens`` cuts all to that length, about half of it answer."""
+def write_data(path: Path, examples: int, tokens: int, *, uneven: bool = False) -> Path:
+    """Write examples that ``--max-length`` of ``tokens`` cuts all to that length, about half of it answer.
+
+    ``uneven``: only a few have that length, the others down to an eighth of it.
+    """
     tokenizer = make_tokenizer()
     lines = []
+    longest = tokens
     for number in range(examples):
+        if uneven:
+            tokens = longest // 8 + number * 29 % longest
         answer = ""
         word = 0
         while len(tokenizer(answer)["input_ids"]) < tokens // 2:

@@ -43,6 +43,13 @@ def held_out_count(examples: int, fraction: float) -> int:
     return min(max(round(examples * fraction), 1), examples - 1)
 
 
+def split_examples(examples: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the training and the validation examples, each ascending; see :meth:`TokenizedDataset.split`."""
+    held_out = held_out_count(examples, fraction)
+    order = permutation(examples, (seed, "validation split"))
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
 @dataclass(frozen=True)
 class TokenizedDataset:
     """All examples, one after the other.
@@ -163,9 +170,7 @@ class TokenizedDataset:
         """
         count = len(self)
         check_can_be_split(count)
-        held_out = held_out_count(count, fraction)
-        order = permutation(count, (seed, "validation split"))
-        train, validation = np.sort(order[held_out:]), np.sort(order[:held_out])
+        train, validation = split_examples(count, fraction, seed)
         return self.select(torch.from_numpy(train)), self.select(torch.from_numpy(validation))
 
 

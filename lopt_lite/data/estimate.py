@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from lopt_lite.data.dataset import held_out_count
+from lopt_lite.data.dataset import held_out_count, split_examples
 from lopt_lite.data.json_lines import MAX_LINE_BYTES, Line, check_is_data_file, parse_line
 from lopt_lite.errors import DataError
 
 #: Lines that are tokenised at most, and how many of them are the file's longest.
-_SAMPLED_LINES, _LONGEST_LINES = 200, 20
+_SAMPLED_LINES, _LONGEST_LINES = 1000, 20
 #: Of a larger file only so many bytes are looked at, in so many stretches.
 _SCANNED_BYTES, _STRETCHES = 64 << 20, 16
 #: Without a tokenizer: bytes of a line for one token, and the share of tokens that are answers.
@@ -46,6 +46,11 @@ class DataEstimate:
     how: str
 
     @property
+    def is_exact(self) -> bool:
+        """Whether ``lengths`` are those of all examples, in the order of the data."""
+        return self.how == "counted" and len(self.lengths) == self.examples
+
+    @property
     def has_prompts(self) -> bool:
         """Whether examples have tokens, beside the first, that are not to be learnt."""
         return self.tokens - self.answer_tokens > self.examples
@@ -61,15 +66,25 @@ class DataEstimate:
             how=self.how,
         )
 
-    def split(self, fraction: float) -> tuple[DataEstimate, DataEstimate]:
+    def split(self, fraction: float, seed: int) -> tuple[DataEstimate, DataEstimate]:
         """Training and validation part, of as many examples as :meth:`TokenizedDataset.split` makes of them.
 
-        Of a single example, which may be a guess, each part has one.
+        They are the same examples, where all are known. Of a single one, which may be a guess, each part has one.
         """
+        if self.is_exact and self.examples > 1:
+            train, validation = split_examples(self.examples, fraction, seed)
+            return self._of(train), self._of(validation)
         held_out = max(1, held_out_count(self.examples, fraction))
-        return self._part(max(1, self.examples - held_out)), self._part(held_out)
+        return self._random(max(1, self.examples - held_out)), self._random(held_out)
 
-    def _part(self, count: int) -> DataEstimate:
+    def _of(self, chosen: np.ndarray) -> DataEstimate:
+        """The examples of these numbers; how many of their tokens are answers is a guess."""
+        lengths = tuple(self.lengths[i] for i in chosen)
+        tokens = sum(lengths)
+        answer_tokens = max(1, round(self.answer_tokens * tokens / self.tokens))
+        return DataEstimate(len(lengths), tokens, answer_tokens, max(lengths), lengths, self.how)
+
+    def _random(self, count: int) -> DataEstimate:
         """So many random examples, at least one."""
         share = count / self.examples
         return DataEstimate(

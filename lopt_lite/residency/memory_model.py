@@ -6,6 +6,7 @@ their optimiser state, the LM head or slices of it. ``benchmarks/prediction.py``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,9 @@ class Job:
     ----------
     step_tokens:
         Most padded tokens of one optimiser step, 0 without training.
+    largest_micro_batch:
+        Given how many padded tokens may pass through a layer at once in a step, how many do at most, as far as that
+        is known; None: as many as may, and as the step has.
     longest:
         Tokens of the longest example.
     rows, forward_rows:
@@ -98,6 +102,7 @@ class Job:
     anchored_tokens: int = 0
     graph_layers: int | None = None
     around_bytes: int = 0
+    largest_micro_batch: Callable[[int], int] | None = None
 
     @property
     def trains(self) -> bool:
@@ -149,7 +154,11 @@ class Layout:
     def micro_tokens(self, job: Job) -> int:
         """Tokens that may really go through a layer at once: a long example goes alone, a step may be smaller."""
         tokens = max(self.micro_batch_tokens, job.longest)
-        return min(tokens, job.step_tokens) if job.trains else tokens
+        if not job.trains:
+            return tokens
+        if job.largest_micro_batch is not None:
+            return job.largest_micro_batch(self.micro_batch_tokens)
+        return min(tokens, job.step_tokens)
 
     @property
     def forward_tokens(self) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 
 from lopt_lite import devices, files
 from lopt_lite.checkpoints.integrity import DamagedFileError
-from lopt_lite.data.batches import epoch_batches, length_sorted_batches
+from lopt_lite.data.batches import length_sorted_batches
 from lopt_lite.data.dataset import Batch, collate
 from lopt_lite.errors import DivergedError, DoesNotFitError, is_out_of_memory
 from lopt_lite.events import BlockDone, BlockStarted, CheckpointSaved, Notice, Progress, Step, Validation
@@ -40,12 +40,12 @@ from lopt_lite.training.matching import Targets
 from lopt_lite.training.micro_batch_size import MicroBatchSize, describe
 from lopt_lite.training.optimisation import learning_rate
 from lopt_lite.training.stage_losses import Local, StageLosses, StepLosses
+from lopt_lite.training.step_batches import PHASES, epoch_steps
 from lopt_lite.training.stopping import stopped
 from lopt_lite.training.trained import TrainedParameters
 from lopt_lite.training.workbench import Workbench
 from lopt_lite.units import counted
 
-PHASES = ("head-fit", "train")
 HEAD_FIT_LR = 1e-3
 _STEPS_WITHOUT_FINITE_LOSS = 5
 
@@ -255,12 +255,14 @@ class BlockTrainer:
             # The checkpoint was made between an epoch's last step and its validation.
             self._end_epoch(phase, cursor.step // per_epoch)
         for epoch in range(cursor.step // per_epoch, -(-steps // per_epoch)):
-            batches = epoch_batches(
+            batches = epoch_steps(
                 self._lengths[: bench.train_count],
-                batch_size=bench.settings.batch_size,
-                seed=(bench.settings.seed, "block", stage.index, phase.name, epoch),
+                bench.settings,
+                stage=stage.index,
+                phase=phase.name,
+                epoch=epoch,
+                steps=steps,
             )
-            del batches[steps - epoch * per_epoch :]
             for number, indices in enumerate(batches, start=epoch * per_epoch):
                 if number < cursor.step:
                     continue

@@ -15,7 +15,7 @@ from lopt_lite.data.json_lines import check_is_data_file
 
 FILE_NAME = "data.json"
 #: Part of the key: estimates made in another way are not comparable.
-_VERSION = 3
+_VERSION = 4
 
 
 def known_estimate(path: str, model: ModelDescription, *, max_length: int) -> DataEstimate:

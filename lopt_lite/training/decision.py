@@ -17,6 +17,7 @@ from lopt_lite.training.job import make_job
 from lopt_lite.training.memory_choice import Answering, Demand, Residences
 from lopt_lite.training.model_facts import ModelFacts
 from lopt_lite.training.run_directory import RESIDENCE_FACTS
+from lopt_lite.training.step_batches import LargestMicroBatch
 
 _TRAINING, _MATCHING, _ANSWERING = RESIDENCE_FACTS
 
@@ -72,7 +73,7 @@ def decide(
     known:
         The journal's facts so far.
     lengths:
-        int64 [examples], tokens of each example of any kind.
+        int64 [examples], tokens of each example of any kind; those of the training examples come first.
     train_examples, other_examples, most_answers, held_out_answers, most_anchors:
         See :func:`make_job`.
     answered, longest_answered, reached_bytes:
@@ -99,6 +100,7 @@ def decide(
             None if answering is None else Answering(Residence.from_json(answering), int(answering["rows"])),
         )
         return Decision(decided, memory, facts)
+    stages = plan_stages(blocks, settings.schedule)
     job = make_job(
         settings,
         facts.shapes,
@@ -111,12 +113,12 @@ def decide(
         most_answers=most_answers,
         held_out_answers=held_out_answers,
         most_anchors=most_anchors,
+        largest_micro_batch=LargestMicroBatch(settings, stages, lengths[:train_examples].tolist(), device),
     )
-    stages = [(stage.first, stage.end) for stage in plan_stages(blocks, settings.schedule)]
     chosen = Demand(
         shapes=facts.shapes,
         blocks=blocks,
-        stages=stages,
+        stages=[(stage.first, stage.end) for stage in stages],
         job=job,
         train_examples=train_examples,
         answered=answered,

@@ -20,13 +20,14 @@ from lopt_lite.residency.memory_model import Job
 from lopt_lite.residency.timing import Amounts, RunTimes, TimeModel
 from lopt_lite.settings import TrainSettings
 from lopt_lite.step_counts import StepCounts
-from lopt_lite.training.block_plan import Block, plan_blocks, plan_stages
+from lopt_lite.training.block_plan import Block, Stage, plan_blocks, plan_stages
 from lopt_lite.training.disk_plan import disk_plan
 from lopt_lite.training.job import answered_count, make_job, other_rows
 from lopt_lite.training.memory_choice import Demand, Residences
 from lopt_lite.training.micro_batch_size import group_cost_tokens
 from lopt_lite.training.model_facts import ModelFacts, compute_dtype
 from lopt_lite.training.own_prompts import ANSWERED_AT_ONCE, LONGEST_PROMPT
+from lopt_lite.training.step_batches import LargestMicroBatch
 
 #: Waiting for layers is worth a word from this share of a block's steps on.
 _WORTH_A_WORD = 0.1
@@ -69,9 +70,14 @@ class Draft:
         return plan_blocks(layers, self.settings.objectives(), self.settings.last_block_layers(layers))
 
     @property
+    def stages(self) -> list[Stage]:
+        """What is trained at the same time."""
+        return plan_stages(self.blocks, self.settings.schedule)
+
+    @property
     def ranges(self) -> list[tuple[int, int]]:
-        """(first layer, end layer) of what is trained at the same time."""
-        return [(stage.first, stage.end) for stage in plan_stages(self.blocks, self.settings.schedule)]
+        """(first layer, end layer) of each stage."""
+        return [(stage.first, stage.end) for stage in self.stages]
 
     @property
     def job(self) -> Job:
@@ -89,7 +95,15 @@ class Draft:
             most_answers=None,
             held_out_answers=0 if self.held_out is None else None,
             most_anchors=self._most_anchors,
+            largest_micro_batch=self._largest_micro_batch,
         )
+
+    @property
+    def _largest_micro_batch(self) -> LargestMicroBatch | None:
+        """None where the data is only known by a sample."""
+        if not self.training.is_exact:
+            return None
+        return LargestMicroBatch(self.settings, self.stages, self.training.lengths, self.device)
 
     @property
     def _everything(self) -> list[DataEstimate]:

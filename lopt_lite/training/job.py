@@ -11,6 +11,7 @@ from lopt_lite.residency.shapes import ModelShapes
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Block
 from lopt_lite.training.own_prompts import MOST_PROMPTS
+from lopt_lite.training.step_batches import LargestMicroBatch
 
 #: Examples of ``--retain-data`` in a step, for each example of DATA.
 _OTHERS_PER_EXAMPLE = 0.25
@@ -74,6 +75,7 @@ def make_job(
     most_answers: int | None,
     held_out_answers: int | None,
     most_anchors: int,
+    largest_micro_batch: LargestMicroBatch | None = None,
 ) -> Job:
     """The largest step of a run.
 
@@ -89,6 +91,8 @@ def make_job(
         Answer tokens of the held-out examples that pass together, 0 without any, None when any token may be one.
     most_anchors:
         Anchored tokens of one example, 0 without an anchor.
+    largest_micro_batch:
+        Of the steps' training examples; None where their lengths are not known one by one.
     """
     together = settings.schedule == "joint"
     rows = min(settings.batch_size, train_examples)
@@ -101,6 +105,8 @@ def make_job(
         measured_tokens = max(held_out_answers, 0 if most_answers is None else measured * most_answers)
     row_bytes = shapes.hidden * shapes.itemsize
     cached_tokens = all_tokens if len(blocks) > 1 and not together else 0
+    # Which other examples pass with them, a step decides.
+    known = largest_micro_batch is not None and not others and largest_micro_batch.is_quick
     return Job(
         step_tokens=(rows + others) * longest,
         longest=longest,
@@ -116,4 +122,5 @@ def make_job(
         anchored_tokens=anchored_rows * most_anchors,
         graph_layers=max(block.end - block.first for block in blocks) if together else None,
         around_bytes=around_state_bytes(shapes) if settings.trains_around else 0,
+        largest_micro_batch=largest_micro_batch if known else None,
     )

@@ -183,7 +183,7 @@ def _estimate(
     if fraction is not None:
         if training.how != "from bytes":
             check_can_be_split(training.examples)
-        return *training.split(fraction), other
+        return *training.split(fraction, settings.seed), other
     return training, validation, other
 
 

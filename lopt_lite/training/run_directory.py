@@ -43,6 +43,9 @@ _FOLLOWS = {
     "retain": ("blocks", "schedule"),
 }
 
+#: What to say beside an option that a run keeps for a reason which is not to be seen.
+_WHY = {"memory": "in which parts sums are made follows from it, and so does the result"}
+
 _START_ANEW = "restore it from a backup, start anew with --fresh, or choose another directory"
 _PACKAGES = ("lopt-lite", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
@@ -327,4 +330,5 @@ def _difference(name: str, old: Any, value: Any) -> str:
     if isinstance(value, bool):
         return f"{flag(name)}, which is not given" if old else f"no {flag(name)}, which is given now"
     began = f"no {flag(name)}" if old is None else f"{flag(name)} {old}"
-    return f"{began}, which is not given" if value is None else f"{began}, not {value}"
+    said = f"{began}, which is not given" if value is None else f"{began}, not {value}"
+    return f"{said} ({_WHY[name]})" if name in _WHY else said

@@ -86,6 +86,16 @@ def test_as_many_are_held_out_as_of_the_data_itself(tmp_path):
     for examples, fraction in itertools.product((2, 3, 4, 5, 15, 24, 101), (1e-9, 0.01, 0.1, 0.25, 0.5, 0.9)):
         data = TokenizedDataset(torch.zeros(examples), torch.ones(examples).bool(), torch.arange(examples + 1))
         expected = [len(part) for part in data.split(fraction, seed=0)]
-        parts = dataclasses.replace(whole, examples=examples).split(fraction)
+        parts = dataclasses.replace(whole, examples=examples).split(fraction, seed=0)
         assert [part.examples for part in parts] == expected, (examples, fraction)
-    assert [part.examples for part in dataclasses.replace(whole, examples=1).split(0.1)] == [1, 1]
+    assert [part.examples for part in dataclasses.replace(whole, examples=1).split(0.1, seed=0)] == [1, 1]
+
+
+def test_of_a_small_file_the_same_examples_are_held_out_as_of_the_data_itself(tmp_path):
+    path = write(tmp_path / "d.jsonl", 50)
+    found, dataset = estimate_data(path, make_tokenizer(), max_length=1024), truth(path, 1024)
+    for part, expected in zip(found.split(0.2, seed=3), dataset.split(0.2, seed=3), strict=True):
+        assert part.is_exact and part.lengths == tuple(expected.lengths.tolist())
+        assert (part.tokens, part.longest) == (sum(part.lengths), max(part.lengths))
+    larger = estimate_data(write(path, 1500), make_tokenizer(), max_length=1024)
+    assert not larger.is_exact and not any(part.is_exact for part in larger.split(0.2, seed=3))

@@ -237,5 +237,5 @@ def test_a_run_of_a_release_that_lacked_an_option_is_one_with_its_default(claime
     del content["settings"]["memory"]
     files.write_json(claimed.settings, content)
     assert claim(claimed, _identity()) == []
-    with pytest.raises(RunDirectoryError, match="--memory auto, not 1GiB"):
+    with pytest.raises(RunDirectoryError, match=r"--memory auto, not 1GiB \(in which parts"):
         claim(claimed, _identity(memory="1GiB"))
