@@ -44,12 +44,12 @@ def place(
     Raises
     ------
     DoesNotFitError
-        The budget is too small even for one prompt at a time.
+        The budget is too small even for one prompt at a time, or for what was read.
     """
     whole = [(0, len(shapes.layers))]
     while True:
         kept = rows * shapes.cache_bytes(longest)
-        left = dataclasses.replace(memory, budget_bytes=memory.limit_bytes - kept)
+        left = memory.with_budget(memory.limit_bytes - kept)
         job = Job(
             step_tokens=0,
             longest=longest,
@@ -70,6 +70,7 @@ def place(
                 ) from error
             rows //= 2
         else:
+            memory.check_not_exceeded(lambda: smallest_place(shapes, longest=longest, memory=memory, device=device))
             predicted = placed.predicted_bytes + kept
             host = predicted if device.type == "cpu" else placed.predicted_host_bytes
             return dataclasses.replace(placed, predicted_bytes=predicted, predicted_host_bytes=host), rows
@@ -78,5 +79,5 @@ def place(
 def smallest_place(shapes: ModelShapes, *, longest: int, memory: Memory, device: torch.device) -> int:
     """The smallest budget, in bytes, with which :func:`place` finds a way for one prompt at a time."""
     job = Job(step_tokens=0, longest=longest, forward_rows=1, measured_tokens=1)
-    smallest = smallest_budget(shapes, [(0, len(shapes.layers))], job, device=device, memory=memory)
-    return shapes.cache_bytes(longest) + smallest
+    smallest = smallest_budget(shapes, [(0, len(shapes.layers))], job, device=device, memory=memory.with_budget(0))
+    return max(shapes.cache_bytes(longest) + smallest, memory.least_bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ MIB = 2**20
 _MARGIN_MIB = 8
 #: On a GPU, at least so much of the budget: its limit counts what the allocator holds, holes and rounding included.
 _GPU_MARGIN_SHARE = 0.08
-#: By how much a process's size varies when it starts.
+#: By how much a process's size varies when it starts, and what reading data and a tokenizer takes.
 _SLACK_MIB = 8
 #: Share of the free memory that a run may take when no budget is named.
 _FREE_SHARE = 0.7
@@ -147,6 +147,8 @@ class Memory:
         What could still be allocated on the host.
     named_bytes:
         The budget as the user named it.
+    reached_bytes:
+        What reading data and tokenizer has taken, at most, as the budget counts it; 0 where that is not known.
     """
 
     budget_bytes: int | None
@@ -154,9 +156,10 @@ class Memory:
     free_bytes: int
     free_host_bytes: int
     named_bytes: int | None = None
+    reached_bytes: int = 0
 
     @classmethod
-    def now(cls, device: torch.device, budget_bytes: int | None) -> Memory:
+    def now(cls, device: torch.device, budget_bytes: int | None, *, reached_bytes: int = 0) -> Memory:
         """As it is at this moment."""
         return cls(
             None if budget_bytes is None else devices.backend(device).attainable_bytes(budget_bytes),
@@ -164,6 +167,38 @@ class Memory:
             devices.free_bytes(device),
             devices.free_bytes(torch.device("cpu")),
             budget_bytes,
+            reached_bytes,
+        )
+
+    @property
+    def least_bytes(self) -> int:
+        """The smallest budget that reading data and tokenizer keeps, in bytes; whole MiB."""
+        return (self.reached_bytes // MIB + _SLACK_MIB) * MIB if self.reached_bytes else 0
+
+    def with_budget(self, budget_bytes: int) -> Memory:
+        """The same with another budget, for a part of what is done after reading."""
+        return replace(self, budget_bytes=budget_bytes, reached_bytes=0)
+
+    def check_not_exceeded(self, smallest_bytes: Callable[[], int]) -> None:
+        """Refuse a budget that was exceeded before anything began.
+
+        Parameters
+        ----------
+        smallest_bytes:
+            Finds out the smallest budget that would do.
+
+        Raises
+        ------
+        DoesNotFitError
+            Reading data and tokenizer has taken more.
+        """
+        if self.budget_bytes is None or self.reached_bytes <= self.budget_bytes:
+            return
+        raise DoesNotFitError(
+            f"a budget of {self.budget_bytes // MIB:,} MiB is too small: reading the tokenizer, and the data if there "
+            f"is any, took {self.reached_bytes // MIB:,} MiB",
+            expected=f"at least --memory {smallest_bytes() // MIB}MiB",
+            fix="raise --memory, or give less data",
         )
 
     @property
@@ -203,6 +238,7 @@ def choose_residence(
     for layout in _layouts(shapes, _depth(blocks), job):
         fitted = _fit(layout, shapes, blocks, job, device, memory)
         if isinstance(fitted, Residence):
+            memory.check_not_exceeded(lambda: smallest_budget(shapes, ranges, job, device=device, memory=memory))
             return fitted
     smallest = smallest_budget(shapes, ranges, job, device=device, memory=memory)
     named, more = "", "raise --memory"
@@ -224,7 +260,8 @@ def smallest_budget(
     nothing = replace(memory, budget_bytes=0)
     needs = [_fit(layout, shapes, blocks, job, device, nothing) for layout in _layouts(shapes, _depth(blocks), job)]
     # A process that begins a little larger than this one did must not be refused in its turn.
-    return (-(-min(need for need in needs if isinstance(need, int)) // MIB) + _SLACK_MIB) * MIB
+    smallest = (-(-min(need for need in needs if isinstance(need, int)) // MIB) + _SLACK_MIB) * MIB
+    return max(smallest, memory.least_bytes)
 
 
 def _unlike(shapes: ModelShapes, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -45,7 +45,7 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
     try:
         with devices.memory_limited(device, parse_memory(settings.memory)), float32_products(device):
             if settings.data is not None:
-                outcome = _with_losses(outcome, run, settings.data, settings, on_event)
+                outcome = _with_losses(outcome, run, settings.data, settings, peak, on_event)
                 devices.release_everything(device)
             if settings.tasks is not None:
                 outcome = dataclasses.replace(outcome, tasks=task_scores(run, settings, on_event=on_event))
@@ -55,7 +55,12 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
 
 
 def _with_losses(
-    outcome: EvaluateOutcome, run: OpenRun, data: str, settings: EvaluateSettings, on_event: OnEvent
+    outcome: EvaluateOutcome,
+    run: OpenRun,
+    data: str,
+    settings: EvaluateSettings,
+    peak: devices.PeakMemory,
+    on_event: OnEvent,
 ) -> EvaluateOutcome:
     """The outcome with what the examples of the file ``data`` gave."""
     dataset, _ = load_dataset(
@@ -67,7 +72,8 @@ def _with_losses(
         skip_bad_lines=settings.skip_bad_lines,
         on_event=on_event,
     )
-    base, tuned = _losses(run, dataset, settings, on_event)
+    memory = Memory.now(run.device, parse_memory(settings.memory), reached_bytes=peak.read())
+    base, tuned = _losses(run, dataset, settings, memory, on_event)
     return dataclasses.replace(
         outcome,
         data=data,
@@ -81,11 +87,10 @@ def _with_losses(
 
 
 def _losses(
-    run: OpenRun, dataset: TokenizedDataset, settings: EvaluateSettings, on_event: OnEvent
+    run: OpenRun, dataset: TokenizedDataset, settings: EvaluateSettings, memory: Memory, on_event: OnEvent
 ) -> tuple[float, float]:
     """Held-out loss of the base and of the tuned model."""
     ranges = [(b.first, b.end) for b in run.blocks]
-    memory = Memory.now(run.device, parse_memory(settings.memory))
     job = _job(dataset, settings)
     instead = "measure shorter examples"
     residence = choose_residence(run.shapes(), ranges, job, device=run.device, memory=memory, instead=instead)

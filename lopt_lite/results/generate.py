@@ -36,21 +36,24 @@ def generate(settings: GenerateSettings, on_event: OnEvent = ignore) -> Generate
         The model has too few positions for the prompt and the longest answer.
     DataError
         The prompt has a token that the model has not.
+    DoesNotFitError
+        The memory budget is too small.
     """
     for text in settings.without_effect():
         on_event(Notice(text=text))
     device = devices.choose_device(settings.device)
     devices.keep_few_kernels(device)
+    peak = devices.PeakMemory(device)
     run = open_run(settings.run, device)
     try:
         with devices.memory_limited(device, parse_memory(settings.memory)), float32_products(device):
-            return _answer(run, settings)
+            return _answer(run, settings, peak)
     finally:
         run.close()
 
 
 @torch.no_grad()
-def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
+def _answer(run: OpenRun, settings: GenerateSettings, peak: devices.PeakMemory) -> GenerateOutcome:
     skeleton, store = (run.skeleton, run.store) if settings.base else (run.tuned_skeleton, run.tuned_store)
     prompt = load_prompt(run.tokenizer, settings.prompt)
     problem = token_without_row(run.tokenizer, prompt, skeleton.vocabulary_rows)
@@ -62,7 +65,7 @@ def _answer(run: OpenRun, settings: GenerateSettings) -> GenerateOutcome:
         run.shapes(),
         longest=ids.shape[1] + settings.max_new_tokens,
         rows=1,
-        memory=Memory.now(run.device, parse_memory(settings.memory)),
+        memory=Memory.now(run.device, parse_memory(settings.memory), reached_bytes=peak.read()),
         device=run.device,
         fix="raise --memory, or lower --max-new-tokens",
     )

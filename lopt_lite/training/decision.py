@@ -77,7 +77,7 @@ def decide(
     train_examples, other_examples, most_answers, held_out_answers, most_anchors:
         See :func:`make_job`.
     answered, longest_answered, reached_bytes:
-        See :class:`Demand`.
+        See :class:`Demand`, and :class:`Memory`.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def decide(
         The budget is too small; the message names the smallest that would do.
     """
     check_something_learns(blocks, [layer.trained_parameters for layer in facts.shapes.layers], settings.lora_targets)
-    memory = Memory.now(device, settings.memory_bytes())
+    memory = Memory.now(device, settings.memory_bytes(), reached_bytes=reached_bytes)
     if device.type == "cpu":
         memory = dataclasses.replace(memory, used_bytes=steady_size(memory.used_bytes))
     training, matching, answering = (
@@ -126,6 +126,5 @@ def decide(
         answer_tokens=settings.retain_answers,
         device=device,
         memory=memory,
-        reached_bytes=reached_bytes,
     ).residences()
     return Decision(chosen, memory, facts)

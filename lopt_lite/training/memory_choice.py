@@ -20,9 +20,6 @@ from lopt_lite.residency.shapes import ModelShapes
 from lopt_lite.training.block_plan import Block
 from lopt_lite.training.own_prompts import ANSWERED_AT_ONCE
 
-#: Reading data and a tokenizer does not take the same to the byte each time.
-_READING_SLACK_BYTES = 8 << 20
-
 
 def check_unquantised(model: ModelDescription, blocks: Sequence[Block]) -> None:
     """Refuse a model whose unquantised layers are nowhere, if blocks are to match them.
@@ -89,9 +86,6 @@ class Demand:
     answered, longest_answered, answer_tokens:
         Prompts that the untouched model answers, the tokens of the longest of them with its answer, and those of an
         answer; 0 for none.
-    reached_bytes:
-        What reading data and tokenizer has taken on the device, at most: a smaller budget is exceeded already. 0 where
-        they have not been read, or are elsewhere.
     """
 
     shapes: ModelShapes
@@ -104,7 +98,6 @@ class Demand:
     answer_tokens: int
     device: torch.device
     memory: Memory
-    reached_bytes: int = 0
 
     def residences(self) -> Residences:
         """Where layers are in each part of the run.
@@ -120,29 +113,16 @@ class Demand:
             matching = choose_residence(*self._matching, **where) if self._matching else None
             found = Residences(training, matching, self._answering(training))
         except DoesNotFitError as error:
-            raise DoesNotFitError(error.found, expected=self._expected(), fix=error.fix) from error
-        budget_bytes = self.memory.budget_bytes
-        if budget_bytes is not None and self.reached_bytes > budget_bytes:
-            raise DoesNotFitError(
-                f"a budget of {budget_bytes >> 20:,} MiB is too small for this data and tokenizer: reading them took "
-                f"{self.reached_bytes >> 20:,} MiB",
-                expected=self._expected(),
-                fix="raise --memory, or train on less data",
-            )
+            expected = f"at least --memory {self.smallest_budget() >> 20}MiB"
+            raise DoesNotFitError(error.found, expected=expected, fix=error.fix) from error
         return found
-
-    def _expected(self) -> str:
-        return f"at least --memory {self.smallest_budget() >> 20}MiB"
 
     def smallest_budget(self) -> int:
         """The smallest budget for all, in bytes."""
         asked = [(self.shapes, self.stages, self.job)] + ([self._matching] if self._matching else [])
         where = {"device": self.device, "memory": self.memory}
         of_answers = [smallest_place(_untuned(self.shapes), longest=self.longest_answered, **where)]
-        reading = (self.reached_bytes + _READING_SLACK_BYTES) >> 20 << 20
-        return max(
-            [reading, *(smallest_budget(*one, **where) for one in asked), *(of_answers if self.answered else [])]
-        )
+        return max([*(smallest_budget(*one, **where) for one in asked), *(of_answers if self.answered else [])])
 
     def _answering(self, training: Residence) -> Answering | None:
         """Within what training needs: answering takes a small part of a run's time, and should not decide its size."""
@@ -155,7 +135,7 @@ class Demand:
             shapes,
             longest=longest,
             rows=min(ANSWERED_AT_ONCE, self.answered),
-            memory=dataclasses.replace(self.memory, budget_bytes=budget),
+            memory=self.memory.with_budget(budget),
             device=self.device,
             fix="raise --memory, or leave --retain-answers out",
             prompt_at_once=longest - self.answer_tokens,

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import lopt_lite
-from lopt_lite import EvaluateSettings, ExportSettings, GenerateSettings, TrainSettings
+from lopt_lite import EvaluateSettings, ExportSettings, GenerateSettings, TrainSettings, devices
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.nf4 import dequantize_matrix
 from lopt_lite.checkpoints.tokenizer import load_tokenizer
@@ -391,6 +391,28 @@ def test_evaluating_in_too_small_a_budget_advises_nothing_that_only_training_has
     with pytest.raises(DoesNotFitError, match="raise --memory, or measure shorter examples") as refused:
         lopt_lite.evaluate(settings)
     assert "--lora-r" not in str(refused.value)
+
+
+def test_a_budget_that_reading_has_exceeded_already_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a model that is small beside its tokenizer."""
+    run = _train(tmp_path, make_model(tmp_path / "model", "llama"), epochs=1)
+
+    def evaluate(memory: str) -> object:
+        return lopt_lite.evaluate(
+            EvaluateSettings(run=str(run), data=str(tmp_path / "data.jsonl"), memory=memory, device="cpu")
+        )
+
+    def generate(memory: str) -> object:
+        return lopt_lite.generate(
+            GenerateSettings(run=str(run), prompt="What?", max_new_tokens=2, memory=memory, device="cpu")
+        )
+
+    monkeypatch.setattr(devices.PeakMemory, "read", lambda peak: 9 << 30)
+    for work in (evaluate, generate):
+        with pytest.raises(DoesNotFitError, match=r"reading .* took 9,216 MiB\n.*at least --memory 9224MiB"):
+            work("8GiB")
+        assert work("9224MiB")
+        assert work("auto")
 
 
 @pytest.mark.parametrize("rows", [1, 3])

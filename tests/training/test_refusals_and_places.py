@@ -62,7 +62,7 @@ def test_a_budget_that_reading_has_exceeded_already_is_refused(inputs, tmp_path,
     """What training takes would fit, but data and tokenizer have taken more while they were read."""
     run = tmp_path / "run"
     monkeypatch.setattr(devices.PeakMemory, "read", lambda peak: 9 << 30)
-    with pytest.raises(DoesNotFitError, match=r"8,192 MiB .* reading them took 9,216 MiB\n.*at least --memory 9224MiB"):
+    with pytest.raises(DoesNotFitError, match=r"8,192 MiB .* reading .* took 9,216 MiB\n.*at least --memory 9224MiB"):
         _train(inputs, run, memory="8GiB")
     assert _content(run) == {}
     _train(inputs, run, memory="9224MiB")
