@@ -32,6 +32,7 @@ _LOGGERS = {
     "accelerate": logging.ERROR,
     "datasets": logging.ERROR,
     "lm_eval": logging.ERROR,
+    "matplotlib": logging.ERROR,
     "torch": logging.ERROR,
     "httpx": logging.ERROR,
     "urllib3": logging.ERROR,
