@@ -33,7 +33,7 @@ def epoch_batches(lengths: Lengths, *, batch_size: int, seed: SeedParts) -> list
     seed:
         Numbers and words that name the epoch, e.g. ``(seed, "block", 0, "epoch", 1)``.
     """
-    sizes = _as_list(lengths)
+    sizes = as_list(lengths)
     shuffled = permutation(len(sizes), (*seed, "examples")).tolist()
     half_size, bucket_size = -(-batch_size // 2), batch_size * BUCKET_BATCHES
     halves: list[list[int]] = []
@@ -49,7 +49,7 @@ def length_sorted_batches(lengths: Lengths, *, max_tokens: int, max_rows: int) -
 
     An example longer than ``max_tokens`` is a batch of its own.
     """
-    sizes = _as_list(lengths)
+    sizes = as_list(lengths)
     order = sorted(range(len(sizes)), key=sizes.__getitem__)
     batches: list[list[int]] = []
     for index in order:
@@ -99,5 +99,6 @@ def micro_batches(indices: Sequence[int], lengths: Lengths, *, max_tokens: int, 
     return groups[::-1]
 
 
-def _as_list(lengths: Lengths) -> list[int]:
+def as_list(lengths: Lengths) -> list[int]:
+    """The same as Python's numbers, which are much faster to look at one by one."""
     return [int(n) for n in (lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths)]

@@ -113,7 +113,7 @@ def decide(
         most_answers=most_answers,
         held_out_answers=held_out_answers,
         most_anchors=most_anchors,
-        largest_micro_batch=LargestMicroBatch(settings, stages, lengths[:train_examples].tolist(), device),
+        largest_micro_batch=LargestMicroBatch(settings, stages, lengths[:train_examples], device),
     )
     chosen = Demand(
         shapes=facts.shapes,

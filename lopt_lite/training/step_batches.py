@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from lopt_lite.data.batches import Lengths, epoch_batches, micro_batches
+from lopt_lite.data.batches import Lengths, as_list, epoch_batches, micro_batches
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Stage
 from lopt_lite.training.micro_batch_size import group_cost_tokens
@@ -46,13 +46,13 @@ class LargestMicroBatch:
     stages:
         What is trained at the same time.
     lengths:
-        Tokens of every training example, in the order of the data.
+        Tokens of every training example, in the order of the data: int64 [examples].
     device:
         Where the layers are computed: decides how much padding is worth another micro-batch.
     """
 
     def __init__(
-        self, settings: TrainSettings, stages: Sequence[Stage], lengths: Sequence[int], device: torch.device
+        self, settings: TrainSettings, stages: Sequence[Stage], lengths: Lengths, device: torch.device
     ) -> None:
         self._settings, self._stages, self._lengths = settings, stages, lengths
         self._cost_tokens = group_cost_tokens(device)
@@ -70,17 +70,16 @@ class LargestMicroBatch:
         return self._known[max_tokens]
 
     def _sizes(self, max_tokens: int) -> Iterator[int]:
-        lengths = self._lengths
-        for examples in self._steps():
+        # Here, as there may be very many where nobody asks.
+        lengths = as_list(self._lengths)
+        for examples in self._steps(lengths):
             for part in micro_batches(examples, lengths, max_tokens=max_tokens, cost_tokens=self._cost_tokens):
                 yield len(part) * lengths[part[0]]
 
-    def _steps(self) -> Iterator[list[int]]:
+    def _steps(self, lengths: list[int]) -> Iterator[list[int]]:
         for stage, phase, steps in self._phases():
             epoch = 0
-            while found := epoch_steps(
-                self._lengths, self._settings, stage=stage, phase=phase, epoch=epoch, steps=steps
-            ):
+            while found := epoch_steps(lengths, self._settings, stage=stage, phase=phase, epoch=epoch, steps=steps):
                 yield from found
                 epoch += 1
 
