@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Queue several runs for a night. A run that fails does not stop the next one; a run that was stopped by a signal (exit
 # code 75) is given again, and goes on where it was. With a time limit (LOPT_LITE_DEADLINE=07:00 or LOPT_LITE_MAX_HOURS=8
-# in the environment, or the options of these names in a line of the queue), 75 ends the queue: the night is over.
+# in the environment, or the options of these names in a line of the queue or in its --config file), 75 ends the queue:
+# the night is over.
 #
 #     nohup examples/overnight.sh > overnight.log 2>&1 &
 #
@@ -20,8 +21,19 @@ trap 'stop_asked=1; [ -n "$child" ] && kill -TERM "$child" 2>/dev/null' INT TERM
 failed=()
 
 has_time_limit() {
-    case " $* " in *" --deadline"* | *" --max-hours"*) return 0 ;; esac
-    [ -n "${LOPT_LITE_DEADLINE:-}${LOPT_LITE_MAX_HOURS:-}" ]
+    local before='' file word
+    [ -n "${LOPT_LITE_DEADLINE:-}${LOPT_LITE_MAX_HOURS:-}" ] && return 0
+    for word in "$@"; do
+        file=
+        case "$word" in
+            --deadline* | --max-hours*) return 0 ;;
+            --config=*) file=${word#--config=} ;;
+            *) [ "$before" = --config ] && file=$word ;;
+        esac
+        [ -f "$file" ] && grep -Eq '^-*(deadline|max[-_]hours) *:' "$file" && return 0
+        before=$word
+    done
+    return 1
 }
 
 train() {

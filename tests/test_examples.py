@@ -51,10 +51,10 @@ def queue(tmp_path: Path) -> Callable[..., tuple[int, list[str]]]:
     )
     stub.chmod(0o755)
 
-    def run(codes: str, **environment: str) -> tuple[int, list[str]]:
+    def run(codes: str, *, script: Path = EXAMPLES / "overnight.sh", **environment: str) -> tuple[int, list[str]]:
         log.write_text("")
         named = {"LOPT_LITE": str(stub), "LOG": str(log), "CODES": codes, "PATH": os.environ["PATH"], **environment}
-        done = subprocess.run(["bash", EXAMPLES / "overnight.sh"], env=named, capture_output=True, timeout=60)
+        done = subprocess.run(["bash", script], env=named, capture_output=True, timeout=60)
         return done.returncode, log.read_text().split()
 
     return run
@@ -74,6 +74,29 @@ def test_a_queue_ends_with_the_night(queue, limit):
     """Given again, a run would take the next morning's deadline."""
     assert queue("0 75 0 0 0", **{limit: "07:00"}) == (75, _QUEUED[:2])
     assert queue("0 3 0 0", **{limit: "07:00"}) == (1, _QUEUED)
+
+
+@pytest.mark.parametrize(
+    ("options", "ends"),
+    [
+        ("--deadline 07:00", True),
+        ("--max-hours=8", True),
+        ("--config OPTIONS", True),
+        ("--epochs 2 --config=OPTIONS", True),
+        ("--config NONE", False),
+        ("--lora-r 8", False),
+    ],
+)
+def test_a_time_limit_is_found_where_a_line_of_the_queue_has_it(queue, tmp_path, options, ends):
+    limited, unlimited, script = tmp_path / "limited.yaml", tmp_path / "unlimited.yaml", tmp_path / "overnight.sh"
+    limited.write_text("epochs: 2\nmax-hours: 8\n")
+    unlimited.write_text("epochs: 2\n# deadline: 07:00\n")
+    line = "train rank-64 " + options.replace("OPTIONS", str(limited)).replace("NONE", str(unlimited))
+    written = (EXAMPLES / "overnight.sh").read_text()
+    script.write_text(written.replace("train rank-64 --lora-r 64", line))
+    assert script.read_text() != written
+    found = queue("0 75 0 0 0", script=script)
+    assert found == ((75, _QUEUED[:2]) if ends else (0, [_QUEUED[0], *_QUEUED[1:2], *_QUEUED[1:]]))
 
 
 def test_the_systemd_unit_continues_what_was_stopped_on_time():
