@@ -14,7 +14,7 @@ from lopt_lite.training.micro_batch_size import group_cost_tokens
 #: The names of a stage's stretches of training, in order.
 PHASES = ("head-fit", "train")
 #: Passes of examples through a run that are gone through on paper: more take seconds, and come near to the bound.
-_MOST_EXAMPLES = 200_000
+_MOST_EXAMPLES = 50_000
 
 
 def epoch_steps(
@@ -61,7 +61,8 @@ class LargestMicroBatch:
     @property
     def is_quick(self) -> bool:
         """Whether finding it out takes less than a second or two."""
-        return sum(steps for _, _, steps in self._phases()) * self._settings.batch_size <= _MOST_EXAMPLES
+        of_step = min(self._settings.batch_size, len(self._lengths))
+        return sum(steps for _, _, steps in self._phases()) * of_step <= _MOST_EXAMPLES
 
     def __call__(self, max_tokens: int) -> int:
         """Of micro-batches of at most ``max_tokens``; a longer example goes alone, and may be the largest."""

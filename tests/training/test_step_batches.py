@@ -106,9 +106,12 @@ def test_blocks_that_learn_nothing_have_no_steps():
 
 
 def test_many_examples_are_not_gone_through():
-    settings = TrainSettings(model="model", data="data", epochs=2, batch_size=8)
-    assert _largest(settings, [10] * 99_000).is_quick
-    assert not _largest(settings, [10] * 101_000).is_quick
+    def is_quick(batch_size: int, examples: int) -> bool:
+        settings = TrainSettings(model="model", data="data", epochs=2, batch_size=batch_size)
+        return _largest(settings, [10] * examples).is_quick
+
+    assert is_quick(8, 24_000) and not is_quick(8, 26_000)
+    assert is_quick(10**6, 24_000) and not is_quick(10**6, 26_000)
 
 
 def test_a_run_is_planned_for_it_and_so_is_the_same_run_on_paper(inputs, tmp_path, monkeypatch):
