@@ -33,7 +33,17 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One combination; ``budget`` is a multiple of the smallest one."""
+    """One combination.
+
+    Attributes
+    ----------
+    budget:
+        A multiple of the smallest one.
+    uneven:
+        Whether only a few examples have ``tokens`` tokens, the others fewer.
+    held_out:
+        Tokens of held-out examples, 0 without any.
+    """
 
     shape: str
     budget: float
@@ -44,6 +54,7 @@ class Case:
     quantize: Quantize = "nf4"
     steps: int = 2
     uneven: bool = False
+    held_out: int = 0
 
     @property
     def batches(self) -> str:
@@ -55,7 +66,7 @@ class Case:
         """What tells this case from others."""
         return (
             f"{self.shape} {self.budget} times the smallest, {self.batches} tokens, K={self.blocks}, "
-            f"{self.tune}, {self.quantize}"
+            f"{self.tune}, {self.quantize}" + (f", held out {self.held_out} tokens" if self.held_out else "")
         )
 
 
@@ -86,6 +97,10 @@ CASES = [
     Case("narrow", 1.5, 4, 512, steps=12, uneven=True),
     Case("middle", 1.15, 8, 256, steps=4, uneven=True),
     Case("wide", 2.0, 4, 256, blocks=1, steps=6, uneven=True),
+    Case("wide", _SMALLEST, 4, 64, held_out=512),
+    Case("wide", 2.0, 4, 64, held_out=512),
+    Case("middle", 4.0, 4, 64, blocks=1, held_out=512),
+    Case("middle", 1.1, 4, 64, tune="full", quantize="none", held_out=512),
 ]
 QUICK = [Case("tiny", 1.2, 2, 32), Case("tiny", 2.0, 2, 32, blocks=1)]
 
@@ -119,8 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(bench: Bench, case: Case) -> dict[str, Any]:
-    name = f"data-{case.steps}-{case.batches.replace(' ', '-')}.jsonl"
-    data = write_data(bench.directory / name, case.steps * case.batch, case.tokens, uneven=case.uneven)
+    name = f"data-{case.held_out}-{case.steps}-{case.batches.replace(' ', '-')}.jsonl"
+    # Nothing cuts them where held-out examples are longer: these are about as long then.
+    tokens = case.tokens // 2 if case.held_out else case.tokens
+    data = write_data(bench.directory / name, case.steps * case.batch, tokens, uneven=case.uneven)
     model = write_store(bench.directory / f"store-{case.shape}-{case.quantize}", SHAPES[case.shape], case.quantize)
     output = bench.directory / "run"
     settings: dict[str, Any] = {
@@ -135,6 +152,9 @@ def _measure(bench: Bench, case: Case) -> dict[str, Any]:
         "device": "cpu",
         "fresh": True,
     }
+    if case.held_out:
+        held_out = write_data(bench.directory / f"held-out-{case.held_out}.jsonl", 16, case.held_out)
+        settings |= {"validation": str(held_out), "max_length": case.held_out}
     budget_mib = int(bench.alone.smallest_mib(**settings) * case.budget)
     try:
         found = bench.alone.run("train", **settings, memory=f"{budget_mib}MiB")

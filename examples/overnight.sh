@@ -22,6 +22,7 @@ failed=()
 
 has_time_limit() {
     local before='' file word
+    local time_limit='^[[:space:]{]*["'\'']?-*(deadline|max[-_]hours)["'\'']?[[:space:]]*:[[:space:]]*[^[:space:]#n~]'
     [ -n "${LOPT_LITE_DEADLINE:-}${LOPT_LITE_MAX_HOURS:-}" ] && return 0
     for word in "$@"; do
         file=
@@ -30,7 +31,7 @@ has_time_limit() {
             --config=*) file=${word#--config=} ;;
             *) [ "$before" = --config ] && file=$word ;;
         esac
-        [ -f "$file" ] && grep -Eq '^-*(deadline|max[-_]hours) *:' "$file" && return 0
+        [ -f "$file" ] && grep -Eq "$time_limit" "$file" && return 0
         before=$word
     done
     return 1

@@ -169,7 +169,8 @@ class CpuBackend(DeviceBackend):
         return host_memory.rss_bytes()
 
     def reset_peak(self) -> None:
-        """Forget the peak so far, as far as the system lets us."""
+        """Forget the peak so far, as far as the system lets us, and what was freed."""
+        host_memory.trim()
         self._peak_bytes = 0
         host_memory.forget_peak()
 

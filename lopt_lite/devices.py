@@ -71,6 +71,12 @@ class PeakMemory:
     def reset(self) -> None:
         """Forget the peak so far."""
         self._backend.reset_peak()
+        self._at_first = self._backend.peak_bytes()
+
+    def grown_to(self) -> int:
+        """The peak if it has grown since, else 0: where the system does not forget a peak, it may be of long ago."""
+        peak = self.read()
+        return peak if peak > self._at_first else 0
 
     def read(self) -> int:
         """Look at the device now and return the peak in bytes."""

@@ -84,14 +84,24 @@ def test_a_queue_ends_with_the_night(queue, limit):
         ("--config OPTIONS", True),
         ("--epochs 2 --config=OPTIONS", True),
         ("--config NONE", False),
+        ("--config NULL", False),
+        ("--config QUOTED", True),
+        ("--config FLOW", True),
         ("--lora-r 8", False),
     ],
 )
 def test_a_time_limit_is_found_where_a_line_of_the_queue_has_it(queue, tmp_path, options, ends):
-    limited, unlimited, script = tmp_path / "limited.yaml", tmp_path / "unlimited.yaml", tmp_path / "overnight.sh"
-    limited.write_text("epochs: 2\nmax-hours: 8\n")
-    unlimited.write_text("epochs: 2\n# deadline: 07:00\n")
-    line = "train rank-64 " + options.replace("OPTIONS", str(limited)).replace("NONE", str(unlimited))
+    contents = {
+        "OPTIONS": "epochs: 2\nmax-hours: 8\n",
+        "NONE": "epochs: 2\n# deadline: 07:00\n",
+        "NULL": "deadline: null\nmax_hours:\n",
+        "QUOTED": "epochs: 2\n'deadline': \"07:00\"\n",
+        "FLOW": "{deadline: '07:00'}\n",
+    }
+    line, script = f"train rank-64 {options}", tmp_path / "overnight.sh"
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+        line = line.replace(name, str(tmp_path / name))
     written = (EXAMPLES / "overnight.sh").read_text()
     script.write_text(written.replace("train rank-64 --lora-r 64", line))
     assert script.read_text() != written

@@ -13,8 +13,10 @@ from lopt_lite.data.dataset import held_out_count, split_examples
 from lopt_lite.data.json_lines import MAX_LINE_BYTES, Line, check_is_data_file, parse_line
 from lopt_lite.errors import DataError
 
-#: Lines that are tokenised at most, and how many of them are the file's longest.
-_SAMPLED_LINES, _LONGEST_LINES = 1000, 20
+#: Lines that are all tokenised: so many, or those of a file of so many bytes and lines.
+_FEW_LINES, _COUNTED_BYTES, _COUNTED_LINES = 200, 1 << 20, 1000
+#: Of more lines so many are tokenised, and of these so many are the file's longest.
+_SAMPLED_LINES, _LONGEST_LINES = 200, 20
 #: Of a larger file only so many bytes are looked at, in so many stretches.
 _SCANNED_BYTES, _STRETCHES = 64 << 20, 16
 #: Without a tokenizer: bytes of a line for one token, and the share of tokens that are answers.
@@ -182,7 +184,8 @@ def _lines_until(file: Any, end: int) -> Iterator[tuple[int, int]]:
 
 def _sample(sizes: np.ndarray) -> np.ndarray:
     """Numbers of lines to tokenise: all, or the longest ones and others spread over the file."""
-    if len(sizes) <= _SAMPLED_LINES:
+    few = len(sizes) <= _COUNTED_LINES and int(sizes.sum()) <= _COUNTED_BYTES
+    if few or len(sizes) <= _FEW_LINES:
         return np.arange(len(sizes))
     longest = np.argsort(sizes)[-_LONGEST_LINES:]
     spread = np.linspace(0, len(sizes) - 1, _SAMPLED_LINES - _LONGEST_LINES).astype(int)

@@ -70,7 +70,9 @@ def place(
                 ) from error
             rows //= 2
         else:
-            memory.check_not_exceeded(lambda: smallest_place(shapes, longest=longest, memory=memory, device=device))
+            memory.check_not_exceeded(
+                lambda: smallest_place(shapes, longest=longest, memory=memory, device=device), fix="raise --memory"
+            )
             predicted = placed.predicted_bytes + kept
             host = predicted if device.type == "cpu" else placed.predicted_host_bytes
             return dataclasses.replace(placed, predicted_bytes=predicted, predicted_host_bytes=host), rows

@@ -179,13 +179,15 @@ class Memory:
         """The same with another budget, for a part of what is done after reading."""
         return replace(self, budget_bytes=budget_bytes, reached_bytes=0)
 
-    def check_not_exceeded(self, smallest_bytes: Callable[[], int]) -> None:
+    def check_not_exceeded(self, smallest_bytes: Callable[[], int], *, fix: str) -> None:
         """Refuse a budget that was exceeded before anything began.
 
         Parameters
         ----------
         smallest_bytes:
             Finds out the smallest budget that would do.
+        fix:
+            What the user can do.
 
         Raises
         ------
@@ -195,10 +197,10 @@ class Memory:
         if self.budget_bytes is None or self.reached_bytes <= self.budget_bytes:
             return
         raise DoesNotFitError(
-            f"a budget of {self.budget_bytes // MIB:,} MiB is too small: reading the tokenizer, and the data if there "
-            f"is any, took {self.reached_bytes // MIB:,} MiB",
+            f"a budget of {self.budget_bytes // MIB:,} MiB is too small: reading the tokenizer and what else is given "
+            f"took {self.reached_bytes // MIB:,} MiB",
             expected=f"at least --memory {smallest_bytes() // MIB}MiB",
-            fix="raise --memory, or give less data",
+            fix=fix,
         )
 
     @property
@@ -238,7 +240,10 @@ def choose_residence(
     for layout in _layouts(shapes, _depth(blocks), job):
         fitted = _fit(layout, shapes, blocks, job, device, memory)
         if isinstance(fitted, Residence):
-            memory.check_not_exceeded(lambda: smallest_budget(shapes, ranges, job, device=device, memory=memory))
+            memory.check_not_exceeded(
+                lambda: smallest_budget(shapes, ranges, job, device=device, memory=memory),
+                fix="raise --memory, or give less data",
+            )
             return fitted
     smallest = smallest_budget(shapes, ranges, job, device=device, memory=memory)
     named, more = "", "raise --memory"

@@ -53,15 +53,17 @@ class Job:
     ----------
     step_tokens:
         Most padded tokens of one optimiser step, 0 without training.
+    held_out:
+        Whether losses are measured without training while there is an optimiser's state.
     largest_micro_batch:
-        Given how many padded tokens may pass through a layer at once in a step, how many do at most, as far as that
-        is known; None: as many as may, and as the step has.
+        Given how many padded tokens may pass through a layer at once in a step: upper bounds on how many do, and of
+        how many examples they are. None where that is not known: as many as may, and as the step has.
     longest:
         Tokens of the longest example.
     rows, forward_rows:
         Most examples of one optimiser step, and of a batch of a pass without gradients.
     row_tokens:
-        Tokens that examples of one batch have on average, at least.
+        Tokens that examples of one batch have on average, at least, where as many pass together as may.
     answer_tokens:
         Most answer tokens of one optimiser step; None when any token may be one.
     measured_tokens:
@@ -102,19 +104,16 @@ class Job:
     anchored_tokens: int = 0
     graph_layers: int | None = None
     around_bytes: int = 0
-    largest_micro_batch: Callable[[int], int] | None = None
+    held_out: bool = False
+    largest_micro_batch: Callable[[int], tuple[int, int]] | None = None
 
     @property
     def trains(self) -> bool:
         """Whether anything is trained."""
         return self.step_tokens > 0
 
-    def rows_among(self, tokens: int) -> int:
-        """Most examples among ``tokens`` that go through a layer at once in a step."""
-        return min(self.rows, -(-tokens // self.row_tokens))
-
     def forward_rows_among(self, tokens: int) -> int:
-        """As :meth:`rows_among`, in a pass without gradients."""
+        """Most examples among ``tokens`` that go through a layer at once in a pass without gradients."""
         return min(self.forward_rows, -(-tokens // self.row_tokens))
 
     def answers_among(self, tokens: int) -> int:
@@ -157,8 +156,14 @@ class Layout:
         if not job.trains:
             return tokens
         if job.largest_micro_batch is not None:
-            return job.largest_micro_batch(self.micro_batch_tokens)
+            return job.largest_micro_batch(self.micro_batch_tokens)[0]
         return min(tokens, job.step_tokens)
+
+    def micro_rows(self, job: Job) -> int:
+        """Examples that may go through a layer at once in a step."""
+        if job.largest_micro_batch is not None:
+            return job.largest_micro_batch(self.micro_batch_tokens)[1]
+        return min(job.rows, -(-self.micro_tokens(job) // job.row_tokens))
 
     @property
     def forward_tokens(self) -> int:
@@ -202,7 +207,7 @@ def training_parts(
     row_bytes = shapes.hidden * shapes.itemsize
     layers, together = block[1] - block[0], job.graph_layers is not None
     depth = 1 if layout.recompute else job.depth(block)
-    rows = job.rows_among(micro)
+    rows = layout.micro_rows(job)
     saved = shapes.kept_bytes(*block, depth=depth, tokens=micro, rows=rows, row_length=job.longest)
     if not shapes.full:
         # Adapters compute with copies of their float32 values in the compute dtype.
@@ -268,15 +273,16 @@ def forward_peak(
     """Peak bytes of a pass without gradients, with ``group_tokens`` of hidden states on the device."""
     tokens = job.present(max(layout.forward_tokens, job.longest, job.at_once))
     row = shapes.hidden * shapes.itemsize
-    trained = 0.0
+    trained = 0
     if shapes.state_bytes_per_parameter:
-        item = shapes.itemsize if shapes.full else 4
-        kept = max(layer.trained_parameters for layer in shapes.layers)
-        trained = item * (kept if layout.offload_state else shapes.trained_parameters(*block))
+        trained = _values(shapes, block, layout)
+        if job.held_out:
+            trained = _state(shapes, block, layout)[0] + job.around_bytes
     rows = job.forward_rows_among(tokens)
     inside = shapes.inside_bytes(*block, tokens=tokens, rows=rows, row_length=job.longest)
+    inside += shapes.adapting_bytes(*block, tokens=tokens)
     losses = _loss_bytes(shapes, layout, job.measured_among(tokens), gradient=False)
-    return int(
+    return (
         _weights(shapes, block, layout)
         + _head(shapes, layout, job)
         + max(losses, inside)
@@ -336,6 +342,13 @@ def _comparing_bytes(shapes: ModelShapes, layout: Layout, anchored: int) -> int:
         + head_cost.norm_bytes(head, elements, None, gradient=True)
         + head_cost.anchor_bytes(head, anchored)
     )
+
+
+def _values(shapes: ModelShapes, block: tuple[int, int], layout: Layout) -> int:
+    """Trained parameters alone."""
+    one_layer = max(layer.trained_parameters for layer in shapes.layers)
+    item = shapes.itemsize if shapes.full else 4
+    return item * (one_layer if layout.offload_state else shapes.trained_parameters(*block))
 
 
 def _state(

@@ -39,6 +39,8 @@ class LayerShapes:
         Parameters that training changes.
     activations:
         What a token costs in it, adapters included.
+    adapting_bytes_per_token:
+        What the widest adapter makes of a token for a moment, where it is not fused with its module: 0 without any.
     """
 
     stored_bytes: int
@@ -46,6 +48,7 @@ class LayerShapes:
     largest_matrix: int
     trained_parameters: int
     activations: ActivationCost
+    adapting_bytes_per_token: int = 0
 
     def kept_bytes_per_token(self, row_length: float) -> float:
         """Activations that autograd keeps of each token, in rows of so many tokens."""
@@ -157,6 +160,10 @@ class ModelShapes:
         layers = self.layers[first:end]
         return max(layer.inside_bytes(tokens, rows=rows, row_length=row_length) for layer in layers)
 
+    def adapting_bytes(self, first: int, end: int, *, tokens: int) -> int:
+        """What adapters make of ``tokens`` for a moment, outside training steps: see :class:`LayerShapes`."""
+        return tokens * max(layer.adapting_bytes_per_token for layer in self.layers[first:end])
+
     def trained_parameters(self, first: int, end: int) -> int:
         """Trained parameters of layers ``first`` to ``end`` (exclusive)."""
         return sum(layer.trained_parameters for layer in self.layers[first:end])
@@ -253,16 +260,20 @@ def _layer_shapes(
         else:
             stored += torch.Size(shape).numel() * stored_dtype.itemsize
     elements = sum(torch.Size(shape).numel() for shape in shapes.values())
-    if tuning is None:
-        trained = 0
-    elif tuning.rank is None:
+    trained = adapting = 0
+    rank = None if tuning is None else tuning.rank
+    if tuning is not None and rank is None:
         trained = elements
-    else:
-        trained = sum(tuning.rank * sum(shapes[f"{target}.weight"]) for target in tuning.targets(index))
+    elif tuning is not None and rank is not None:
+        adapted = [shapes[f"{target}.weight"] for target in tuning.targets(index)]
+        trained = sum(rank * sum(shape) for shape in adapted)
+        # PEFT's product, and a scaled copy of it. (GPT-2's matrices have their sides the other way round.)
+        adapting = 2 * skeleton.dtype.itemsize * max((max(shape) for shape in adapted), default=0)
     return LayerShapes(
         stored_bytes=stored,
         dense_bytes=elements * skeleton.dtype.itemsize,
         largest_matrix=max(torch.Size(shape).numel() for shape in shapes.values()),
         trained_parameters=trained,
         activations=activations,
+        adapting_bytes_per_token=adapting,
     )

@@ -72,7 +72,7 @@ def _with_losses(
         skip_bad_lines=settings.skip_bad_lines,
         on_event=on_event,
     )
-    memory = Memory.now(run.device, parse_memory(settings.memory), reached_bytes=peak.read())
+    memory = Memory.now(run.device, parse_memory(settings.memory), reached_bytes=peak.grown_to())
     base, tuned = _losses(run, dataset, settings, memory, on_event)
     return dataclasses.replace(
         outcome,

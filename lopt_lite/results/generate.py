@@ -65,7 +65,7 @@ def _answer(run: OpenRun, settings: GenerateSettings, peak: devices.PeakMemory) 
         run.shapes(),
         longest=ids.shape[1] + settings.max_new_tokens,
         rows=1,
-        memory=Memory.now(run.device, parse_memory(settings.memory), reached_bytes=peak.read()),
+        memory=Memory.now(run.device, parse_memory(settings.memory), reached_bytes=peak.grown_to()),
         device=run.device,
         fix="raise --memory, or lower --max-new-tokens",
     )

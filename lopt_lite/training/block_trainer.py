@@ -257,7 +257,8 @@ class BlockTrainer:
         for epoch in range(cursor.step // per_epoch, -(-steps // per_epoch)):
             batches = epoch_steps(
                 self._lengths[: bench.train_count],
-                bench.settings,
+                batch_size=bench.settings.batch_size,
+                seed=bench.settings.seed,
                 stage=stage.index,
                 phase=phase.name,
                 epoch=epoch,

@@ -122,5 +122,6 @@ def make_job(
         anchored_tokens=anchored_rows * most_anchors,
         graph_layers=max(block.end - block.first for block in blocks) if together else None,
         around_bytes=around_state_bytes(shapes) if settings.trains_around else 0,
+        held_out=held_out_answers != 0,
         largest_micro_batch=largest_micro_batch if known else None,
     )

@@ -339,7 +339,7 @@ def _decide(
         answered=0 if given.answered is None else len(given.answered),
         longest_answered=0 if given.answered is None else int(given.answered.lengths.max()),
         device=device,
-        reached_bytes=peak.read(),
+        reached_bytes=peak.grown_to(),
     )
 
 

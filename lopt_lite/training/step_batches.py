@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,12 +14,15 @@ from lopt_lite.training.micro_batch_size import group_cost_tokens
 
 #: The names of a stage's stretches of training, in order.
 PHASES = ("head-fit", "train")
-#: Passes of examples through a run that are gone through on paper: more take seconds, and come near to the bound.
-_MOST_EXAMPLES = 50_000
+#: Pairs of examples that may share a micro-batch, in all steps of a run, that are gone through on paper: more take
+#: seconds, and where steps are many the largest micro-batch comes near to the bound.
+_MOST_PAIRS = 400_000
+#: As many tokens as micro-batches may have at most.
+_ROOM_TOKENS = 2048
 
 
 def epoch_steps(
-    lengths: Lengths, settings: TrainSettings, *, stage: int, phase: str, epoch: int, steps: int
+    lengths: Lengths, *, batch_size: int, seed: int, stage: int, phase: str, epoch: int, steps: int
 ) -> list[list[int]]:
     """The examples of each optimiser step of an epoch (0 is the first), of ``steps`` in the whole phase.
 
@@ -26,16 +30,17 @@ def epoch_steps(
     ----------
     lengths:
         Tokens of every training example: int64 [examples].
+    seed:
+        The run's.
     stage:
         The stage's number.
     """
-    seed = (settings.seed, "block", stage, phase, epoch)
-    batches = epoch_batches(lengths, batch_size=settings.batch_size, seed=seed)
+    batches = epoch_batches(lengths, batch_size=batch_size, seed=(seed, "block", stage, phase, epoch))
     return batches[: max(0, steps - epoch * len(batches))]
 
 
 class LargestMicroBatch:
-    """Most padded tokens that pass through the layers at once in the optimiser steps of a run.
+    """How many padded tokens, and how many examples, pass through the layers at once in a run's steps, at most.
 
     With few examples, or few long ones, that is far less than there is room for: batches are of similar lengths.
 
@@ -54,43 +59,62 @@ class LargestMicroBatch:
     def __init__(
         self, settings: TrainSettings, stages: Sequence[Stage], lengths: Lengths, device: torch.device
     ) -> None:
-        self._settings, self._stages, self._lengths = settings, stages, lengths
+        self._batch_size, self._seed, self._lengths = settings.batch_size, settings.seed, lengths
         self._cost_tokens = group_cost_tokens(device)
-        self._known: dict[int, int] = {}
+        self._phases = tuple(_phases(settings, stages, len(lengths)))
 
-    @property
+    @functools.cached_property
     def is_quick(self) -> bool:
         """Whether finding it out takes less than a second or two."""
-        of_step = min(self._settings.batch_size, len(self._lengths))
-        return sum(steps for _, _, steps in self._phases()) * of_step <= _MOST_EXAMPLES
+        examples = len(self._lengths)
+        of_step = min(self._batch_size, examples)
+        passes = sum(steps for _, _, steps in self._phases) * of_step
+        if passes > _MOST_PAIRS:
+            return False
+        mean_length = max(1, sum(as_list(self._lengths)) // examples)
+        return passes * min(of_step, _ROOM_TOKENS // mean_length + 1) <= _MOST_PAIRS
 
-    def __call__(self, max_tokens: int) -> int:
-        """Of micro-batches of at most ``max_tokens``; a longer example goes alone, and may be the largest."""
-        if max_tokens not in self._known:
-            self._known[max_tokens] = max(self._sizes(max_tokens), default=0)
-        return self._known[max_tokens]
+    def __call__(self, max_tokens: int) -> tuple[int, int]:
+        """(tokens, examples), each of the micro-batch with most, of those of at most ``max_tokens``.
 
-    def _sizes(self, max_tokens: int) -> Iterator[int]:
-        # Here, as there may be very many where nobody asks.
-        lengths = as_list(self._lengths)
-        for examples in self._steps(lengths):
-            for part in micro_batches(examples, lengths, max_tokens=max_tokens, cost_tokens=self._cost_tokens):
-                yield len(part) * lengths[part[0]]
+        A longer example goes alone, and may be the largest.
+        """
+        # A tuple, so that drafts of the same run find out the same once. Here, as there may be very many lengths
+        # where nobody asks.
+        lengths = tuple(as_list(self._lengths))
+        return _largest(lengths, self._batch_size, self._seed, self._phases, self._cost_tokens, max_tokens)
 
-    def _steps(self, lengths: list[int]) -> Iterator[list[int]]:
-        for stage, phase, steps in self._phases():
-            epoch = 0
-            while found := epoch_steps(lengths, self._settings, stage=stage, phase=phase, epoch=epoch, steps=steps):
-                yield from found
-                epoch += 1
 
-    def _phases(self) -> Iterator[tuple[int, str, int]]:
-        """(stage, phase, steps) of all that is trained."""
-        counts = self._settings.step_counts(len(self._lengths))
-        for stage in self._stages:
-            objectives = {block.objective for block in stage.blocks}
-            if objectives == {"none"}:
-                continue
-            if "reconstruct" in objectives:
-                yield stage.index, PHASES[0], counts.head_fit
-            yield stage.index, PHASES[1], counts.train
+@functools.lru_cache(maxsize=256)
+def _largest(
+    lengths: tuple[int, ...],
+    batch_size: int,
+    seed: int,
+    phases: tuple[tuple[int, str, int], ...],
+    cost_tokens: int,
+    max_tokens: int,
+) -> tuple[int, int]:
+    most_tokens = most_rows = 0
+    for stage, phase, steps in phases:
+        epoch = 0
+        while found := epoch_steps(
+            lengths, batch_size=batch_size, seed=seed, stage=stage, phase=phase, epoch=epoch, steps=steps
+        ):
+            epoch += 1
+            for examples in found:
+                for part in micro_batches(examples, lengths, max_tokens=max_tokens, cost_tokens=cost_tokens):
+                    most_tokens = max(most_tokens, len(part) * lengths[part[0]])
+                    most_rows = max(most_rows, len(part))
+    return most_tokens, most_rows
+
+
+def _phases(settings: TrainSettings, stages: Sequence[Stage], examples: int) -> Iterator[tuple[int, str, int]]:
+    """(stage, phase, steps) of all that is trained."""
+    counts = settings.step_counts(examples)
+    for stage in stages:
+        objectives = {block.objective for block in stage.blocks}
+        if objectives == {"none"}:
+            continue
+        if "reconstruct" in objectives:
+            yield stage.index, PHASES[0], counts.head_fit
+        yield stage.index, PHASES[1], counts.train

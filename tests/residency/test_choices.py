@@ -11,7 +11,7 @@ import torch
 from lopt_lite import TrainSettings
 from lopt_lite.errors import DoesNotFitError
 from lopt_lite.residency.choices import Memory, Residence, choose_residence, smallest_budget
-from lopt_lite.residency.memory_model import Job
+from lopt_lite.residency.memory_model import Job, Layout, forward_peak
 from lopt_lite.training.block_plan import plan_blocks
 from lopt_lite.training.job import make_job
 from tests.rig import CPU, shapes_on_paper
@@ -103,3 +103,35 @@ def test_every_block_fits_also_one_of_fewer_layers_that_keep_more(tmp_path, budg
     assert both >= predicted((0, 1)) > predicted((1, 4))
     least = [smallest_budget(shapes, r, job, device=CPU, memory=memory) for r in ([(0, 1), (1, 4)], [(0, 1)], [(1, 4)])]
     assert least[0] == max(least)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tune": "full"}], ids=["lora", "full"])
+def test_where_losses_are_measured_between_steps_the_optimisers_state_counts(tmp_path, changes):
+    """As with held-out examples that are much longer than those that are learnt."""
+    settings = TrainSettings(model="model", data="data", **changes)
+    shapes = shapes_on_paper(tmp_path, settings, 512, hidden_size=256)
+    layout = Layout(2, False, False, 512, 2**20, None, False)
+
+    def peak(*, held_out: bool) -> int:
+        job = Job(step_tokens=64, longest=512, rows=8, held_out=held_out)
+        return forward_peak(shapes, (2, 4), job, layout, 512, on_cpu=True)
+
+    more = peak(held_out=True) - peak(held_out=False)
+    item = shapes.itemsize if shapes.full else 4
+    # Values were counted before, and gradients are gone by then.
+    moments = shapes.state_bytes_per_parameter - 2 * item
+    assert more == int(moments * shapes.trained_parameters(2, 4))
+
+
+def test_outside_training_steps_adapters_are_not_fused(tmp_path):
+    settings = TrainSettings(model="model", data="data")
+    tuned = shapes_on_paper(tmp_path, settings, 512, hidden_size=256, intermediate_size=1024)
+    assert {layer.adapting_bytes_per_token for layer in tuned.layers} == {2 * 1024 * tuned.itemsize}
+    untuned = dataclasses.replace(
+        tuned, layers=tuple(dataclasses.replace(layer, adapting_bytes_per_token=0) for layer in tuned.layers)
+    )
+    job, layout = Job(step_tokens=0, longest=64), Layout(2, False, False, 512, 2**20, None, False)
+    with_adapters, without = (
+        forward_peak(shapes, (2, 4), job, layout, 1024, on_cpu=True) for shapes in (tuned, untuned)
+    )
+    assert with_adapters - without == 1024 * 2 * 1024 * tuned.itemsize
