@@ -43,12 +43,32 @@ def test_a_reset_forgets_the_cpu_peak():
 def test_where_the_system_keeps_no_peak_it_is_the_largest_size_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(host_memory, "_STATUS", tmp_path / "none")
     monkeypatch.setattr(host_memory, "_CLEAR_REFS", tmp_path / "no directory" / "none")
-    sizes = iter([5, 9, 7, 3])
+    sizes = iter([4, 5, 9, 7, 3, 2])
     monkeypatch.setattr(host_memory, "rss_bytes", lambda: next(sizes))
     peak = PeakMemory(CPU)
     assert [peak.read(), peak.read(), peak.read()] == [5, 9, 9]
     peak.reset()
     assert peak.read() == 3
+
+
+def test_a_peak_of_long_ago_is_none_that_was_grown_to(tmp_path, monkeypatch):
+    """Where the system keeps a peak and does not forget it."""
+    status = tmp_path / "status"
+    monkeypatch.setattr(host_memory, "_STATUS", status)
+    monkeypatch.setattr(host_memory, "_CLEAR_REFS", tmp_path / "no directory" / "none")
+    status.write_text("VmHWM:\t 900 kB\n")
+    peak = PeakMemory(CPU)
+    assert (peak.read(), peak.grown_to()) == (900 << 10, 0)
+    status.write_text("VmHWM:\t 901 kB\n")
+    assert (peak.read(), peak.grown_to()) == (901 << 10, 901 << 10)
+
+
+def test_a_peak_begins_without_what_was_freed_before(monkeypatch):
+    done = []
+    monkeypatch.setattr(host_memory, "trim", lambda: done.append("trim"))
+    monkeypatch.setattr(host_memory, "forget_peak", lambda: done.append("forget"))
+    PeakMemory(CPU)
+    assert done == ["trim", "forget"]
 
 
 def test_the_cpu_counts_the_process_as_used_and_keeps_no_limit():
