@@ -169,7 +169,7 @@ def _row(bench: Bench, case: Case, found: dict[str, Any]) -> tuple[object, ...]:
     budget_mib = found["budget_mib"]
     row = (
         str(SHAPES[case.shape]),
-        case.batches,
+        case.batches + (f"; held out 16 x {case.held_out}" if case.held_out else ""),
         case.blocks,
         case.tune,
         case.quantize,
