@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(bench: Bench, case: Case) -> dict[str, Any]:
     name = f"data-{case.held_out}-{case.steps}-{case.batches.replace(' ', '-')}.jsonl"
-    # Nothing cuts them where held-out examples are longer: these are about as long then.
+    # --max-length is that of the held-out examples then, and cuts none of these: with their prompts they are so long.
     tokens = case.tokens // 2 if case.held_out else case.tokens
     data = write_data(bench.directory / name, case.steps * case.batch, tokens, uneven=case.uneven)
     model = write_store(bench.directory / f"store-{case.shape}-{case.quantize}", SHAPES[case.shape], case.quantize)

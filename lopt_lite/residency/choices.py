@@ -27,8 +27,10 @@ _SLACK_MIB = 8
 _FREE_SHARE = 0.7
 #: Share of the free host memory that activations put aside by a GPU, and a cache kept in memory, may take.
 _HOST_SHARE = 0.3
+#: Most padded tokens of a micro-batch, but for a longer single example.
+MOST_MICRO_BATCH_TOKENS = 2048
 #: Padded tokens of a micro-batch, largest first; small ones make small products, which are slow.
-_ROOMY_TOKENS = (2048, 1024, 512)
+_ROOMY_TOKENS = (MOST_MICRO_BATCH_TOKENS, 1024, 512)
 _TIGHT_TOKENS = (256, 128)
 #: The process beside a GPU, once all libraries are loaded.
 _LIBRARIES_BYTES = 700 * MIB

@@ -53,11 +53,6 @@ class Job:
     ----------
     step_tokens:
         Most padded tokens of one optimiser step, 0 without training.
-    held_out:
-        Whether losses are measured without training while there is an optimiser's state.
-    largest_micro_batch:
-        Given how many padded tokens may pass through a layer at once in a step: upper bounds on how many do, and of
-        how many examples they are. None where that is not known: as many as may, and as the step has.
     longest:
         Tokens of the longest example.
     rows, forward_rows:
@@ -87,6 +82,11 @@ class Job:
         time.
     around_bytes:
         Trained embedding, final norm and LM head with gradients and optimiser state; 0 where they are frozen.
+    held_out:
+        Whether losses are measured without training while there is an optimiser's state.
+    largest_micro_batch:
+        Given how many padded tokens may pass through a layer at once in a step: upper bounds on how many do, and of
+        how many examples they are. None where that is not known: as many as may, and as the step has.
     """
 
     step_tokens: int
@@ -347,8 +347,12 @@ def _comparing_bytes(shapes: ModelShapes, layout: Layout, anchored: int) -> int:
 def _values(shapes: ModelShapes, block: tuple[int, int], layout: Layout) -> int:
     """Trained parameters alone."""
     one_layer = max(layer.trained_parameters for layer in shapes.layers)
-    item = shapes.itemsize if shapes.full else 4
-    return item * (one_layer if layout.offload_state else shapes.trained_parameters(*block))
+    return _value_bytes(shapes) * (one_layer if layout.offload_state else shapes.trained_parameters(*block))
+
+
+def _value_bytes(shapes: ModelShapes) -> int:
+    """Bytes of a trained number: adapters are float32."""
+    return shapes.itemsize if shapes.full else 4
 
 
 def _state(
@@ -357,11 +361,12 @@ def _state(
     """Trained parameters with their optimiser state, and their gradients."""
     one_layer = max(layer.trained_parameters for layer in shapes.layers)
     all_layers = shapes.trained_parameters(*block)
-    kept = one_layer if layout.offload_state else all_layers
-    item = shapes.itemsize if shapes.full else 4
-    values = int((shapes.state_bytes_per_parameter - item) * kept)
+    item = _value_bytes(shapes)
+    # A gradient is as large as what it is of.
+    alone = _values(shapes, block, layout)
+    values = int(shapes.state_bytes_per_parameter / item * alone) - alone
     if not shapes.full:
-        return values, item * kept
+        return values, alone
     # Layers are updated one by one, and matrices one by one within them, unless all are clipped together.
     gradients = item * (one_layer if layout.recompute and not all_gradients else all_layers)
     return values, gradients + _UPDATE_BYTES * shapes.largest_matrix

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from lopt_lite.data.batches import Lengths, as_list, epoch_batches, micro_batches
+from lopt_lite.residency.choices import MOST_MICRO_BATCH_TOKENS
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Stage
 from lopt_lite.training.micro_batch_size import group_cost_tokens
@@ -17,8 +18,6 @@ PHASES = ("head-fit", "train")
 #: Pairs of examples that may share a micro-batch, in all steps of a run, that are gone through on paper: more take
 #: seconds, and where steps are many the largest micro-batch comes near to the bound.
 _MOST_PAIRS = 400_000
-#: As many tokens as micro-batches may have at most.
-_ROOM_TOKENS = 2048
 
 
 def epoch_steps(
@@ -62,6 +61,7 @@ class LargestMicroBatch:
         self._batch_size, self._seed, self._lengths = settings.batch_size, settings.seed, lengths
         self._cost_tokens = group_cost_tokens(device)
         self._phases = tuple(_phases(settings, stages, len(lengths)))
+        self._known: dict[int, tuple[int, int]] = {}
 
     @functools.cached_property
     def is_quick(self) -> bool:
@@ -72,17 +72,21 @@ class LargestMicroBatch:
         if passes > _MOST_PAIRS:
             return False
         mean_length = max(1, sum(as_list(self._lengths)) // examples)
-        return passes * min(of_step, _ROOM_TOKENS // mean_length + 1) <= _MOST_PAIRS
+        return passes * min(of_step, MOST_MICRO_BATCH_TOKENS // mean_length + 1) <= _MOST_PAIRS
 
     def __call__(self, max_tokens: int) -> tuple[int, int]:
         """(tokens, examples), each of the micro-batch with most, of those of at most ``max_tokens``.
 
         A longer example goes alone, and may be the largest.
         """
-        # A tuple, so that drafts of the same run find out the same once. Here, as there may be very many lengths
-        # where nobody asks.
-        lengths = tuple(as_list(self._lengths))
-        return _largest(lengths, self._batch_size, self._seed, self._phases, self._cost_tokens, max_tokens)
+        if max_tokens not in self._known:
+            # A tuple, so that drafts of the same run find out the same once. Here, as there may be very many lengths
+            # where nobody asks.
+            lengths = tuple(as_list(self._lengths))
+            self._known[max_tokens] = _largest(
+                lengths, self._batch_size, self._seed, self._phases, self._cost_tokens, max_tokens
+            )
+        return self._known[max_tokens]
 
 
 @functools.lru_cache(maxsize=256)
