@@ -24,7 +24,7 @@ from lopt_lite.settings import (
 )
 
 if TYPE_CHECKING:
-    from lopt_lite.checkpoints.build_store import quantize
+    from lopt_lite.checkpoints.quantize import quantize
     from lopt_lite.results.evaluate import evaluate
     from lopt_lite.results.export import export
     from lopt_lite.results.generate import generate
@@ -59,7 +59,7 @@ _OPERATIONS = {
     "export": "lopt_lite.results.export",
     "generate": "lopt_lite.results.generate",
     "plan": "lopt_lite.training.plan",
-    "quantize": "lopt_lite.checkpoints.build_store",
+    "quantize": "lopt_lite.checkpoints.quantize",
     "report": "lopt_lite.results.report",
     "status": "lopt_lite.results.status",
     "train": "lopt_lite.training.start",

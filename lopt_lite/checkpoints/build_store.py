@@ -6,8 +6,7 @@ Each finished shard is a durable fact in the store's journal, so an interrupted 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,53 +15,27 @@ from transformers import PreTrainedTokenizerBase
 
 from lopt_lite import files
 from lopt_lite.checkpoints.integrity import DamagedFileError, sha256_of
-from lopt_lite.checkpoints.locate import ModelFiles, locate_model
+from lopt_lite.checkpoints.locate import ModelFiles
 from lopt_lite.checkpoints.matrices import matrices_besides, told_by_layers
-from lopt_lite.checkpoints.names import NF4_SUFFIXES, Recipe, plan_names, unused_names
-from lopt_lite.checkpoints.nf4 import dequantize_matrix, quantize_matrix, state_shape
-from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX, packed_specs
-from lopt_lite.checkpoints.shard_writer import TensorSpec, aligned_order, write_shard
+from lopt_lite.checkpoints.names import plan_names, unused_names
+from lopt_lite.checkpoints.shard_writer import write_shard
 from lopt_lite.checkpoints.skeleton import Skeleton
-from lopt_lite.checkpoints.store import (
-    EMBEDDING_SHARD,
-    HEAD_SHARD,
-    INDEX_NAME,
-    STORE_VERSION,
-    Store,
-    StoreInfo,
-    layer_shard,
-    standing_store,
-    store_info,
-)
+from lopt_lite.checkpoints.store import INDEX_NAME, STORE_VERSION, StoreInfo, standing_store, store_info
+from lopt_lite.checkpoints.store_plan import ShardPlan, StoreSource, check_tensors, plan_shards
+from lopt_lite.checkpoints.store_tensors import StoreTensors, Transform
 from lopt_lite.checkpoints.tied_head import check_tie, embed_with_head
 from lopt_lite.checkpoints.tokenizer import load_tokenizer, save_tokenizer
-from lopt_lite.devices import choose_device
 from lopt_lite.errors import ModelError, RunDirectoryError
 from lopt_lite.events import Notice, OnEvent, Progress, ignore
 from lopt_lite.journal import Journal, read_facts
 from lopt_lite.locks import locked
-from lopt_lite.outcomes import QuantizeOutcome
-from lopt_lite.settings import QuantizeSettings
-
-#: (name in the model, tensor) -> the tensor to store, same shape.
-Transform = Callable[[str, torch.Tensor], torch.Tensor]
 
 JOURNAL_NAME = "journal.jsonl"
-_FINITE_PIECE = 1 << 22
 
 #: Files that only building needs, not part of what is handed out.
 BUILD_FILES = (JOURNAL_NAME, "lock", "lock.pid")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-class _ShardPlan:
-    """One shard to write: its tensors, and how each is made."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.specs: list[TensorSpec] = []
-        self.quantized: set[str] = set()
 
 
 class StoreBuilder:
@@ -125,30 +98,27 @@ class StoreBuilder:
         self._files = files_
         self._tokenizer = tokenizer
         self._directory = directory
-        self._quantize = quantize
-        self._dtype = DTYPES[dtype]
-        # Weights that were 4-bit before, and norms beside them, are kept in bfloat16 whatever is computed in.
-        self._stored_dtype = torch.bfloat16 if quantize == "nf4" else self._dtype
-        self._device = device
-        self._transform = transform
         self._transform_fingerprint = transform_fingerprint
         self._check = check
         self._on_event = on_event
-        self._skeleton = Skeleton(files_, dtype=self._dtype)
+        skeleton = Skeleton(files_, dtype=DTYPES[dtype])
+        self._skeleton = skeleton
         self._partial = layers is not None
-        self._layers = range(self._skeleton.layer_count) if layers is None else layers
-        self._unties = untie and self._skeleton.tied
-        weights = files_.weights
-        self._recipes = plan_names(weights.names(), self._skeleton.model, self._skeleton.state_shapes)
-        embed_with_head(self._skeleton, self._recipes)
-        skeleton = self._skeleton
-        self._unquantized = matrices_besides(skeleton, self._layers, skeleton.linear_names) if quantize == "nf4" else {}
-        self._check_tensors()
+        self._layers = range(skeleton.layer_count) if layers is None else layers
+        recipes = plan_names(files_.weights.names(), skeleton.model, skeleton.state_shapes)
+        embed_with_head(skeleton, recipes)
+        # Weights that were 4-bit before, and norms beside them, are kept in bfloat16 whatever is computed in.
+        stored_dtype = torch.bfloat16 if quantize == "nf4" else DTYPES[dtype]
+        self._source = StoreSource(files_, skeleton, recipes, quantize, stored_dtype, untie and skeleton.tied)
+        linear = skeleton.linear_names
+        self._unquantized = matrices_besides(skeleton, self._layers, linear) if self._source.nf4 else {}
+        check_tensors(self._source)
         # Of some layers alone, neither embedding nor head is stored.
-        self._tie_checked = self._partial or not self._skeleton.tied
+        self._tie_checked = self._partial or not skeleton.tied
         if not self._tie_checked and (anew or not self._stands()):
             self._check_tie()
-        self._plans = self._plan_shards()
+        self._plans = plan_shards(self._source, layers)
+        self._tensors = StoreTensors(self._source, device, transform)
 
     @property
     def unquantized(self) -> tuple[str, ...]:
@@ -202,7 +172,7 @@ class StoreBuilder:
             self._on_event(Notice(text=text))
             needed = sum(spec.nbytes for spec in plan.specs) + (16 << 20)
             files.require_free_space(self._directory, needed, what=f"the shard {name}")
-            made = write_shard(path, plan.specs, self._tensors_of(plan), metadata={"format": "pt"})
+            made = write_shard(path, plan.specs, self._tensors.of(plan), metadata={"format": "pt"})
             if made.sha256 != expected:
                 raise ModelError(
                     f"the store's shard {path} was damaged, and what is made from the model now has the "
@@ -223,7 +193,7 @@ class StoreBuilder:
     def _check_tie(self) -> None:
         """Compare a tied head with the embedding, once: it may take reading gigabytes."""
         if not self._tie_checked:
-            check_tie(self._files, self._skeleton, self._recipes, self._stored_dtype)
+            check_tie(self._files, self._skeleton, self._source.recipes, self._source.dtype)
         self._tie_checked = True
 
     def _already_complete(self) -> bool:
@@ -238,8 +208,8 @@ class StoreBuilder:
 
     def _identity(self) -> dict[str, str]:
         return {
-            "quantize": self._quantize,
-            "dtype": str(self._stored_dtype).removeprefix("torch."),
+            "quantize": self._source.quantize,
+            "dtype": self._source.dtype_name,
             "model": self._files.fingerprint(),
             "transform": self._transform_fingerprint,
         }
@@ -272,89 +242,6 @@ class StoreBuilder:
                 fix="name a new or empty directory",
             )
 
-    # -- what goes where ----------------------------------------------------------------------------------------------
-
-    def _check_tensors(self) -> None:
-        skeleton, recipes = self._skeleton, self._recipes
-        needed = [n for i in range(skeleton.layer_count) for n in self._full_names(i)] + [
-            n for n in skeleton.root_names if n in dict(skeleton.model.named_parameters()) or n == skeleton.head_name
-        ]
-        needed.append(skeleton.embedding_name)
-        missing = [n for n in needed if n not in recipes]
-        if missing:
-            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            raise ModelError(
-                f"the checkpoint {self._files.origin} lacks {shown}",
-                expected=f"the tensors of {skeleton.architecture}, as config.json describes it",
-                fix="check that config.json belongs to these weights and that every shard is there",
-            )
-        for name, recipe in recipes.items():
-            if recipe.converter is None:
-                self._check_shape(name, recipe.sources[0][0])
-
-    def _check_shape(self, name: str, source: str) -> None:
-        weights, expected = self._files.weights, self._skeleton.state_shapes[name]
-        state = source + STATE_SUFFIX
-        found = state_shape(weights.read(state)) if state in weights else weights.info(source).shape
-        if tuple(found) != expected:
-            raise ModelError(
-                f"tensor {source} has shape {list(found)}",
-                expected=f"{list(expected)}, from config.json",
-                fix="check that config.json belongs to these weights",
-            )
-
-    def _full_names(self, index: int) -> list[str]:
-        prefix = self._skeleton.layer_prefix(index)
-        return [prefix + n for n in self._skeleton.layer_parameters(index)]
-
-    def _plan_shards(self) -> list[_ShardPlan]:
-        skeleton = self._skeleton
-        plans = [self._plan_layer(index) for index in self._layers]
-        if not self._partial:
-            embedding = _ShardPlan(EMBEDDING_SHARD)
-            self._plan_tensor(embedding, skeleton.embedding_name, quantize=False)
-            plans = [embedding, *plans, self._plan_head()]
-        for plan in plans:
-            plan.specs = aligned_order(plan.specs)
-        return plans
-
-    def _plan_layer(self, index: int) -> _ShardPlan:
-        skeleton = self._skeleton
-        plan = _ShardPlan(layer_shard(index))
-        prefix = skeleton.layer_prefix(index)
-        linear = {f"{prefix}{n}.weight" for n in skeleton.linear_names(index)}
-        buffers = [prefix + n for n in skeleton.layer_buffer_names(index) if prefix + n in self._recipes]
-        for name in self._full_names(index) + sorted(buffers):
-            self._plan_tensor(plan, name, quantize=name in linear)
-        return plan
-
-    def _plan_head(self) -> _ShardPlan:
-        skeleton = self._skeleton
-        head = _ShardPlan(HEAD_SHARD)
-        for name in skeleton.root_names:
-            if name != skeleton.embedding_name and name in self._recipes:
-                self._plan_tensor(head, name, quantize=False)
-        if self._unties:
-            shape = skeleton.state_shapes[skeleton.head_name]
-            head.specs.append(TensorSpec(skeleton.head_name, self._stored_dtype, shape))
-        return head
-
-    def _plan_tensor(self, plan: _ShardPlan, name: str, *, quantize: bool) -> None:
-        weights, shape = self._files.weights, self._skeleton.state_shapes[name]
-        source = self._recipes[name].sources[0][0]
-        if source + STATE_SUFFIX in weights and self._quantize == "nf4":
-            plan.specs.append(TensorSpec(name, weights.info(source).dtype, weights.info(source).shape))
-            for suffix in NF4_SUFFIXES:
-                if source + suffix in weights:
-                    info = weights.info(source + suffix)
-                    plan.specs.append(TensorSpec(name + suffix, info.dtype, info.shape))
-        elif quantize and self._quantize == "nf4":
-            plan.specs += packed_specs(name, shape)
-            plan.quantized.add(name)
-        else:
-            floating = weights.info(source).dtype.is_floating_point or source + STATE_SUFFIX in weights
-            plan.specs.append(TensorSpec(name, self._stored_dtype if floating else weights.info(source).dtype, shape))
-
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def _write(self, journal: Journal) -> None:
@@ -369,12 +256,12 @@ class StoreBuilder:
         needed = sum(spec.nbytes for plan in remaining for spec in plan.specs) + (16 << 20)
         files.require_free_space(self._directory, needed, what="the store")
         self._tell_what_is_left_out()
-        task = "quantising" if self._quantize == "nf4" else "preparing"
+        task = "quantising" if self._source.nf4 else "preparing"
         total = len(self._plans)
         for number, plan in enumerate(remaining, start=total - len(remaining) + 1):
             self._check()
             record = write_shard(
-                self._directory / plan.name, plan.specs, self._tensors_of(plan), metadata={"format": "pt"}
+                self._directory / plan.name, plan.specs, self._tensors.of(plan), metadata={"format": "pt"}
             )
             journal.add("shard", name=plan.name, bytes=record.bytes, sha256=record.sha256)
             self._on_event(Progress(task=task, done=number, total=total, unit="shards"))
@@ -388,10 +275,10 @@ class StoreBuilder:
             self._on_event(
                 Notice(
                     text=f"{told_by_layers(self._unquantized, len(self._layers))} cannot be quantised "
-                    f"(not a plain linear layer) and stay in {str(self._stored_dtype).removeprefix('torch.')}"
+                    f"(not a plain linear layer) and stay in {self._source.dtype_name}"
                 )
             )
-        unused = unused_names(self._files.weights.names(), self._recipes, self._skeleton.model)
+        unused = unused_names(self._files.weights.names(), self._source.recipes, self._skeleton.model)
         # A store of some layers is made beside one of the whole model, which has told it.
         if unused and not self._partial:
             self._on_event(
@@ -401,69 +288,23 @@ class StoreBuilder:
                 )
             )
 
-    def _shard_stands(self, plan: _ShardPlan, done: dict[str, dict[str, object]]) -> bool:
+    def _shard_stands(self, plan: ShardPlan, done: dict[str, dict[str, object]]) -> bool:
         path = self._directory / plan.name
         return plan.name in done and path.is_file() and path.stat().st_size == done[plan.name]["bytes"]
 
-    def _tensors_of(self, plan: _ShardPlan) -> Iterator[tuple[str, torch.Tensor]]:
-        ready: dict[str, torch.Tensor] = {}
-        for spec in plan.specs:
-            if spec.name not in ready:
-                ready.update(self._make(plan, spec.name))
-            yield spec.name, ready.pop(spec.name)
-
-    def _make(self, plan: _ShardPlan, name: str) -> dict[str, torch.Tensor]:
-        weights = self._files.weights
-        base = next((name[: -len(s)] for s in NF4_SUFFIXES if name.endswith(s)), name)
-        if self._unties and base == self._skeleton.head_name:
-            return {name: self._untied_head()}
-        recipe: Recipe = self._recipes[base]
-        source = recipe.sources[0][0]
-        if source + STATE_SUFFIX in weights and self._quantize == "nf4":
-            return {name: weights.read(source + name[len(base) :])}
-        if source + STATE_SUFFIX in weights:
-            packed = {base + s: weights.read(source + s) for s in ("", *NF4_SUFFIXES) if source + s in weights}
-            made = {base: dequantize_matrix(base, packed, self._device).cpu()}
-        else:
-            made = recipe.make(weights.read, self._skeleton.model)
-        result: dict[str, torch.Tensor] = {}
-        for target, tensor in made.items():
-            if tuple(tensor.shape) != self._skeleton.state_shapes[target]:
-                raise ModelError(f"{target} has shape {list(tensor.shape)} once its parts are put together")
-            if tensor.is_floating_point() and not _all_finite(tensor):
-                raise ModelError(
-                    f"tensor {source} holds values that are not finite numbers (NaN or infinity)",
-                    fix="download the checkpoint again, or ask its authors for a sound one",
-                )
-            if self._transform is not None:
-                tensor = self._transform(target, tensor)
-            if target in plan.quantized:
-                result |= quantize_matrix(target, tensor, dtype=self._stored_dtype, device=self._device)
-            else:
-                result[target] = tensor.to(self._stored_dtype) if tensor.is_floating_point() else tensor
-        return result
-
-    def _untied_head(self) -> torch.Tensor:
-        tensor = self._recipes[self._skeleton.embedding_name].make(self._files.weights.read, self._skeleton.model)[
-            self._skeleton.embedding_name
-        ]
-        if self._transform is not None:
-            tensor = self._transform(self._skeleton.head_name, tensor)
-        return tensor.to(self._stored_dtype)
-
     def _write_side_files(self) -> None:
         config = {k: v for k, v in self._files.config.items() if k not in ("auto_map", "torch_dtype")}
-        config["dtype"] = str(self._stored_dtype).removeprefix("torch.")
-        config["tie_word_embeddings"] = self._skeleton.tied and not self._unties
+        config["dtype"] = self._source.dtype_name
+        config["tie_word_embeddings"] = self._skeleton.tied and not self._source.unties
         config.pop("quantization_config", None)
-        if self._quantize == "nf4":
+        if self._source.nf4:
             config["quantization_config"] = {
                 "quant_method": "bitsandbytes",
                 "load_in_4bit": True,
                 "load_in_8bit": False,
                 "bnb_4bit_quant_type": "nf4",
                 "bnb_4bit_use_double_quant": True,
-                "bnb_4bit_compute_dtype": str(self._stored_dtype).removeprefix("torch."),
+                "bnb_4bit_compute_dtype": self._source.dtype_name,
                 "bnb_4bit_quant_storage": "uint8",
                 "llm_int8_skip_modules": self._skeleton.root_linear_names() + self._skeleton.unquantizable_names(),
             }
@@ -481,8 +322,8 @@ class StoreBuilder:
     def _write_index(self, shards: dict[str, dict[str, object]]) -> None:
         info = StoreInfo(
             version=STORE_VERSION,
-            quantize=self._quantize,
-            dtype=str(self._stored_dtype).removeprefix("torch."),
+            quantize=self._source.quantize,
+            dtype=self._source.dtype_name,
             # Transformed weights are no longer that model's, and must not be taken for its store.
             model_fingerprint="+".join(filter(None, (self._files.fingerprint(), self._transform_fingerprint))),
             source=self._files.origin,
@@ -494,43 +335,3 @@ class StoreBuilder:
         total = sum(spec.nbytes for plan in self._plans for spec in plan.specs)
         index = {"metadata": {"total_size": total, "lopt_lite": asdict(info)}, "weight_map": weight_map}
         files.write_json(self._directory / INDEX_NAME, index)
-
-
-def _all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite, found out piece by piece: an embedding's worth of answers is large too."""
-    return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(_FINITE_PIECE))
-
-
-def quantize(settings: QuantizeSettings, on_event: OnEvent = ignore) -> QuantizeOutcome:
-    """Make the store of a model (``lopt-lite quantize``); of one that is there, check all shards and mend them.
-
-    Raises
-    ------
-    ModelError
-        The model's files are missing or unsound.
-    RunDirectoryError, DoesNotFitError
-        The store cannot be written.
-    """
-    started = time.monotonic()
-    device = choose_device(settings.device)
-    model = locate_model(settings.model, config_dirs=settings.config, on_event=on_event)
-    directory = Path(settings.store)
-    builder = StoreBuilder(
-        model, directory, quantize=settings.quantize, dtype=settings.dtype, device=device, on_event=on_event
-    )
-    built = builder.build()
-    if not built:
-        store = Store(directory, repair=builder.rebuild, on_event=on_event)
-        store.check()
-        store.close()
-    info = store_info(directory)
-    assert info is not None
-    return QuantizeOutcome(
-        store=str(directory),
-        already_done=not built,
-        shards=len(info.shards),
-        source_bytes=model.weights.total_bytes,
-        store_bytes=sum(int(s["bytes"]) for s in info.shards.values()),
-        unquantized=info.unquantized,
-        seconds=time.monotonic() - started,
-    )

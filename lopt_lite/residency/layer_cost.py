@@ -18,8 +18,8 @@ from lopt_lite.residency.fused import fused_modules
 from lopt_lite.residency.rms_norm import fuse_norms
 
 if TYPE_CHECKING:
-    from lopt_lite.checkpoints.skeleton import LayerCall, Skeleton
-
+    from lopt_lite.checkpoints.layer_calls import LayerCall
+    from lopt_lite.checkpoints.skeleton import Skeleton
 
 #: Length of the row with which a layer is seen to run at all.
 _TRIED_TOKENS = 8

@@ -19,7 +19,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from lopt_lite.checkpoints.skeleton import LayerCall, Skeleton
+from lopt_lite.checkpoints.layer_calls import LayerCall
+from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.devices import release_cached_memory
 from lopt_lite.freed_memory import look

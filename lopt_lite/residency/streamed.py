@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lopt_lite.checkpoints.skeleton import Skeleton, words_of
+from lopt_lite.checkpoints.layer_calls import words_of
+from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.devices import release_cached_memory
 from lopt_lite.residency.layer_loader import LayerShell, quantised_linears

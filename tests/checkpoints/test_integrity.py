@@ -23,6 +23,7 @@ from lopt_lite.checkpoints.integrity import CheckedFiles, DamagedFileError, chec
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import EMBEDDING_SHARD, HEAD_SHARD, Store, layer_shard
+from lopt_lite.checkpoints.store_tensors import StoreTensors
 from lopt_lite.errors import LoptError, ModelError
 from lopt_lite.events import Event, Notice, Progress
 from tests.damage import flip_a_byte
@@ -247,8 +248,8 @@ def test_a_shard_that_another_process_has_made_again_is_left_alone(sound, store)
 def test_a_shard_that_comes_out_otherwise_is_refused(sound, store, monkeypatch):
     flip_a_byte(store / layer_shard(1))
     builder = _builder(sound[0], store)
-    make = StoreBuilder._make
-    monkeypatch.setattr(StoreBuilder, "_make", lambda *args: {n: torch.zeros_like(t) for n, t in make(*args).items()})
+    make = StoreTensors.of
+    monkeypatch.setattr(StoreTensors, "of", lambda *args: ((n, torch.zeros_like(t)) for n, t in make(*args)))
     with pytest.raises(ModelError, match=r"layer-00001.* now has the sha256") as caught:
         _read_everything(Store(store, repair=builder.rebuild))
     assert "delete" in caught.value.fix

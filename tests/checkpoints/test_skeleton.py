@@ -13,8 +13,9 @@ from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
+from lopt_lite.checkpoints.layer_calls import LayerCall
 from lopt_lite.checkpoints.locate import describe_model, locate_model
-from lopt_lite.checkpoints.skeleton import LayerCall, Skeleton
+from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.errors import ModelError, StoppedError
 from tests.rig import open_rig
 from tests.tiny_models import make_config, make_model

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import lopt_lite
 from lopt_lite import TrainSettings
-from lopt_lite.checkpoints.skeleton import LayerCall
+from lopt_lite.checkpoints.layer_calls import LayerCall
 from lopt_lite.errors import DoesNotFitError, StoppedError
 from lopt_lite.events import Event, Notice, Step
 from lopt_lite.journal import read_facts
