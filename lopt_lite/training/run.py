@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from lopt_lite import devices, files
-from lopt_lite.checkpoints.build_store import DTYPES, StoreBuilder
+from lopt_lite.checkpoints.build_store import StoreBuilder
 from lopt_lite.checkpoints.integrity import DamagedFileError
-from lopt_lite.checkpoints.locate import ModelFiles, locate_model
-from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store, standing_store
-from lopt_lite.checkpoints.tokenizer import check_vocabulary, load_tokenizer, pad_token_id
-from lopt_lite.data.dataset import TokenizedDataset
-from lopt_lite.data.load import load_dataset
-from lopt_lite.data.seeding import permutation
-from lopt_lite.errors import LoptError, RunDirectoryError, SettingsError, StoppedError
+from lopt_lite.checkpoints.tokenizer import pad_token_id
+from lopt_lite.errors import LoptError, RunDirectoryError, StoppedError
 from lopt_lite.events import Notice, OnEvent, RunStarted, Validation, ignore
 from lopt_lite.float32_products import float32_products
 from lopt_lite.journal import Fact, Journal, last_fact, read_facts
@@ -31,29 +22,22 @@ from lopt_lite.locks import locked
 from lopt_lite.outcomes import TrainOutcome
 from lopt_lite.residency.block_major import WAITING, held_out_losses
 from lopt_lite.residency.memory_model import FORWARD_ROWS
-from lopt_lite.seeds import derive_seed
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import check_adapter, write_adapter
-from lopt_lite.training.anchors import AnchorSample, check_anchored
-from lopt_lite.training.block_plan import Block, plan_blocks
 from lopt_lite.training.block_results import check_block
 from lopt_lite.training.decision import Decision, decide
 from lopt_lite.training.disk_plan import require_disk
 from lopt_lite.training.draft import Draft
 from lopt_lite.training.from_answers import check_finite
 from lopt_lite.training.full import remarks
-from lopt_lite.training.job import answered_count, nothing_to_answer, other_rows
+from lopt_lite.training.given import Given, read_given
 from lopt_lite.training.joint import train_jointly
-from lopt_lite.training.memory_choice import check_unquantised
 from lopt_lite.training.metrics import Metrics, read_metrics
-from lopt_lite.training.model_facts import ModelFacts, facts_of
 from lopt_lite.training.model_result import write_model
 from lopt_lite.training.own_answers import write_answers
-from lopt_lite.training.own_prompts import answered_prompts
 from lopt_lite.training.plan import draft_of_run, planned
 from lopt_lite.training.run_directory import (
     RESULT_FACTS,
-    RunIdentity,
     RunPaths,
     claim,
     note_store,
@@ -63,7 +47,7 @@ from lopt_lite.training.run_directory import (
 from lopt_lite.training.sequential import train_sequentially
 from lopt_lite.training.stopping import Stopper
 from lopt_lite.training.store_choice import is_model, store_directory
-from lopt_lite.training.targets import target_names, without_adapter
+from lopt_lite.training.targets import without_adapter
 from lopt_lite.training.workbench import Workbench
 
 _NO_BFLOAT16 = (
@@ -82,9 +66,9 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
         devices.memory_limited(device, settings.memory_bytes()) as memory,
         float32_products(device),
     ):
-        given = _read_inputs(settings, stop, on_event)
-        settings = settings.settle(has_prompts=given.sample is not None, model=given.skeleton.kind)
-        paths = RunPaths(run_directory(settings, given.model.name))
+        given = read_given(settings, stop, on_event)
+        settings = settings.settle(has_prompts=given.data.sample is not None, model=given.model.skeleton.kind)
+        paths = RunPaths(run_directory(settings, given.model.files.name))
         store_at, builder = _store_builder(settings, given, paths, device, stop, on_event)
         files.make_directory(paths.root)
         with locked(paths.root, what="the run directory"):
@@ -115,147 +99,21 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
                 return _outcome(bench, already_done=already_done, seconds=seconds, predicted_bytes=predicted_bytes)
 
 
-@dataclass(frozen=True)
-class _Given:
-    """What the user brought, read and checked.
-
-    ``dataset`` has the training examples, the held-out ones, and those that are only there to anchor on, own answers
-    last. The sample is of this very object: answers are put into it later.
-    """
-
-    model: ModelFiles
-    skeleton: Skeleton
-    facts: ModelFacts
-    blocks: list[Block]
-    tokenizer: Any
-    train: TokenizedDataset
-    held_out: TokenizedDataset | None
-    other: TokenizedDataset | None
-    answered: TokenizedDataset | None
-    dataset: TokenizedDataset
-    sample: AnchorSample | None
-
-    def identity(self, settings: TrainSettings, store: Path, device: torch.device) -> RunIdentity:
-        return RunIdentity(
-            settings=settings,
-            model_origin=self.model.origin,
-            model_fingerprint=self.model.fingerprint(),
-            model_kind=self.skeleton.kind,
-            data_fingerprint=self.train.fingerprint(),
-            validation_fingerprint=None if self.held_out is None else self.held_out.fingerprint(),
-            retain_fingerprint=None if self.other is None else self.other.fingerprint(),
-            store=str(store.absolute()),
-            device=device.type,
-        )
-
-
-def _read_inputs(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> _Given:
-    """Read everything that can be wrong with the model and the data before anything is written."""
-    model = locate_model(settings.model, config_dirs=settings.config, on_event=on_event)
-    skeleton = Skeleton(model, dtype=DTYPES[settings.dtype])
-    last_layers = settings.last_block_layers(skeleton.layer_count)
-    blocks = plan_blocks(skeleton.layer_count, settings.objectives(), last_layers)
-    check_unquantised(model, blocks)
-    if settings.tune == "lora" and not any(
-        target_names(skeleton, index, settings) for index in range(skeleton.layer_count)
-    ):
-        raise SettingsError(
-            f"{skeleton.architecture} has no linear layers that an adapter could go on",
-            fix="train the weights themselves with --tune full",
-        )
-    facts = facts_of(skeleton, settings)  # tries out its layers
-    tokenizer = load_tokenizer(model)
-    check_vocabulary(tokenizer, skeleton.vocabulary_rows, on_event=on_event)
-
-    def load(path: str) -> TokenizedDataset:
-        dataset, _ = load_dataset(
-            path,
-            tokenizer,
-            max_length=settings.max_length,
-            most_positions=skeleton.most_positions,
-            embedding_rows=skeleton.vocabulary_rows,
-            skip_bad_lines=settings.skip_bad_lines,
-            check=stop.check,
-            on_event=on_event,
-        )
-        return dataset
-
-    training = load(settings.data)
-    held_out = None
-    fraction = settings.validation_fraction()
-    if fraction is not None:
-        training, held_out = training.split(fraction, settings.seed)
-    elif settings.validation is not None:
-        held_out = load(settings.validation)
-    other = None if settings.retain_data is None else load(settings.retain_data).without_targets()
-    if other is not None:
-        other = _used(other, settings, len(training))
-    answered = _answered(settings, training, skeleton)
-    dataset, views = TokenizedDataset.join([part for part in (training, held_out, other, answered) if part is not None])
-    # Views of the whole stand for the parts, so that the data is in memory once.
-    training, *rest = views
-    held_out, other, answered = (None if part is None else rest.pop(0) for part in (held_out, other, answered))
-    del views
-    given = _Given(model, skeleton, facts, blocks, tokenizer, training, held_out, other, answered, dataset, None)
-    if settings.retain == 0:
-        return given
-    count, own = len(dataset), 0 if answered is None else len(answered)
-    sample = AnchorSample(
-        dataset,
-        len(training),
-        range(count - own - (0 if other is None else len(other)), count),
-        most=settings.retain_tokens,
-        seed=derive_seed(settings.seed, "anchor"),
-        answered=range(count - own, count),
-        answer_tokens=settings.retain_answers,
-    )
-    if settings.retain is None and not settings.retain_answers and not sample.holds_anything:
-        return given
-    check_anchored(sample)
-    return dataclasses.replace(given, sample=sample)
-
-
-def _answered(settings: TrainSettings, training: TokenizedDataset, skeleton: Skeleton) -> TokenizedDataset | None:
-    """Prompts with places for the untouched model's answers, if it is to be held to those."""
-    count = answered_count(settings, len(training))
-    if not count:
-        return None
-    found = answered_prompts(
-        training,
-        most=count,
-        tokens=settings.retain_answers,
-        most_tokens=min(settings.max_length, skeleton.most_positions or settings.max_length),
-        seed=derive_seed(settings.seed, "own answers"),
-    )
-    if not len(found):
-        raise nothing_to_answer()
-    return found
-
-
-def _used(other: TokenizedDataset, settings: TrainSettings, train_count: int) -> TokenizedDataset:
-    """Of the examples that are only there to anchor on, as many as the run has use for: a sample if there are more."""
-    needed = settings.step_counts(train_count).train * other_rows(settings.batch_size, len(other))
-    if len(other) <= needed:
-        return other
-    chosen = permutation(len(other), (settings.seed, "other text"))[:needed]
-    return other.select(np.sort(chosen).tolist())
-
-
 def _store_builder(
-    settings: TrainSettings, given: _Given, paths: RunPaths, device: torch.device, stop: Stopper, on_event: OnEvent
+    settings: TrainSettings, given: Given, paths: RunPaths, device: torch.device, stop: Stopper, on_event: OnEvent
 ) -> tuple[Path, StoreBuilder | None]:
     """Where the store is, and what makes it, the model's tensors checked; None when MODEL is the store."""
-    directory = store_directory(settings, given.model, paths.store)
-    if is_model(settings, given.model, directory):
+    directory = store_directory(settings, given.model.files, paths.store)
+    if is_model(settings, given.model.files, directory):
         return directory, None
     builder = StoreBuilder(
-        given.model,
+        given.model.files,
         directory,
         quantize=settings.quantize,
         dtype=settings.dtype,
         device=device,
         anew=settings.fresh and directory == paths.store,
-        tokenizer=given.tokenizer,
+        tokenizer=given.model.tokenizer,
         check=stop.check,
         on_event=on_event,
     )
@@ -265,7 +123,7 @@ def _store_builder(
 @contextlib.contextmanager
 def _open_bench(
     settings: TrainSettings,
-    given: _Given,
+    given: Given,
     paths: RunPaths,
     decided: Decision,
     builder: StoreBuilder | None,
@@ -281,8 +139,8 @@ def _open_bench(
         stack.callback(journal.close)
         metrics = Metrics(paths.metrics)
         stack.callback(metrics.close)
-        skeleton = given.skeleton
-        dataset = given.dataset
+        skeleton = given.model.skeleton
+        dataset = given.data.whole
         decided.note(journal, device)
         if builder is not None:
             builder.build()
@@ -292,7 +150,7 @@ def _open_bench(
         if journal.last("store-ready") is None:
             journal.add("store-ready")
         if journal.last("started") is None:
-            journal.add("started", examples=len(given.train))
+            journal.add("started", examples=len(given.data.train))
         skeleton.set_embedding_reader(lambda ids: store.embedding_rows(skeleton, ids))
         skeleton.place_root_tensors(store.root(skeleton), device)
         yield Workbench(
@@ -300,15 +158,15 @@ def _open_bench(
             paths=paths,
             journal=journal,
             metrics=metrics,
-            model=given.model,
+            model=given.model.files,
             store=store,
             skeleton=skeleton,
-            tokenizer=given.tokenizer,
-            pad_token_id=pad_token_id(given.tokenizer),
+            tokenizer=given.model.tokenizer,
+            pad_token_id=pad_token_id(given.model.tokenizer),
             dataset=dataset,
-            train_count=len(given.train),
-            held_out_count=0 if given.held_out is None else len(given.held_out),
-            blocks=given.blocks,
+            train_count=len(given.data.train),
+            held_out_count=0 if given.data.held_out is None else len(given.data.held_out),
+            blocks=given.model.blocks,
             device=device,
             residence=decided.residence,
             matching_residence=decided.chosen.matching,
@@ -320,40 +178,40 @@ def _open_bench(
 
 
 def _decide(
-    known: Sequence[Fact], given: _Given, settings: TrainSettings, device: torch.device, peak: devices.PeakMemory
+    known: Sequence[Fact], given: Given, settings: TrainSettings, device: torch.device, peak: devices.PeakMemory
 ) -> Decision:
-    sample, held_out = given.sample, given.held_out
+    sample, held_out = given.data.sample, given.data.held_out
     of_held_out = torch.zeros(1) if held_out is None else held_out.target_counts
     held_out_answers = min(FORWARD_ROWS, len(of_held_out)) * int(of_held_out.max())
     return decide(
         known,
         settings,
-        given.facts,
-        given.blocks,
-        lengths=given.dataset.lengths,
-        train_examples=len(given.train),
-        other_examples=sum(len(part) for part in (given.other, given.answered) if part is not None),
-        most_answers=int(given.train.target_counts.max()),
+        given.model.facts,
+        given.model.blocks,
+        lengths=given.data.whole.lengths,
+        train_examples=len(given.data.train),
+        other_examples=sum(len(part) for part in (given.data.other, given.data.answered) if part is not None),
+        most_answers=int(given.data.train.target_counts.max()),
         held_out_answers=held_out_answers,
         most_anchors=0 if sample is None else int(sample.counts.max()),
-        answered=0 if given.answered is None else len(given.answered),
-        longest_answered=0 if given.answered is None else int(given.answered.lengths.max()),
+        answered=0 if given.data.answered is None else len(given.data.answered),
+        longest_answered=0 if given.data.answered is None else int(given.data.answered.lengths.max()),
         device=device,
         reached_bytes=peak.grown_to(),
     )
 
 
 def _draft(
-    given: _Given, settings: TrainSettings, decided: Decision, paths: RunPaths, store: Path, device: torch.device
+    given: Given, settings: TrainSettings, decided: Decision, paths: RunPaths, store: Path, device: torch.device
 ) -> Draft:
-    dataset = given.dataset
+    dataset = given.data.whole
     return draft_of_run(
         settings,
         decided.facts,
         decided.memory,
         lengths=dataset.lengths,
         target_counts=dataset.target_counts,
-        counts=(len(given.train), 0 if given.held_out is None else len(given.held_out)),
+        counts=(len(given.data.train), 0 if given.data.held_out is None else len(given.data.held_out)),
         device=device,
         run=paths.root,
         store=store,
@@ -368,12 +226,12 @@ def _show_plan(draft: Draft, decided: Decision, on_event: OnEvent) -> None:
     on_event(planned(draft, decided.chosen))
 
 
-def _announce(bench: Workbench, given: _Given) -> None:
-    training = given.train
+def _announce(bench: Workbench, given: Given) -> None:
+    training = given.data.train
     bench.on_event(
         RunStarted(
             run=str(bench.paths.root),
-            model=given.model.name,
+            model=given.model.files.name,
             data=bench.settings.data,
             examples=len(training),
             validation_examples=bench.held_out_count,
@@ -415,17 +273,17 @@ def _peak_noted(bench: Workbench) -> Iterator[None]:
     note()
 
 
-def _work(bench: Workbench, given: _Given) -> None:
+def _work(bench: Workbench, given: Given) -> None:
     for remark in _remarks(bench):
         bench.on_event(Notice(text=remark))
     _measure_untouched_model(bench)
     bench.release_memory()
-    if given.sample is not None and given.sample.answered and not _all_trained(bench):
-        write_answers(bench, given.sample.answered, given.sample.answer_tokens)
+    if given.data.sample is not None and given.data.sample.answered and not _all_trained(bench):
+        write_answers(bench, given.data.sample.answered, given.data.sample.answer_tokens)
     if bench.settings.schedule == "joint":
-        train_jointly(bench, given.sample)
+        train_jointly(bench, given.data.sample)
     else:
-        train_sequentially(bench, given.sample)
+        train_sequentially(bench, given.data.sample)
     for block in bench.blocks:
         check_block(bench, block)
     if bench.settings.tune == "full":
@@ -436,7 +294,7 @@ def _work(bench: Workbench, given: _Given) -> None:
         bench.skeleton,
         bench.blocks,
         bench.settings,
-        origin=given.model.origin,
+        origin=given.model.files.origin,
         tokenizer=bench.tokenizer,
     )
     bench.journal.add("adapter", **digests)
