@@ -48,7 +48,8 @@ def evaluate(settings: EvaluateSettings, on_event: OnEvent = ignore) -> Evaluate
                 outcome = _with_losses(outcome, run, settings.data, settings, peak, on_event)
                 devices.release_everything(device)
             if settings.tasks is not None:
-                outcome = dataclasses.replace(outcome, tasks=task_scores(run, settings, on_event=on_event))
+                read = peak if settings.data is None else None
+                outcome = dataclasses.replace(outcome, tasks=task_scores(run, settings, peak=read, on_event=on_event))
     finally:
         run.close()
     return dataclasses.replace(outcome, device_peak_bytes=peak.read())

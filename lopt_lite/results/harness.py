@@ -31,7 +31,9 @@ _INSTALL = "pip install 'lopt-lite[eval]'"
 _RESAMPLES = 1000
 
 
-def task_scores(run: OpenRun, settings: EvaluateSettings, *, on_event: OnEvent) -> tuple[TaskScore, ...]:
+def task_scores(
+    run: OpenRun, settings: EvaluateSettings, *, peak: devices.PeakMemory | None, on_event: OnEvent
+) -> tuple[TaskScore, ...]:
     """What both models score on the tasks that ``settings`` name.
 
     Raises
@@ -43,7 +45,7 @@ def task_scores(run: OpenRun, settings: EvaluateSettings, *, on_event: OnEvent) 
     """
     lm_eval = _import("lm_eval")
     loaded = _load(settings.task_names())
-    model = _import("lopt_lite.results.harness_model").LayerStreamedLM(run, settings, on_event=on_event)
+    model = _import("lopt_lite.results.harness_model").LayerStreamedLM(run, settings, peak=peak, on_event=on_event)
     results = []
     for tuned in (False, True):
         model.tuned = tuned

@@ -30,7 +30,7 @@ def complete(
     end_ids: Sequence[int],
     choices: dict[str, Any],
     max_rows: int,
-    budget_bytes: int | None,
+    memory: Memory,
     on_event: OnEvent,
 ) -> list[list[int]]:
     """The tokens that follow each prompt.
@@ -47,8 +47,8 @@ def complete(
         Tokens that end an answer; they are left off.
     choices:
         Other settings of transformers' :class:`GenerationConfig`, over those of the model's generation_config.json.
-    max_rows, budget_bytes:
-        The largest batch in rows, and the memory budget (None for most of what is free).
+    max_rows, memory:
+        The largest batch in rows, and what there is to use.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def complete(
         run.shapes(),
         longest=max(lengths) + max_new_tokens,
         rows=min(max_rows, len(prompts)),
-        memory=Memory.now(run.device, budget_bytes),
+        memory=memory,
         device=run.device,
         fix="raise --memory, or lower --max-length",
     )

@@ -20,8 +20,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lopt_lite.data.templates import ChatTemplate, TemplateRefusedError, stop_token_ids
 from lopt_lite.data.tokenization import token_without_row
+from lopt_lite.devices import PeakMemory
 from lopt_lite.errors import DataError, ModelError, SettingsError
 from lopt_lite.events import Notice, OnEvent
+from lopt_lite.residency.choices import Memory
 from lopt_lite.results.harness_generate import complete
 from lopt_lite.results.harness_scores import Scorer
 from lopt_lite.results.open_run import OpenRun, open_run
@@ -41,9 +43,11 @@ class LayerStreamedLM(TemplateLM):
         An open run.
     settings:
         Those of ``lopt-lite evaluate``.
+    peak:
+        Since before model and tasks were read; None where work that was planned is part of it.
     """
 
-    def __init__(self, run: OpenRun, settings: EvaluateSettings, *, on_event: OnEvent) -> None:
+    def __init__(self, run: OpenRun, settings: EvaluateSettings, *, peak: PeakMemory | None, on_event: OnEvent) -> None:
         super().__init__()
         self.tuned = False
         self.tokenizer = run.tokenizer
@@ -55,10 +59,17 @@ class LayerStreamedLM(TemplateLM):
             run,
             max_tokens=self.max_length,
             max_rows=settings.batch_size,
-            budget_bytes=parse_memory(settings.memory),
+            memory=self._memory,
             on_event=on_event,
         )
+        self._peak = peak
         self._told_of_system_turns = False
+
+    def _memory(self) -> Memory:
+        """What there is to use now; the first time with what reading has taken (later peaks are of planned work)."""
+        reached = 0 if self._peak is None else self._peak.grown_to()
+        self._peak = None
+        return Memory.now(self._run.device, parse_memory(self._settings.memory), reached_bytes=reached)
 
     # -- text to tokens -----------------------------------------------------------------------------------------------
 
@@ -199,7 +210,7 @@ class LayerStreamedLM(TemplateLM):
                 end_ids=self._end_ids(stop),
                 choices=choices,
                 max_rows=self._settings.batch_size,
-                budget_bytes=parse_memory(self._settings.memory),
+                memory=self._memory(),
                 on_event=self._on_event,
             )
         finally:

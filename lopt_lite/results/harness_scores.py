@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,15 +51,15 @@ class Scorer:
         Most tokens that go into the model; longer questions are cut at their beginning.
     max_rows:
         The largest batch in rows.
-    budget_bytes:
-        Of memory, None for most of what is free.
+    memory:
+        Says what there is to use, when it is about to be used.
     """
 
     def __init__(
-        self, run: OpenRun, *, max_tokens: int, max_rows: int, budget_bytes: int | None, on_event: OnEvent
+        self, run: OpenRun, *, max_tokens: int, max_rows: int, memory: Callable[[], Memory], on_event: OnEvent
     ) -> None:
         self._run = run
-        self._max_tokens, self._max_rows, self._budget_bytes = max_tokens, max_rows, budget_bytes
+        self._max_tokens, self._max_rows, self._memory = max_tokens, max_rows, memory
         self._on_event = on_event
         self._known: dict[bytes, tuple[Score, Score]] = {}
 
@@ -86,8 +86,7 @@ class Scorer:
         """(base, tuned) of every question."""
         run = self._run
         ranges = [(block.first, block.end) for block in run.blocks]
-        memory = Memory.now(run.device, self._budget_bytes)
-        job = rows.job(self._max_rows)
+        memory, job = self._memory(), rows.job(self._max_rows)
         residence = choose_residence(run.shapes(), ranges, job, device=run.device, memory=memory, instead=_INSTEAD)
         rows.make_batches(max_tokens=residence.forward_tokens, max_rows=self._max_rows)
         rate = partial(self._pass, rows, residence, ranges)

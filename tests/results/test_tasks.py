@@ -16,8 +16,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lopt_lite
-from lopt_lite import EvaluateSettings, TrainSettings
-from lopt_lite.errors import DataError, SettingsError
+from lopt_lite import EvaluateSettings, TrainSettings, devices
+from lopt_lite.errors import DataError, DoesNotFitError, SettingsError
 from lopt_lite.events import Event, Progress
 from lopt_lite.outcomes import EvaluateOutcome, TaskScore, TrainOutcome
 from lopt_lite.residency import answer_places
@@ -170,6 +170,21 @@ def test_scores_are_those_of_lm_evals_own_class(trained: Path, tasks: Path, expe
     assert (accuracy.examples, accuracy.higher_is_better, accuracy.filter, accuracy.group) == (9, True, None, None)
     assert accuracy.base_stderr is not None
     assert accuracy.base_stderr > 0
+
+
+def test_a_budget_that_reading_has_exceeded_already_is_refused(
+    trained: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by lm-eval with large tasks. What is done within the budget afterwards is no reason to refuse it."""
+    monkeypatch.setattr(devices.PeakMemory, "read", lambda peak: 9 << 30)
+    for kind in ("choices", "answers"):
+        file = str(tasks / f"{kind}.yaml")
+        with pytest.raises(DoesNotFitError, match=r"reading .* took 9,216 MiB\n.*at least --memory 9224MiB"):
+            _evaluate(trained / "run", file, memory="8GiB", device="cpu")
+        assert _evaluate(trained / "run", file, memory="9224MiB", device="cpu").tasks
+    data = str(trained / "data.jsonl")
+    with pytest.raises(DoesNotFitError, match=r"reading .* took 9,216 MiB"):
+        _evaluate(trained / "run", file, data=data, memory="8GiB", device="cpu")
 
 
 def test_scores_on_a_gpu_on_paper_are_the_cpus(trained: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
