@@ -23,6 +23,9 @@ from lopt_lite.errors import DoesNotFitError, LoptError, RunDirectoryError
 
 TEMPORARY_SUFFIX = ".tmp"
 
+#: Room for the small files (journal, metrics, index, configs) that are written beside large ones.
+BESIDE_BYTES = 16 << 20
+
 _ANOTHER_DISK = "free some space, or put it on another disk with --output (or --store)"
 
 #: Characters that some file systems refuse in names.

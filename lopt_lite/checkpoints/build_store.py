@@ -170,7 +170,7 @@ class StoreBuilder:
                 damage = "missing"
             text = f"the store's shard {path} is {damage}: it is made again from {self._files.origin}"
             self._on_event(Notice(text=text))
-            needed = sum(spec.nbytes for spec in plan.specs) + (16 << 20)
+            needed = sum(spec.nbytes for spec in plan.specs) + files.BESIDE_BYTES
             files.require_free_space(self._directory, needed, what=f"the shard {name}")
             made = write_shard(path, plan.specs, self._tensors.of(plan), metadata={"format": "pt"})
             if made.sha256 != expected:
@@ -253,7 +253,7 @@ class StoreBuilder:
             self._compare({k: made.get(k, "") for k in self._identity()})
         done = {f["name"]: f for f in journal.all("shard")}
         remaining = [p for p in self._plans if not self._shard_stands(p, done)]
-        needed = sum(spec.nbytes for plan in remaining for spec in plan.specs) + (16 << 20)
+        needed = sum(spec.nbytes for plan in remaining for spec in plan.specs) + files.BESIDE_BYTES
         files.require_free_space(self._directory, needed, what="the store")
         self._tell_what_is_left_out()
         task = "quantising" if self._source.nf4 else "preparing"

@@ -131,7 +131,7 @@ def require_disk(disk: PlanDisk, run: Path) -> None:
         Too little is free.
     """
     elsewhere = not disk.store_exists and not _same_disk(Path(disk.store), run)
-    needed = disk.total_bytes - (disk.store_bytes if elsewhere else 0)
+    needed = disk.total_bytes - (disk.store_bytes if elsewhere else 0) + files.BESIDE_BYTES
     # What an earlier part of the same run has written is there already, and free space says nothing of it. A store that
     # is complete is not among what is needed.
     needed -= files.directory_bytes(run, without=Path(disk.store) if disk.store_exists else None)
@@ -143,9 +143,10 @@ def require_disk(disk: PlanDisk, run: Path) -> None:
         )
     if elsewhere:
         free = shutil.disk_usage(existing_parent(Path(disk.store))).free
-        if disk.store_bytes > free:
+        needed = disk.store_bytes + files.BESIDE_BYTES
+        if needed > free:
             raise DoesNotFitError(
-                f"the store needs {disk.store_bytes:,} bytes on the disk of {disk.store}, and {free:,} are free",
+                f"the store needs {needed:,} bytes on the disk of {disk.store}, and {free:,} are free",
                 fix="free some space, or put it on another disk with --store",
             )
 

@@ -161,7 +161,7 @@ def _write_outputs(bench: Workbench, block: Block, layout: CacheLayout, wanted: 
     of_these = range(len(layout.shards)) if wanted is None else wanted
     files.require_free_space(
         bench.paths.root,
-        layout.shard_bytes(n for n in of_these if n not in done) + (16 << 20),
+        layout.shard_bytes(n for n in of_these if n not in done) + files.BESIDE_BYTES,
         what=f"the activation cache of block {following + 1}",
     )
     storage = Spill(SpillLimits(0, 1 << 62), bench.paths.root, bench.device)

@@ -96,7 +96,7 @@ class UntouchedPass:
         done = {number for number in journalled if (self._directory / shard_name(number)).is_file()}
         files.require_free_space(
             bench.paths.root,
-            layout.shard_bytes(n for n in range(len(layout.shards)) if n not in done) + (16 << 20),
+            layout.shard_bytes(n for n in range(len(layout.shards)) if n not in done) + files.BESIDE_BYTES,
             what=f"the cache of {self._what}",
         )
         total = len(ranges) * sum(len(batches) for batches in layout.shards)

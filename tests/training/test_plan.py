@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import lopt_lite
+from lopt_lite import files
 from lopt_lite.checkpoints.header import read_header
 from lopt_lite.checkpoints.locate import describe_model, locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
@@ -235,7 +236,7 @@ def test_a_run_that_exists_is_left_alone_and_its_store_counted(model, data, tmp_
 
 
 def test_a_disk_that_is_too_small_is_refused(bare, data, monkeypatch):
-    needed = run_plan(bare, data).disk.total_bytes
+    needed = run_plan(bare, data).disk.total_bytes + files.BESIDE_BYTES
     usage = shutil.disk_usage(bare)
 
     def with_free(free: int) -> None:
@@ -257,7 +258,8 @@ def test_a_store_that_is_there_does_not_count_as_space_for_the_rest(model, data,
     disk = run_plan(model, data, **options).disk
     present = sum(path.stat().st_size for path in run.iterdir() if path.is_file())
     assert disk.store_exists
-    free = iter((disk.total_bytes - present, disk.total_bytes - present - 1))
+    needed = disk.total_bytes - present + files.BESIDE_BYTES
+    free = iter((needed, needed - 1))
     require = disk_plan.require_disk
     monkeypatch.setattr(
         plan, "require_disk", lambda disk, run: require(dataclasses.replace(disk, free_bytes=next(free)), run)
