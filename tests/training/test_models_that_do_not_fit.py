@@ -18,6 +18,12 @@ from tests.tiny_models import make_config, make_data, make_model
 _OPTIONS = {"quantize": "none", "dtype": "float32", "device": "cpu"}
 
 
+@pytest.fixture(autouse=True)
+def nothing_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests have found out of the same models, before their code is changed here, is forgotten."""
+    monkeypatch.setenv("LOPT_LITE_CACHE", str(tmp_path / "user-cache"))
+
+
 def _refused(operation: str, model: Path, root: Path) -> ModelError:
     """What the operation says of the model, having written nothing."""
     files = {"model": str(model), "data": str(make_data(root / "data.jsonl")), "output": str(root / "run" / "deep")}
