@@ -18,7 +18,7 @@ from lopt_lite import devices, files
 from lopt_lite.checkpoints.integrity import DamagedFileError
 from lopt_lite.data.batches import length_sorted_batches
 from lopt_lite.data.dataset import Batch, collate
-from lopt_lite.errors import DivergedError, DoesNotFitError, is_out_of_memory
+from lopt_lite.errors import DoesNotFitError, is_out_of_memory
 from lopt_lite.events import BlockDone, BlockStarted, CheckpointSaved, Notice, Progress, Step, Validation
 from lopt_lite.residency.block_major import groups
 from lopt_lite.residency.layers import open_layers
@@ -32,8 +32,9 @@ from lopt_lite.training.around import EMBEDDING
 from lopt_lite.training.block_inputs import BlockInputs
 from lopt_lite.training.block_plan import Block, Stage
 from lopt_lite.training.checkpoint import CheckpointDirectory, Cursor, read_cursor, restore_checkpoint, save_lazily
+from lopt_lite.training.divergence import DivergenceWatch
 from lopt_lite.training.fast_layers import fast_layers
-from lopt_lite.training.from_answers import NO_FINITE_LOSS, FromAnswers, sampled_examples
+from lopt_lite.training.from_answers import FromAnswers, sampled_examples
 from lopt_lite.training.full import has_eight_bit_moments, own_weights, write_layers
 from lopt_lite.training.job import other_rows
 from lopt_lite.training.matching import Targets
@@ -44,10 +45,8 @@ from lopt_lite.training.step_batches import PHASES, epoch_steps
 from lopt_lite.training.stopping import stopped
 from lopt_lite.training.trained import TrainedParameters
 from lopt_lite.training.workbench import Workbench
-from lopt_lite.units import counted
 
 HEAD_FIT_LR = 1e-3
-_STEPS_WITHOUT_FINITE_LOSS = 5
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,6 @@ class BlockTrainer:
         self._lengths = bench.dataset.lengths
         self._counts = bench.step_counts
         self._last_checkpoint_s = time.monotonic()
-        self._not_finite = 0
         self._working_on = stage.blocks[0].index
         self._last_block_lr: float | None = None
         self._sizes = MicroBatchSize(
@@ -230,6 +228,7 @@ class BlockTrainer:
 
     def _run_phase(self, phase: _Phase, cursor: Cursor) -> None:
         bench, stage = self._bench, self._stage
+        self._divergence = DivergenceWatch(bench, stage)
         self._trained.begin(scaffolding_only=phase.name == "head-fit")
         for layer in self._pool.layers:
             set_training(layer, phase.name == "train")
@@ -272,8 +271,7 @@ class BlockTrainer:
                 took_s = self._step(phase, epoch, number, steps, indices, following)
                 self._stop_or_checkpoint(phase, number + 1, needed_s=took_s)
             self._end_epoch(phase, epoch + 1)
-        if steps and self._not_finite >= steps:
-            raise self._diverged(steps)
+        self._divergence.end(steps)
 
     def _follow_answers(self, steps: int) -> None:
         """Find out what nobody has said of the last block: how heavy its anchor is, and how fast it learns."""
@@ -349,7 +347,7 @@ class BlockTrainer:
         )
         bench.metrics.add(step)
         bench.on_event(step)
-        self._watch_for_divergence(finite and math.isfinite(norm), number + 1)
+        self._divergence.note(finite and math.isfinite(norm), number + 1)
         return took_s
 
     def _halve_micro_batches(self, phase: _Phase, number: int, indices: list[int], error: BaseException) -> None:
@@ -419,30 +417,6 @@ class BlockTrainer:
             return list(self._stage.blocks)
         return [block for block in self._stage.blocks if block.index <= max(self._losses.reconstruction_heads)]
 
-    def _watch_for_divergence(self, finite: bool, step: int) -> None:
-        if finite:
-            self._not_finite = 0
-            return
-        self._not_finite += 1
-        if self._not_finite >= _STEPS_WITHOUT_FINITE_LOSS:
-            raise self._diverged(step)
-        self._bench.on_event(Notice(text=f"step {step}: the loss or its gradient is not finite; the step is skipped"))
-
-    def _diverged(self, step: int) -> DivergedError:
-        """The error of a block whose last steps, up to ``step``, were all skipped."""
-        if self._not_finite >= step:
-            return DivergedError(
-                f"{self._stage.name}: the loss or its gradient was not finite in any step so far, up to {step}",
-                fix=f"lower --lr (and --lr-early); {NO_FINITE_LOSS}",
-            )
-        kept = self._bench.journal.last("checkpoint", block=self._stage.index) is not None
-        fix = "lower --lr (and --lr-early) and start anew with --fresh"
-        return DivergedError(
-            f"{self._stage.name}: the loss or its gradient was not a finite number for "
-            f"{counted(self._not_finite, 'step')} in a row, up to step {step}",
-            fix=f"{fix}; the last good checkpoint is kept" if kept else fix,
-        )
-
     # -- between steps ------------------------------------------------------------------------------------------------
 
     def _stop_or_checkpoint(self, phase: _Phase, step: int, *, needed_s: float) -> None:
@@ -450,7 +424,7 @@ class BlockTrainer:
         bench = self._bench
         reason = bench.stop.reason(needed_s=needed_s)
         due = time.monotonic() - self._last_checkpoint_s >= bench.settings.checkpoint_every_s
-        if (reason is not None or due) and step > 0 and self._not_finite == 0:
+        if (reason is not None or due) and step > 0 and self._divergence.in_a_row == 0:
             self._checkpoint(phase, step)
         if reason is not None:
             where = f"after step {step} of {phase.steps}"
@@ -473,7 +447,7 @@ class BlockTrainer:
         ends_here = self._is_last and phase.name == "train"
         if not ends_here or not bench.held_out_count or bench.journal.last("validation", epoch=epoch):
             return
-        if self._not_finite == 0:
+        if self._divergence.in_a_row == 0:
             # So that a stop while the loss is measured costs no step.
             self._checkpoint(phase, self._counts.at_end_of(epoch))
         self._validate(epoch)

@@ -90,16 +90,16 @@ def _assert_all_same(work: Path, outcome: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "mode", "every"), [(NF4, "dequantised", "0s"), (FLOAT, "streamed", "0.1s")])
-def test_killed_at_a_dozen_random_moments_and_started_again_it_ends_with_the_same_bytes(
+def test_killed_at_random_moments_and_started_again_it_ends_with_the_same_bytes(
     interrupter, tmp_path, inputs, options, mode, every
 ):
     outcome = _interrupt(
-        interrupter, tmp_path, inputs, [*options, "--checkpoint-every", every], mode, how="kill", cuts=12, seed=1
+        interrupter, tmp_path, inputs, [*options, "--checkpoint-every", every], mode, how="kill", cuts=8, seed=1
     )
     assert set(outcome["codes"]) == {0, -signal.SIGKILL}
-    assert outcome["codes"].count(-signal.SIGKILL) >= 12
+    assert outcome["codes"].count(-signal.SIGKILL) >= 8
     # On a busy machine some starts are killed before they have come any further.
-    assert len(set(map(tuple, outcome["places"]))) >= 4, "the kills must have come at different stages"
+    assert len(set(map(tuple, outcome["places"]))) >= 3, "the kills must have come at different stages"
     _assert_all_same(tmp_path, outcome)
 
 
@@ -143,12 +143,12 @@ def test_stopped_by_a_signal_at_random_moments_it_ends_with_the_same_bytes(
     interrupter, tmp_path, inputs, how, mode, seed
 ):
     outcome = _interrupt(
-        interrupter, tmp_path, inputs, [*NF4, "--checkpoint-every", "5m"], mode, how=how, cuts=6, seed=seed
+        interrupter, tmp_path, inputs, [*NF4, "--checkpoint-every", "5m"], mode, how=how, cuts=4, seed=seed
     )
     # A SIGTERM that comes before the run has begun ends the process as it ends any.
     expected = {0, 75} if how == "SIGINT" else {0, 75, -signal.SIGTERM}
     assert set(outcome["codes"]) <= expected
-    assert outcome["codes"].count(75) >= 4
+    assert outcome["codes"].count(75) >= 3
     _assert_all_same(tmp_path, outcome)
 
 
