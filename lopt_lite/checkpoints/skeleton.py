@@ -30,6 +30,7 @@ from lopt_lite.checkpoints.layer_calls import LayerCall, LayerProxy, Recording, 
 from lopt_lite.checkpoints.locate import ModelDescription
 from lopt_lite.checkpoints.positions import PROBED_TOKENS, PositionTables
 from lopt_lite.checkpoints.probes import meta_root_on_cpu, what_layers_return
+from lopt_lite.checkpoints.rotary import forget_longer_rows
 from lopt_lite.checkpoints.row_embedding import ReadRows, RowEmbedding
 from lopt_lite.checkpoints.trial import trial
 from lopt_lite.errors import ModelError
@@ -65,6 +66,7 @@ class Skeleton:
     def _take_apart(self) -> None:
         """Replace layers and embedding, and find out how the model's own code calls them."""
         check_kind(self.architecture, self.config)
+        forget_longer_rows(self.model)
         self.layers_path, layers = find_layers(self.model, self.config)
         self._templates = list(layers)
         self.layer_count = len(self._templates)

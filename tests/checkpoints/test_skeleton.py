@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import UserDict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
@@ -17,6 +19,7 @@ from lopt_lite.checkpoints.layer_calls import LayerCall
 from lopt_lite.checkpoints.locate import describe_model, locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.errors import ModelError, StoppedError
+from lopt_lite.residency.pool import MicroBatch
 from tests.rig import open_rig
 from tests.tiny_models import make_config, make_model
 
@@ -40,6 +43,38 @@ def test_what_config_asks_the_model_to_return_changes_nothing(architecture, aske
     _change_config(model, **asked)
     found = open_rig(model, tmp_path / "store", quantize="none", dtype="float32").logits(ids)
     assert torch.equal(found, usual)
+
+
+_DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("llama", {"rope_parameters": _DYNAMIC}),
+        (
+            "gemma3_text",
+            {
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "rope_parameters": {"full_attention": _DYNAMIC, "sliding_attention": _PLAIN},
+            },
+        ),
+    ],
+)
+def test_longer_rows_leave_nothing_to_the_batches_after_them(architecture, changes, tmp_path):
+    """Or a run that goes on in the middle would end with other bytes."""
+    model = make_model(tmp_path / "model", architecture, max_position_embeddings=16, **changes)
+    rig = open_rig(model, tmp_path / "store", quantize="none", dtype="float32")
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
+    batches = [torch.arange(3, 3 + tokens)[None] for tokens in (24, 40, 20, 8, 24)]
+    # One after the other, as while outputs are cached. Logits are made of rows of one token, which end the effect.
+    recordings = [rig.skeleton.record(ids, embed=True) for ids in batches]
+    with rig.layers() as pool:
+        for ids, recording in zip(batches, recordings, strict=True):
+            hidden = pool.forward(MicroBatch(recording.hidden, recording.calls))
+            fresh = copy.deepcopy(whole)
+            assert torch.equal(rig.skeleton.logits(hidden[0]), fresh(ids).logits[0])
 
 
 @pytest.mark.parametrize("error", [KeyError("sliding"), ZeroDivisionError("by zero"), RuntimeError("4 is not 8\nat x")])
