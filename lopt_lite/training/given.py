@@ -70,6 +70,18 @@ class Given:
     model: GivenModel
     data: GivenData
 
+    def files(self, settings: TrainSettings) -> list[Path]:
+        """Everything that the run reads."""
+        model = self.model.files
+        weights = {model.weights.file_of(name) for name in model.weights.names()}
+        examples = [
+            settings.data,
+            settings.retain_data,
+            None if settings.validation_fraction() else settings.validation,
+        ]
+        others = [model.config_path, model.tokenizer_directory, model.generation_config_path, *map(_path, examples)]
+        return [*weights, *(path for path in others if path is not None)]
+
     def identity(self, settings: TrainSettings, store: Path, device: torch.device) -> RunIdentity:
         """What must be the same for a run to be continued."""
         files, data = self.model.files, self.data
@@ -84,6 +96,10 @@ class Given:
             store=str(store.absolute()),
             device=device.type,
         )
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def read_given(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> Given:

@@ -38,7 +38,7 @@ from lopt_lite.training.job import answered_count, nothing_to_anchor, nothing_to
 from lopt_lite.training.memory_choice import Residences, check_unquantised
 from lopt_lite.training.model_facts import ModelFacts, model_facts
 from lopt_lite.training.own_prompts import LONGEST_PROMPT
-from lopt_lite.training.run_directory import RunPaths, run_directory
+from lopt_lite.training.run_directory import RunPaths, check_store_place, run_directory
 from lopt_lite.training.store_choice import is_store_for, store_directory
 
 MIB = 2**20
@@ -233,6 +233,8 @@ def _paths(settings: TrainSettings, model: ModelDescription) -> Places:
     files = model if isinstance(model, ModelFiles) else None
     own = RunPaths(run).store
     chosen = store_directory(settings, files, own)
+    if settings.store is not None:
+        check_store_place(RunPaths(run), chosen)
     made_anew = settings.fresh and chosen == own
     return Places(run, chosen, not made_anew and is_store_for(settings, chosen))
 

@@ -39,6 +39,8 @@ from lopt_lite.training.plan import draft_of_run, planned
 from lopt_lite.training.run_directory import (
     RESULT_FACTS,
     RunPaths,
+    check_not_deleted,
+    check_store_place,
     claim,
     note_store,
     run_directory,
@@ -82,6 +84,7 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
                 if last_fact(known, "store-ready") is None:
                     require_disk(draft.disk(decided.residence), paths.root)
             if settings.fresh:
+                check_not_deleted(paths, given.files(settings))
                 start_fresh(paths)
             for remark in claim(paths, given.identity(settings, store_at, device)):
                 on_event(Notice(text=remark))
@@ -104,6 +107,8 @@ def _store_builder(
 ) -> tuple[Path, StoreBuilder | None]:
     """Where the store is, and what makes it, the model's tensors checked; None when MODEL is the store."""
     directory = store_directory(settings, given.model.files, paths.store)
+    if settings.store is not None:
+        check_store_place(paths, directory)
     if is_model(settings, given.model.files, directory):
         return directory, None
     builder = StoreBuilder(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lopt_lite import files
-from lopt_lite.errors import RunDirectoryError
+from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.journal import last_fact, read_facts
 from lopt_lite.option_fields import flag
 from lopt_lite.recipe import ModelKind
@@ -194,6 +194,50 @@ def read_settings(paths: RunPaths) -> dict[str, Any]:
     if not isinstance(content, dict) or any(key not in content for key in needed):
         raise RunDirectoryError(f"{paths.settings} is damaged or not a run's", fix=_START_ANEW)
     return content
+
+
+def check_store_place(paths: RunPaths, store: Path) -> None:
+    """Refuse a store where something else of the run lies, or the run's own lock and journal.
+
+    Raises
+    ------
+    SettingsError
+        ``store`` is the run directory, or one of its parts other than RUN/store.
+    """
+    root, place = paths.root.resolve(), store.resolve()
+    if place == paths.store.resolve() or not (place == root or _is_owned(root, place)):
+        return
+    raise SettingsError(
+        f"--store {store} is the run directory {paths.root}, or a part of it that holds something else",
+        expected="a directory of its own, such as that run's store/ (the default)",
+        fix="leave --store out, or name another directory",
+    )
+
+
+def check_not_deleted(paths: RunPaths, read: Iterable[Path]) -> None:
+    """Refuse to start anew on files that :func:`start_fresh` would delete.
+
+    Parameters
+    ----------
+    read:
+        Files and directories that the new run is to read.
+
+    Raises
+    ------
+    RunDirectoryError
+        One of them lies in a part of the run directory.
+    """
+    root = paths.root.resolve()
+    for path in read:
+        if _is_owned(root, path.resolve()):
+            raise RunDirectoryError(
+                f"--fresh would delete {path}, which this run is to read: it belongs to the run in {paths.root}",
+                fix="choose another directory with --output",
+            )
+
+
+def _is_owned(root: Path, path: Path) -> bool:
+    return any(path.is_relative_to(root / name) for name in _OWNED)
 
 
 def start_fresh(paths: RunPaths) -> None:

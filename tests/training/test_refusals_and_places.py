@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import lopt_lite
-from lopt_lite import EvaluateSettings, QuantizeSettings, TrainSettings, devices
-from lopt_lite.errors import DoesNotFitError, RunDirectoryError, StoppedError
+from lopt_lite import EvaluateSettings, PlanSettings, QuantizeSettings, TrainSettings, devices
+from lopt_lite.errors import DoesNotFitError, RunDirectoryError, SettingsError, StoppedError
 from lopt_lite.events import Event, Progress
 from lopt_lite.results.open_run import open_run
 from lopt_lite.training import disk_plan
@@ -48,6 +48,36 @@ def test_a_fresh_start_that_does_not_fit_leaves_the_earlier_run_as_it_is(inputs,
     with pytest.raises(DoesNotFitError):
         _train(inputs, run, fresh=True, memory="100MiB")
     assert _content(run) == before
+
+
+def test_a_fresh_start_does_not_delete_what_it_is_to_read(inputs, tmp_path):
+    """The model that an earlier run made, or its store, given as MODEL; or data that was put there."""
+    run = tmp_path / "run"
+    _train(inputs, run, tune="full")
+    moved = run / "cache" / "data.jsonl"
+    moved.parent.mkdir(exist_ok=True)
+    shutil.copy(inputs[1], moved)
+    before = _content(run)
+    for given in ((run / "model", inputs[1]), (run / "store", inputs[1]), (inputs[0], moved)):
+        with pytest.raises(RunDirectoryError, match="--fresh would delete") as refused:
+            _train(given, run, fresh=True, tune="full")
+        assert "--output" in refused.value.fix
+        assert _content(run) == before
+    _train(inputs, run, fresh=True, tune="full", store=str(run / "store"))
+
+
+@pytest.mark.parametrize("part", ["", "adapter", "cache/store", "store/inside"])
+@pytest.mark.parametrize("operation", ["train", "plan"])
+def test_a_store_does_not_lie_where_something_else_of_the_run_does(operation, part, inputs, tmp_path):
+    """In the run directory itself it would wait for the lock that the run has."""
+    run = tmp_path / "run"
+    values = {"model": str(inputs[0]), "data": str(inputs[1]), "output": str(run), "store": str(run / part)}
+    with pytest.raises(SettingsError, match="--store .* is the run directory .* or a part of it"):
+        if operation == "train":
+            lopt_lite.train(TrainSettings(**values))
+        else:
+            lopt_lite.plan(PlanSettings(**values))
+    assert not run.exists()
 
 
 def test_after_a_budget_was_refused_another_one_begins_the_run(inputs, tmp_path):
