@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import sys
 
 import typer
@@ -60,12 +62,27 @@ def _without_command(
     ),
 ) -> None:
     if context.invoked_subcommand is None:
-        print_lines(context.get_help(), to_stderr=True)
+        # With typer's own formatting the text is printed, and nothing is returned.
+        with contextlib.redirect_stdout(sys.stderr):
+            context.get_help()
         raise typer.Exit(2)
 
 
 for _command in COMMANDS:
     add_command(app, _command)
+
+
+def _open_closed_streams() -> None:
+    """Give standard streams that were closed (``2>&-``) a place where nobody looks.
+
+    Else the next file that is opened would have their number, and libraries would write their warnings into it.
+    """
+    while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(nowhere, True)
+    os.close(nowhere)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
 
 
 def main(arguments: list[str]) -> int:
@@ -86,6 +103,7 @@ def main(arguments: list[str]) -> int:
 
 def run() -> None:
     """The console script."""
+    _open_closed_streams()
     code = main(sys.argv[1:])
     ignore_ending_signals()
     sys.exit(code)

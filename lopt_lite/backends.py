@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import psutil
 import torch
 
-from lopt_lite import host_memory
+from lopt_lite import control_group, host_memory
 
 
 class Event(Protocol):
@@ -159,8 +159,10 @@ class CpuBackend(DeviceBackend):
         host_memory.trim()
 
     def free_bytes(self) -> int:
-        """Memory that the system could give without swapping, in bytes."""
-        return int(psutil.virtual_memory().available)
+        """Memory that the system, or the container, could give without swapping, in bytes."""
+        available = int(psutil.virtual_memory().available)
+        left = control_group.left_bytes()
+        return available if left is None else min(available, left)
 
     def used_bytes(self) -> int:
         """Resident memory of this process, in bytes, without what was freed: that is given back."""

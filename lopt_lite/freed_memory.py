@@ -24,7 +24,8 @@ import psutil
 from lopt_lite import host_memory
 
 _INTERVAL_S = 0.003
-#: Giving back takes a fifth of the time at most, however much a process has that is not ours to give back.
+#: Giving back takes a fifth of the process's time at most, however much it has that is not ours to give back. Of its
+#: time, not the clock's: while others have the core, it does not grow either, and would rest too long.
 _PAUSES = 4
 #: Above the line, what is given back must have been worth it, or the process must grow by more before the next try.
 _STEP_BYTES, _LARGEST_STEP_BYTES = 4 << 20, 8 << 20
@@ -98,7 +99,7 @@ class FreedMemory:
         if not self._looking.acquire(blocking=False):
             return
         try:
-            if self._size is not None and time.monotonic() >= self._rests_until_s:
+            if self._size is not None and time.process_time() >= self._rests_until_s:
                 self._keep_below_line(self._size)
         finally:
             self._looking.release()
@@ -108,10 +109,9 @@ class FreedMemory:
         if now_bytes <= self._line_bytes:
             self._next_bytes, self._step_bytes = 0.0, _STEP_BYTES
         elif now_bytes > self._next_bytes:
-            began_s = time.monotonic()
+            began_s = time.thread_time()
             host_memory.trim()
-            ended_s = time.monotonic()
-            self._rests_until_s = ended_s + _PAUSES * (ended_s - began_s)
+            self._rests_until_s = time.process_time() + _PAUSES * (time.thread_time() - began_s)
             self.given_back += 1
             left_bytes = size.read()
             was_worth_it = now_bytes - left_bytes >= _STEP_BYTES

@@ -45,6 +45,15 @@ def check_types(settings: Any) -> None:
             raise SettingsError(f"{what} is {value!r}", expected=_describe(hint))
 
 
+def wrong_type(kind: type, values: dict[str, Any]) -> str | None:
+    """The name of a value that its field of the dataclass ``kind`` cannot have, None if there is none.
+
+    Names that are no field's are left to others: a later release may know them.
+    """
+    hints = typing.get_type_hints(kind)
+    return next((n for n, value in values.items() if n in hints and not _matches(value, hints[n])), None)
+
+
 def expand_home(settings: Any) -> None:
     """Put the user's directory in the place of a ``~`` that paths begin with."""
     for f in dataclasses.fields(settings):

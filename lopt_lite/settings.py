@@ -519,12 +519,20 @@ class QuantizeSettings:
         (), "The directory with config.json and tokenizer when they are not beside MODEL.", repeat=True, path=True
     )
     quantize: Quantize = option("nf4", "nf4 (4 bits, double quantisation, block size 64) or none.")
-    dtype: Dtype = option("bfloat16", "Type of what stays unquantised.")
+    dtype: Dtype = option(
+        "bfloat16", "With --quantize none: type of the weights. With nf4, what stays unquantised is in bfloat16."
+    )
     device: Device = option("auto", "Where to compute: auto takes cuda, then mps, then cpu.", environment=True)
 
     def __post_init__(self) -> None:
         check_types(self)
         expand_home(self)
+
+    def without_effect(self) -> list[str]:
+        """What was asked for and changes nothing, in words for the user."""
+        if self.quantize == "none" or self.dtype == "bfloat16":
+            return []
+        return [f"--dtype {self.dtype} has no effect: with --quantize nf4, what stays unquantised is in bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -608,6 +616,10 @@ class GenerateSettings:
         parse_memory(self.memory)
         if not self.prompt:
             raise SettingsError("--prompt is empty", expected="the text to answer")
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise SettingsError(f"--prompt is not text: {error.reason}", expected="text in UTF-8") from error
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise SettingsError(f"--temperature is {self.temperature}", expected="0 or more")
         if not 0 < self.top_p <= 1:

@@ -33,7 +33,7 @@ def load_yaml(path: Path, settings: type[Any]) -> dict[str, Any]:
             f"cannot read --config {path}: {error.strerror or error}",
             expected="a YAML file of options, or the directory with config.json",
         ) from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last of what is nested too deeply
         raise SettingsError(
             f"--config {path} is not YAML: {' '.join(str(error).split())}", expected="option: value lines"
         ) from error

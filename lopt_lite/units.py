@@ -72,9 +72,10 @@ def parse_bytes(text: str, flag: str) -> int:
         Anything else, naming ``flag``.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|B)\s*", text.upper())
-    if match is None:
+    number = math.inf if match is None else float(match[1])
+    if match is None or not math.isfinite(number * _BYTE_UNITS[match[2]]):
         raise SettingsError(f"{flag} is {text!r}", expected="a size such as 6GiB, 800MiB or 8GB")
-    return int(float(match[1]) * _BYTE_UNITS[match[2]])
+    return int(number * _BYTE_UNITS[match[2]])
 
 
 def parse_memory(text: str) -> int | None:

@@ -146,7 +146,7 @@ def place_for(directory: Path, *, is_there: bool) -> Path:
 @pytest.mark.parametrize("after", [False, True])
 def test_killed_at_any_operation_the_next_attempt_makes_the_whole_copy(source, tmp_path, is_there, after):
     operations = operations_of_a_copy(source, tmp_path, is_there=is_there)
-    assert len(operations) > 20
+    assert len(operations) > 15
     wholes = 0
     for number, operation in enumerate(operations):
         work = tmp_path / f"work-{number}"
@@ -185,4 +185,4 @@ def test_where_any_operation_fails_nothing_is_left_and_the_next_attempt_makes_th
         assert {path.name for path in work.iterdir()} <= {"copy"}, operation
         copy(source, target)
         assert content(target) == content(source), operation
-    assert failed > 20
+    assert failed > 15

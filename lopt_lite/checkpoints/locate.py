@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lopt_lite.checkpoints import hub
+from lopt_lite.checkpoints.generation_config import GENERATION_CONFIG_NAME, end_tokens
 from lopt_lite.checkpoints.model_config import check_layers_against_weights, read_config
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.checkpoints.weight_files import INDEX_SUFFIX, WEIGHTS_NAME, WEIGHTS_SUFFIX, find_weights, open_weights
@@ -18,7 +19,6 @@ from lopt_lite.errors import ModelError
 from lopt_lite.events import OnEvent, ignore
 
 CONFIG_NAME = "config.json"
-GENERATION_CONFIG_NAME = "generation_config.json"
 
 #: Files that hold a vocabulary; any one of them makes a directory the tokenizer's.
 TOKENIZER_NAMES = (
@@ -107,6 +107,8 @@ def locate_model(model: str, *, config_dirs: Sequence[str] = (), on_event: OnEve
             fix="put it there, or name its directory with --config DIR",
         )
     config = read_config(config_path, on_event)
+    if generation is not None:
+        end_tokens(generation)
     weights = open_weights(weights_path, on_event)
     check_layers_against_weights(config_path, config, len(weights))
     return ModelFiles(

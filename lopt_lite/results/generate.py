@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from lopt_lite import devices
+from lopt_lite.checkpoints.generation_config import GENERATION_CONFIG_NAME, end_tokens
 from lopt_lite.checkpoints.tokenizer import pad_token_id
 from lopt_lite.data.templates import load_prompt, stop_token_ids
 from lopt_lite.data.tokenization import token_without_row
@@ -122,8 +123,4 @@ def _check_positions(prompt_tokens: int, new_tokens: int, most_positions: int | 
 def _end_tokens(run: OpenRun) -> list[int]:
     """Tokens that end an answer: those that training teaches to end a turn, and those that the model's makers list."""
     ends = set(stop_token_ids(run.tokenizer))
-    path = run.store.directory / "generation_config.json"
-    if path.is_file():
-        listed = GenerationConfig.from_pretrained(run.store.directory, local_files_only=True).eos_token_id  # nosec B615
-        ends |= set(listed if isinstance(listed, list) else [listed]) - {None}
-    return sorted(ends)
+    return sorted(ends.union(end_tokens(run.store.directory / GENERATION_CONFIG_NAME)))

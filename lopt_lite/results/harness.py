@@ -16,8 +16,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
+import yaml
 
 from lopt_lite import devices
 from lopt_lite.errors import DataError, SettingsError
@@ -29,6 +31,18 @@ from lopt_lite.settings import EvaluateSettings
 _INSTALL = "pip install 'lopt-lite[eval]'"
 #: For standard errors that have no formula. lm-eval's own 100,000 take longer than many a task.
 _RESAMPLES = 1000
+#: What a task's file, its functions, or the loader of its data may raise; lack of a network among it.
+_RAISED_BY_TASKS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    yaml.YAMLError,
+    jinja2.TemplateError,
+)
 
 
 def task_scores(
@@ -50,7 +64,7 @@ def task_scores(
     for tuned in (False, True):
         model.tuned = tuned
         _seed(loaded["tasks"].values(), settings.num_fewshot)
-        with _kept_in_house():
+        with _kept_in_house(), _templates_tried():
             found = lm_eval.evaluate(
                 lm=model,
                 task_dict=loaded,
@@ -97,8 +111,7 @@ def _load(names: list[str]) -> dict[str, dict[str, Any]]:
     try:
         with _kept_in_house():
             loaded: dict[str, dict[str, Any]] = manager.load(specs)
-    # What a task's file, its functions, or the loader of its data may raise; lack of a network among it.
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except _RAISED_BY_TASKS as error:
         raise DataError(
             f"the tasks {', '.join(specs)} cannot be loaded: {_first_line(error)}",
             fix="check the tasks' files and their data; data that is not local is fetched from the Hugging Face hub",
@@ -196,6 +209,17 @@ def _scores(base: dict[str, Any], tuned: dict[str, Any], *, groups: dict[str, st
 def _number(value: Any) -> float | None:
     """lm-eval writes N/A where there is no standard error."""
     return float(value) if isinstance(value, (int, float)) else None
+
+
+@contextlib.contextmanager
+def _templates_tried() -> Iterator[None]:
+    """What a task's own templates raise within the context is a fault of the task."""
+    try:
+        yield
+    except (jinja2.TemplateError, ZeroDivisionError) as error:
+        raise DataError(
+            f"a template of the tasks cannot be filled in: {_first_line(error)}", fix="correct the task's file"
+        ) from error
 
 
 @contextlib.contextmanager

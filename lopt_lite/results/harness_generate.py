@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from lopt_lite.checkpoints.generation_config import GENERATION_CONFIG_NAME
 from lopt_lite.checkpoints.tokenizer import pad_token_id
+from lopt_lite.checkpoints.trial import first_line
 from lopt_lite.data.batches import length_sorted_batches
+from lopt_lite.errors import ModelError
 from lopt_lite.events import OnEvent, Progress
 from lopt_lite.residency.answer_places import place
 from lopt_lite.residency.choices import Memory
@@ -54,6 +57,8 @@ def complete(
     ------
     DoesNotFitError
         The budget is too small even for one prompt at a time.
+    ModelError
+        The model's generation_config.json cannot be used.
     """
     lengths = [len(prompt) for prompt in prompts]
     skeleton, store = (run.tuned_skeleton, run.tuned_store) if tuned else (run.skeleton, run.store)
@@ -105,9 +110,15 @@ def complete(
 def _generation_config(run: OpenRun) -> GenerationConfig:
     """What the model's makers recommend, if they do."""
     directory = run.store.directory
-    if (directory / "generation_config.json").is_file():
+    if not (directory / GENERATION_CONFIG_NAME).is_file():
+        return GenerationConfig()
+    try:
         return GenerationConfig.from_pretrained(directory, local_files_only=True)  # nosec B615
-    return GenerationConfig()
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"transformers cannot use {directory / GENERATION_CONFIG_NAME}: {first_line(error)}",
+            fix="correct the file, or take it away",
+        ) from error
 
 
 def _until_end(tokens: list[int], end_ids: Sequence[int]) -> list[int]:

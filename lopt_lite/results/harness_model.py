@@ -18,6 +18,7 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from lopt_lite.checkpoints.generation_config import GENERATION_CONFIG_NAME, end_tokens
 from lopt_lite.data.templates import ChatTemplate, TemplateRefusedError, stop_token_ids
 from lopt_lite.data.tokenization import token_without_row
 from lopt_lite.devices import PeakMemory
@@ -223,11 +224,7 @@ class LayerStreamedLM(TemplateLM):
 
         With a chat template also those that training teaches to end a turn.
         """
-        listed: Any = None
-        path = self._run.store.directory / "generation_config.json"
-        if path.is_file():
-            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        ends = [*(listed if isinstance(listed, list) else [listed]), self.eot_token_id]
+        ends = [*end_tokens(self._run.store.directory / GENERATION_CONFIG_NAME), self.eot_token_id]
         added = self.tokenizer.get_added_vocab()
         ends += [added[text] for text in stop if text in added]
         if self._template is not None:

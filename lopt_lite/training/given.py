@@ -74,12 +74,9 @@ class Given:
         """Everything that the run reads."""
         model = self.model.files
         weights = {model.weights.file_of(name) for name in model.weights.names()}
-        examples = [
-            settings.data,
-            settings.retain_data,
-            None if settings.validation_fraction() else settings.validation,
-        ]
-        others = [model.config_path, model.tokenizer_directory, model.generation_config_path, *map(_path, examples)]
+        held_out = None if settings.validation_fraction() is not None else settings.validation
+        examples = map(_path, (settings.data, held_out, settings.retain_data))
+        others = [model.config_path, model.tokenizer_directory, model.generation_config_path, *examples]
         return [*weights, *(path for path in others if path is not None)]
 
     def identity(self, settings: TrainSettings, store: Path, device: torch.device) -> RunIdentity:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -12,11 +14,12 @@ from typing import Any
 from lopt_lite import files
 from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.journal import last_fact, read_facts
-from lopt_lite.option_fields import flag
+from lopt_lite.option_fields import flag, wrong_type
 from lopt_lite.recipe import ModelKind
 from lopt_lite.settings import TrainSettings
 
 RUNS_DIRECTORY = "runs"
+_SUM = "crc32"
 
 _RECORDS = ("settings.json", "journal.jsonl", "metrics.jsonl", "report.html", "loss.png")
 _OWNED = (*_RECORDS, "store", "cache", "blocks", "adapter", "model")
@@ -190,10 +193,41 @@ def read_settings(paths: RunPaths) -> dict[str, Any]:
             expected="a directory that 'lopt-lite train' made",
         )
     content = files.read_json(paths.settings, what="the settings file", error=RunDirectoryError, fix=_START_ANEW)
-    needed = ("settings", "model", "data", "store", "device")
-    if not isinstance(content, dict) or any(key not in content for key in needed):
+    if not _is_runs(content):
         raise RunDirectoryError(f"{paths.settings} is damaged or not a run's", fix=_START_ANEW)
+    # Another scale or seed is as plausible as the right one. Runs of earlier versions have no checksum.
+    if content.pop(_SUM, None) not in (None, _sum(content)):
+        raise RunDirectoryError(
+            f"{paths.settings} was altered: its checksum is of something else",
+            expected="what the run wrote when it began",
+            fix=_START_ANEW,
+        )
     return content
+
+
+def _is_runs(content: Any) -> bool:
+    """Whether this has the form of a settings.json, whatever it says."""
+    if not isinstance(content, dict):
+        return False
+    named = [content.get(name) for name in ("settings", "model", "data")]
+    others = [content[name] for name in ("validation", "retain", "versions") if content.get(name) is not None]
+    if not all(isinstance(part, dict) for part in [*named, *others]):
+        return False
+    texts = [content.get("store"), content.get("device"), content["model"].get("given"), content["data"].get("given")]
+    directories = content.get("config", [])
+    return (
+        isinstance(directories, list)
+        and all(isinstance(text, str) for text in [*texts, *directories])
+        and wrong_type(TrainSettings, content["settings"]) is None
+    )
+
+
+def _write_settings(paths: RunPaths, content: dict[str, Any]) -> None:
+    files.write_json(paths.settings, {**content, _SUM: _sum(content)})
+
+
+def _sum(content: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 def check_store_place(paths: RunPaths, store: Path) -> None:
@@ -275,7 +309,7 @@ def claim(paths: RunPaths, identity: RunIdentity) -> list[str]:
     wanted = identity.to_json()
     if not paths.settings.exists():
         _refuse_strangers(paths)
-        files.write_json(paths.settings, wanted)
+        _write_settings(paths, wanted)
         return []
     found = read_settings(paths)
     done = any(last_fact(read_facts(paths.journal)[0], fact) for fact in RESULT_FACTS)
@@ -318,7 +352,7 @@ def note_store(paths: RunPaths, store: Path) -> None:
     """Write down where the run's weights are now, where later commands would not find them."""
     content = read_settings(paths)
     if current_store(paths, content).absolute() != store.absolute():
-        files.write_json(paths.settings, {**content, "store": str(store.absolute())})
+        _write_settings(paths, {**content, "store": str(store.absolute())})
 
 
 def current_store(paths: RunPaths, content: dict[str, Any]) -> Path:

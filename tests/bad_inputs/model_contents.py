@@ -33,6 +33,18 @@ def config_without_a_model_type(place):
     return place.train()
 
 
+@bad(INPUT, "generation_config.json", "not valid JSON", "take it away")
+def generation_config_that_is_not_json(place):
+    (place.own_model() / "generation_config.json").write_text("{bad")
+    return place.train()
+
+
+@bad(INPUT, "generation_config.json has the eos_token_id '</s>'", "number of a token", "take it away")
+def generation_config_whose_end_is_a_text(place):
+    (place.own_model() / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    return place.train()
+
+
 @bad(INPUT, "hypermamba", "config.json", "transformers release")
 def unknown_architecture(place):
     place.change_config(model_type="hypermamba", architectures=["HyperMamba"])

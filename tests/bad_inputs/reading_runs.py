@@ -98,13 +98,19 @@ def merged_export_onto_another_model(place):
 
 @bad(INPUT, "'gone'", "--model", "--onto quantized")
 def merged_export_after_the_model_was_deleted(place):
-    change_json(place.finished_run() / "settings.json", model={"given": "gone", "origin": "gone", "fingerprint": "0"})
+    gone = {"given": "gone", "origin": "gone", "fingerprint": "0"}
+    change_json(place.finished_run() / "settings.json", model=gone, crc32=None)
     return ["export", str(place.run), str(place.root / "out"), "--format", "merged"]
 
 
 @bad(INPUT, "own.jsonl, line 1", "--skip-bad-lines")
 def evaluate_on_bad_data(place):
     return ["evaluate", str(place.stock.run), str(place.own_data(["{"]))]
+
+
+@bad(SETTINGS, "--prompt is not text", "UTF-8")
+def generate_with_a_prompt_that_is_no_text(place):
+    return ["generate", str(place.stock.run), "--prompt", "a\udcff"]
 
 
 @bad(SETTINGS, "--prompt is empty", "the text to answer")

@@ -17,6 +17,7 @@ from tests.bad_inputs.place import (
     GOOD_LINE,
     INPUT,
     RUN_DIRECTORY,
+    SETTINGS,
     bad,
 )
 from tests.damage import flip_a_byte
@@ -50,6 +51,17 @@ def fresh_output_whose_parts_are_called_like_a_run_s(place):
 def fresh_output_that_is_a_store(place):
     shutil.copytree(place.stock.run / "store", place.run)
     return place.train("--fresh")
+
+
+@bad(RUN_DIRECTORY, "--fresh would delete", "store", "--output")
+def fresh_output_whose_store_is_the_model(place):
+    place.model = place.finished_run() / "store"
+    return place.train("--fresh")
+
+
+@bad(SETTINGS, "--store", "is the run directory", "leave --store out")
+def store_that_is_the_run_directory(place):
+    return place.train("--store", str(place.run))
 
 
 @bad(RUN_DIRECTORY, "is no store", "new or empty directory")
@@ -178,6 +190,15 @@ def altered_journal_without_checksums(place):
 def damaged_settings(place):
     os.truncate(place.finished_run() / "settings.json", 100)
     return place.train()
+
+
+@bad(RUN_DIRECTORY, "settings.json was altered", "checksum", "--fresh", "backup")
+def altered_settings_of_a_finished_run(place):
+    path = place.finished_run() / "settings.json"
+    content = json.loads(path.read_text())
+    content["settings"]["lora_alpha"] = 3200.0
+    path.write_text(json.dumps(content))
+    return ["generate", str(place.run), "--prompt", "What?"]
 
 
 @bad(INPUT, "adapter.safetensors is missing", "--fresh", found_at_work=True)

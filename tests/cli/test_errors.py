@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from lopt_lite_cli.main import main
 
 from lopt_lite import errors, outcomes
 
@@ -209,3 +211,22 @@ def test_json_has_no_nan(lopt, fake):
     document = json.loads(result.out, parse_constant=lambda name: pytest.fail(name))
     assert (document["base_perplexity"], document["tuned_loss"], document["data"]) == (None, None, "dé")
     assert result.out.isascii()
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams_are_places_where_nobody_looks(tmp_path, closed):
+    """And no number for the next file: libraries would write their warnings into it."""
+    command = f"{shlex.quote(sys.executable)} -c 'from lopt_lite_cli.main import run; run()' status nowhere --json"
+    done = subprocess.run(f"{command} {closed}", shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 5
+    if closed == "2>&-":
+        assert json.loads(done.stdout)["error"] == "RunDirectoryError"
+    else:
+        assert done.stdout == ""
+
+
+def test_without_a_command_the_help_goes_to_standard_error(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "Usage: lopt-lite" in said.err

@@ -172,6 +172,21 @@ def test_scores_are_those_of_lm_evals_own_class(trained: Path, tasks: Path, expe
     assert accuracy.base_stderr > 0
 
 
+def test_what_is_wrong_in_a_tasks_file_is_no_fault_of_ours(trained: Path, tasks: Path) -> None:
+    file = tasks / "choices.yaml"
+    sound = file.read_text()
+    file.write_text("task: [1")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        _evaluate(trained / "run", str(file))
+    file.write_text(sound.replace("{{question}}", "{{nobody.knows}}"))
+    with pytest.raises(DataError, match="'nobody' is undefined"):
+        _evaluate(trained / "run", str(file))
+    # Only the first example is looked at when a task is loaded.
+    file.write_text(sound.replace("{{question}}", "{{1 / (label - 1)}}"))
+    with pytest.raises(DataError, match="a template of the tasks cannot be filled in: division by zero"):
+        _evaluate(trained / "run", str(file))
+
+
 def test_a_budget_that_reading_has_exceeded_already_is_refused(
     trained: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,7 @@ def test_a_store_does_not_lie_where_something_else_of_the_run_does(operation, pa
     """In the run directory itself it would wait for the lock that the run has."""
     run = tmp_path / "run"
     values = {"model": str(inputs[0]), "data": str(inputs[1]), "output": str(run), "store": str(run / part)}
-    with pytest.raises(SettingsError, match="--store .* is the run directory .* or a part of it"):
+    with pytest.raises(SettingsError, match=r"--store .* is the run directory .* or a part of it"):
         if operation == "train":
             lopt_lite.train(TrainSettings(**values))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from lopt_lite import TrainSettings, files
 from lopt_lite.errors import RunDirectoryError
 from lopt_lite.recipe import ModelKind
 from lopt_lite.training import run_directory
-from lopt_lite.training.run_directory import RunIdentity, RunPaths, claim, read_settings, start_fresh
+from lopt_lite.training.run_directory import RunIdentity, RunPaths, claim, note_store, read_settings, start_fresh
 
 _KIND = ModelKind("LlamaForCausalLM", 2048, 4)
 
@@ -185,6 +186,52 @@ def test_damaged_settings_are_refused(claimed, content):
     with pytest.raises(RunDirectoryError, match=r"settings\.json") as caught:
         claim(claimed, _identity())
     assert "--fresh" in caught.value.fix
+
+
+def _alter(path: Path, *keys: str, value: Any, forget_sum: bool) -> None:
+    content = json.loads(path.read_text())
+    part = content
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    if forget_sum:
+        del content["crc32"]
+    path.write_text(json.dumps(content))
+
+
+def test_a_setting_that_was_altered_is_damage_and_not_another_result(claimed):
+    """As one flipped bit of a number makes another number."""
+    assert read_settings(claimed) == _identity().to_json()
+    _alter(claimed.settings, "settings", "lora_alpha", value=3200.0, forget_sum=False)
+    with pytest.raises(RunDirectoryError, match=r"settings\.json was altered") as caught:
+        read_settings(claimed)
+    assert "--fresh" in caught.value.fix
+
+
+def test_where_the_store_is_now_is_written_down_with_a_checksum(claimed, tmp_path):
+    note_store(claimed, tmp_path / "elsewhere")
+    assert read_settings(claimed)["store"] == str(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["settings"], []),
+        (["settings", "blocks"], "two"),
+        (["settings", "lr"], [1e-3]),
+        (["model"], "x"),
+        (["data", "given"], 5),
+        (["validation"], "x"),
+        (["versions"], [1]),
+        (["config"], [5]),
+        (["store"], 5),
+    ],
+)
+def test_settings_of_another_form_are_damage_in_runs_without_a_checksum(claimed, keys, value):
+    """As those of earlier versions."""
+    _alter(claimed.settings, *keys, value=value, forget_sum=True)
+    with pytest.raises(RunDirectoryError, match=r"settings\.json is damaged"):
+        read_settings(claimed)
 
 
 def test_a_directory_without_settings_is_no_run(paths):
