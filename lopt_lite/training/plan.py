@@ -38,7 +38,7 @@ from lopt_lite.training.job import answered_count, nothing_to_anchor, nothing_to
 from lopt_lite.training.memory_choice import Residences, check_unquantised
 from lopt_lite.training.model_facts import ModelFacts, model_facts
 from lopt_lite.training.own_prompts import LONGEST_PROMPT
-from lopt_lite.training.run_directory import RunPaths, check_store_place, run_directory
+from lopt_lite.training.run_directory import RunPaths, check_store_place, check_usable, run_directory
 from lopt_lite.training.store_choice import is_store_for, store_directory
 
 MIB = 2**20
@@ -68,6 +68,8 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
         Something given cannot be used.
     DoesNotFitError
         The memory budget (the message names the smallest that would do) or the disk is too small.
+    RunDirectoryError
+        The run directory holds something else.
     """
     device = devices.choose_device(settings.device)
     model = describe_model(settings.model, config_dirs=settings.config, on_event=on_event)
@@ -231,6 +233,7 @@ def _paths(settings: TrainSettings, model: ModelDescription) -> Places:
     """Run directory and store, and whether the latter is complete: ``--store``, MODEL if it is a store, or RUN's."""
     run = run_directory(settings, model.name)
     files = model if isinstance(model, ModelFiles) else None
+    check_usable(RunPaths(run))
     own = RunPaths(run).store
     chosen = store_directory(settings, files, own)
     if settings.store is not None:

@@ -331,6 +331,22 @@ def claim(paths: RunPaths, identity: RunIdentity) -> list[str]:
     return remarks
 
 
+def check_usable(paths: RunPaths) -> None:
+    """Refuse a place in which no run could be, as a run itself would.
+
+    Raises
+    ------
+    RunDirectoryError
+        It is no directory, or holds something else.
+    """
+    if not paths.root.exists():
+        return
+    if not paths.root.is_dir():
+        raise RunDirectoryError(f"{paths.root} is not a directory", fix="choose another directory with --output")
+    if not paths.settings.exists():
+        _refuse_strangers(paths)
+
+
 def _has_settings(paths: RunPaths) -> bool:
     try:
         read_settings(paths)

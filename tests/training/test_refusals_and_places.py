@@ -80,6 +80,22 @@ def test_a_store_does_not_lie_where_something_else_of_the_run_does(operation, pa
     assert not run.exists()
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("operation", ["train", "plan"])
+def test_a_place_that_holds_something_else_is_refused(operation, fresh, inputs, tmp_path):
+    """Also by a plan, which shows the command to run."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("x")
+    for place in (mine, mine / "thesis.txt"):
+        values = {"model": str(inputs[0]), "data": str(inputs[1]), "output": str(place), "fresh": fresh}
+        with pytest.raises(RunDirectoryError):
+            if operation == "train":
+                lopt_lite.train(TrainSettings(**values))
+            else:
+                lopt_lite.plan(PlanSettings(**values))
+
+
 def test_after_a_budget_was_refused_another_one_begins_the_run(inputs, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(DoesNotFitError):
