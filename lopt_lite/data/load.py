@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,10 @@ _CHUNK_CHARACTERS = 2**18
 #: A conversation of more characters than this, or than so many for each token of ``max_length``, cannot be used.
 _MOST_CHARACTERS = 2**20
 _MOST_CHARACTERS_PER_TOKEN = 16
+#: No template that tells who speaks makes less of a message: more messages than this allows need not be rendered.
+_FEWEST_CHARACTERS_PER_MESSAGE = 8
+#: How far the file is, is told at least so often, between examples.
+_PROGRESS_SECONDS = 2.0
 
 _LINES_NAMED = 5
 
@@ -111,7 +116,7 @@ def load_dataset(
     skip_bad_lines:
         Drop and count lines that cannot be used instead of raising.
     check:
-        Called between the pieces that are tokenised together; may raise to stop.
+        Called before each line, and before each rendering of a conversation; may raise to stop.
     on_event:
         Told how far a long file is, and in sentences what was cut, dropped, merged or skipped.
 
@@ -126,7 +131,13 @@ def load_dataset(
     path = Path(path)
     check_is_data_file(path)
     loader = _Loader(
-        path, tokenizer, max_length, skip_bad_lines, most_positions=most_positions, embedding_rows=embedding_rows
+        path,
+        tokenizer,
+        max_length,
+        skip_bad_lines,
+        most_positions=most_positions,
+        embedding_rows=embedding_rows,
+        check=check,
     )
     total_bytes = path.stat().st_size
     done_bytes = 0
@@ -200,6 +211,7 @@ class _Loader:
         *,
         most_positions: int | None = None,
         embedding_rows: int | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = path
         self.tokenizer = tokenizer
@@ -210,6 +222,7 @@ class _Loader:
             self.limit = f"the model has no more positions, and {self.limit} is more"
         self.embedding_rows = embedding_rows
         self.skip_bad_lines = skip_bad_lines
+        self.check = check
         self.report = LoadReport()
         self.template = ChatTemplate(tokenizer)
         self.default_bos = default_bos(tokenizer)
@@ -220,22 +233,28 @@ class _Loader:
         self.ids, self.masks = _Growing(np.dtype(np.int32)), _Growing(np.dtype(bool))
 
     def run(self, lines: Iterable[Line]) -> Iterator[int]:
-        """Work through the file's lines; yields the bytes done after each chunk but the last."""
+        """Work through the file's lines; yields the bytes done after each chunk but the last, and every few seconds."""
         pending: list[_Rendered] = []
         characters = 0
+        told_s = time.monotonic()
         for line in lines:
+            self.check()
             self.report.lines += 1
             try:
                 rendered = self._render(line.number, self._parse(line))
             except (BadRecordError, TemplateRefusedError) as error:
                 self._bad_line(line.number, str(error))
-                continue
-            pending.append(rendered)
-            characters += len(rendered.content.text)
-            if len(pending) >= _CHUNK_EXAMPLES or characters >= _CHUNK_CHARACTERS:
+            else:
+                pending.append(rendered)
+                characters += len(rendered.content.text)
+            is_full = len(pending) >= _CHUNK_EXAMPLES or characters >= _CHUNK_CHARACTERS
+            if is_full:
                 self._tokenize(pending)
                 pending, characters = [], 0
+            if is_full or time.monotonic() - told_s > _PROGRESS_SECONDS:
                 yield line.end_byte
+                told_s = time.monotonic()
+        self.check()
         self._tokenize(pending)
 
     def dataset(self) -> TokenizedDataset:
@@ -337,14 +356,16 @@ class _Loader:
             # Its end would be cut anyway.
             return _Rendered(line, PlainText(example.text[:most]), self.template, has_tools=False)
         template = self.template.with_tools if example.tools else self.template
+        most_messages = most // _FEWEST_CHARACTERS_PER_MESSAGE
+        if len(example.messages) > most_messages:
+            raise BadRecordError(
+                f"the conversation has {len(example.messages):,} messages; at most {most_messages:,} can be used "
+                f"({self.limit})"
+            )
         try:
-            rendered = render_conversation(template, example)
+            rendered = render_conversation(template, example, most_characters=most, limit=self.limit, check=self.check)
         except TemplateRefusedError as error:
             raise TemplateRefusedError(f"the chat template refuses the conversation: {error}") from error
-        if len(rendered.text) > most:
-            raise BadRecordError(
-                f"the conversation has {len(rendered.text):,} characters; at most {most:,} can be used ({self.limit})"
-            )
         return _Rendered(line, rendered, template, has_tools=bool(example.tools))
 
     def _bad_line(self, number: int, problem: str) -> None:

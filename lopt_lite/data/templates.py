@@ -31,6 +31,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lopt_lite.data.formats import Message, Tool
 from lopt_lite.data.template_limits import limit_text, limited_time
 from lopt_lite.data.tokenization import default_bos, encode_batch, token_range
+from lopt_lite.data.turn_by_turn import is_turn_by_turn, render_turn_by_turn
 from lopt_lite.errors import ModelError
 from lopt_lite.text import one_line
 
@@ -72,6 +73,9 @@ _PROBED_TOOL: Tool = {
         "parameters": {"type": "object", "properties": {}, "required": []},
     },
 }
+
+#: What every template is asked to render first: if it cannot be rendered in time, nothing can.
+_PROBE: tuple[Message, ...] = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"})
 
 Span = tuple[int, int]
 
@@ -205,6 +209,46 @@ class ChatTemplate:
             raise TemplateRefusedError(one_line(str(error))) from error
         return texts[0], spans[0]
 
+    def check_limits(self, tools: Sequence[Tool]) -> None:
+        """Render a short conversation with ``tools``.
+
+        Raises
+        ------
+        ModelError
+            The template takes too long for it, or makes too much of it.
+        """
+        with contextlib.suppress(TemplateRefusedError):
+            self.render(_PROBE, tools=tools)
+
+    @functools.cached_property
+    def _is_turn_by_turn(self) -> bool:
+        return is_turn_by_turn(self.source)
+
+    def prefix_ends(self, messages: Sequence[Message], text: str) -> tuple[list[int], str, str] | None:
+        """Where the texts of the first 0, 1, ... ``messages`` (without tools) end within ``text``, that of all of them.
+
+        Returns
+        -------
+        The numbers of characters, what :meth:`render` puts after them, and what it puts there with a generation prompt
+        (for at least one message). None where that cannot be known from ``text``, for each number of messages.
+        """
+        # Messages of other keys, and tools, are not given to the template as they are: transformers changes some.
+        if not self._is_turn_by_turn or any(message.keys() != {"role", "content"} for message in messages):
+            return None
+        variables = {"tools": None, "documents": None, "add_generation_prompt": True}
+        try:
+            with limited_time():
+                found = render_turn_by_turn(self.source, messages, {**self.tokenizer.special_tokens_map, **variables})
+            # The tokenizer may have a way of its own with templates.
+            if found is None or found[0] != self.render(messages, add_generation_prompt=True):
+                return None
+        except (TemplateRefusedError, *_TEMPLATE_ERRORS):
+            return None
+        prompt_text, ends = found
+        if text[: ends[-1]] != prompt_text[: ends[-1]]:
+            return None
+        return ends, text[ends[-1] :], prompt_text[ends[-1] :]
+
     def content_range(
         self, messages: Sequence[Message], turn: int, text: str, *, tools: Sequence[Tool] = ()
     ) -> Span | None:
@@ -236,12 +280,11 @@ class ChatTemplate:
 
     def _find_end_of_turn(self) -> None:
         # Asked from the template, not looked up by name: the first control token after the content of a last answer.
-        probe: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"}]
         # What is wrong with the template is said by rendering with it.
         with contextlib.suppress(jinja2.TemplateError):
             limit_text(self.source)
         try:
-            text = self.render(probe)
+            text = self.render(_PROBE)
         except TemplateRefusedError as error:
             if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
                 raise ModelError(
@@ -251,7 +294,7 @@ class ChatTemplate:
             self.end_of_turn_id = self.tokenizer.eos_token_id
             return
         self.end_of_turn_id = self.tokenizer.eos_token_id
-        content = self.content_range(probe, 1, text)
+        content = self.content_range(_PROBE, 1, text)
         if content is None:
             return
         encoded = encode_batch(self.tokenizer, [text])[0]

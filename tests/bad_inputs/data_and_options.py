@@ -137,6 +137,22 @@ def line_of_more_text_than_can_be_tokenised(place):
     return place.train()
 
 
+@bad(INPUT, "line 2", "200,000 messages", "at most 131,072 can be used", "--skip-bad-lines")
+def conversation_of_more_messages_than_can_be_used(place):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    place.own_data([{"messages": turns}, {"messages": turns * 100_000}])
+    return place.train()
+
+
+@bad(INPUT, "line 2", "800 answers among 1,600 messages", "at most 1,048,576 can be rendered", "--skip-bad-lines")
+def conversation_of_more_turns_than_can_be_found(place):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if not loop.last %}{{ '\n' }}{% endif %}"
+    (place.own_model() / "chat_template.jinja").write_text(template + "{% endfor %}")
+    place.own_data([{"messages": turns}, {"messages": turns * 800}])
+    return place.train()
+
+
 @bad(INPUT, "line 2", r"\x1b[2J")
 def escape_sequences_in_a_role(place):
     messages = [{"role": "\x1b[2J\x1b]0;owned\x07", "content": "a"}]
