@@ -204,7 +204,11 @@ class StoreBuilder:
         self._compare(
             {"quantize": info.quantize, "dtype": info.dtype, "model": info.model_fingerprint, "transform": ""}
         )
-        return True
+        # An index that lists other shards than this model has is damaged too, and is written again.
+        return set(info.shards) == self._shard_names()
+
+    def _shard_names(self) -> set[str]:
+        return {plan.name for plan in self._plans}
 
     def _identity(self) -> dict[str, str]:
         return {
@@ -266,8 +270,8 @@ class StoreBuilder:
             journal.add("shard", name=plan.name, bytes=record.bytes, sha256=record.sha256)
             self._on_event(Progress(task=task, done=number, total=total, unit="shards"))
         self._write_side_files()
-        shards = {f["name"]: {"bytes": f["bytes"], "sha256": f["sha256"]} for f in journal.all("shard")}
-        self._write_index(shards)
+        made_shards = [fact for fact in journal.all("shard") if fact["name"] in self._shard_names()]
+        self._write_index({f["name"]: {"bytes": f["bytes"], "sha256": f["sha256"]} for f in made_shards})
 
     def _tell_what_is_left_out(self) -> None:
         """Name what is not quantised, and tensors of the model's files that are not used."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import bitsandbytes.functional as bnb
 import torch
 
-from lopt_lite.checkpoints.nf4_layout import BLOCK_SIZE, STATE_BYTES, STATE_SUFFIX
-from lopt_lite.errors import ModelError
+from lopt_lite.checkpoints.nf4_layout import BLOCK_SIZE, STATE_BYTES, STATE_SUFFIX, check_packed
 
 
 def quantize_matrix(
@@ -51,18 +49,11 @@ def state_of(name: str, tensors: dict[str, torch.Tensor], device: torch.device) 
     ModelError
         A side tensor is missing or makes no sense.
     """
-    sides = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}
-    try:
-        state = bnb.QuantState.from_dict(dict(sides), device=device)
-    except (ValueError, KeyError, AssertionError, TypeError, AttributeError) as error:
-        raise ModelError(f"the NF4 side tensors of {name} are incomplete or damaged: {error}") from error
-    if state.shape is None or len(state.shape) != 2 or state.quant_type != "nf4":
-        raise ModelError(f"the NF4 state of {name} describes {state.quant_type} of shape {state.shape}")
-    elements = state.shape[0] * state.shape[1]
-    blocks = -(-elements // state.blocksize)
-    if tensors[name].numel() * 2 < elements or state.absmax.numel() != blocks:
-        raise ModelError(f"the NF4 tensors of {name} do not have the sizes that its shape {list(state.shape)} needs")
-    return state
+    parts = {k: v for k, v in tensors.items() if k == name or k.startswith(name + ".")}
+    found = {k: (v.dtype, tuple(v.shape)) for k, v in parts.items()}
+    check_packed(name, found, lambda: parts[name + STATE_SUFFIX])
+    sides = {k[len(name) + 1 :]: v for k, v in parts.items() if k != name}
+    return bnb.QuantState.from_dict(sides, device=device)
 
 
 def without_tensors(state: bnb.QuantState) -> bnb.QuantState:
@@ -101,18 +92,13 @@ def dequantize_matrix(name: str, tensors: dict[str, torch.Tensor], device: torch
 def dequantize(packed: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
     """The matrix [out, in] that ``packed`` (uint8, two values a byte) stands for, in ``state``'s dtype.
 
-    bitsandbytes 0.50's kernel for CPUs takes it that rows begin where blocks of 64 values do, and scales matrices of
-    other widths wrongly. It gets those in rows of 64 values, or as one long row.
+    bitsandbytes 0.50's kernel for CPUs takes it that rows begin where blocks do, and scales matrices of other widths
+    wrongly. It gets those in rows of a block each, or as one long row.
     """
-    if packed.device.type != "cpu" or state.shape[-1] % BLOCK_SIZE == 0:
+    if packed.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
         return bnb.dequantize_4bit(packed, state)
     elements = state.shape.numel()
-    rows = elements // BLOCK_SIZE if elements % BLOCK_SIZE == 0 else 1
+    rows = elements // state.blocksize if elements % state.blocksize == 0 else 1
     aligned = copy.copy(state)
     aligned.shape = torch.Size((rows, elements // rows))
     return bnb.dequantize_4bit(packed, aligned).reshape(state.shape)
-
-
-def state_shape(state_tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape of the matrix that a ``quant_state`` side tensor describes."""
-    return tuple(json.loads(bytes(state_tensor.tolist()))["shape"])

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
+import reprlib
 import shlex
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,9 @@ INDEX_NAME = "model.safetensors.index.json"
 EMBEDDING_SHARD = "embedding.safetensors"
 HEAD_SHARD = "head.safetensors"
 STORE_VERSION = 1
+
+_LAYER_SHARD = re.compile(r"layer-(\d{5,9})\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def layer_shard(index: int) -> str:
@@ -58,14 +63,21 @@ def store_info(directory: Path) -> StoreInfo | None:
     Raises
     ------
     ModelError
-        The index is damaged.
+        The index is damaged: it holds values of other types than a store's has, or does not list the shards that
+        follow from its number of layers.
     RunDirectoryError
         The store is of a later version of lopt-lite.
     """
+    read = _read_index(directory)
+    return None if read is None else read[0]
+
+
+def _read_index(directory: Path) -> tuple[StoreInfo, dict[str, str]] | None:
+    """What :func:`store_info` says, and in which shard each tensor lies; raises the same."""
     path = directory / INDEX_NAME
     if not path.is_file():
         return None
-    index = _read_index(path)
+    index = files.read_json(path, what="the index", error=ModelError, fix="get the file again, or make the store again")
     metadata = index.get("metadata") if isinstance(index, dict) else None
     own = metadata.get("lopt_lite") if isinstance(metadata, dict) else None
     if own is None:
@@ -76,10 +88,100 @@ def store_info(directory: Path) -> StoreInfo | None:
             expected=f"version {STORE_VERSION}",
             fix="make it again with this release of lopt-lite, in an empty directory",
         )
-    try:
-        return StoreInfo(**{**own, "unquantized": tuple(own["unquantized"])})
-    except (TypeError, KeyError) as error:
-        raise ModelError(f"the index {path} is damaged: {error}", fix="make the store again") from error
+    names = {f.name for f in fields(StoreInfo)}
+    if set(own) != names:
+        odd = ", ".join(sorted(set(own) ^ names))
+        raise _damaged(path, f"its metadata has too little or too much: {odd}", expected=", ".join(sorted(names)))
+    for name, (is_right, expected) in _FIELDS.items():
+        if not is_right(own[name]):
+            raise _damaged(path, f"{name} is {reprlib.repr(own[name])}", expected=expected)
+    for name, record in own["shards"].items():
+        if not _is_record(record):
+            raise _damaged(
+                path,
+                f"of the shard {name!r} it says {reprlib.repr(record)}",
+                expected="its bytes (a whole number above 0) and its sha256 (64 hexadecimal digits)",
+            )
+    info = StoreInfo(**{**own, "unquantized": tuple(own["unquantized"])})
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise _damaged(path, "it has no sound weight_map", expected="an object from tensor names to file names")
+    _check_shard_names(path, info, set(weight_map.values()))
+    return info, weight_map
+
+
+def _damaged(path: Path, what: str, *, expected: str) -> ModelError:
+    return ModelError(f"the index {path} is damaged: {what}", expected=expected, fix="make the store again")
+
+
+def _check_shard_names(path: Path, info: StoreInfo, used: set[str]) -> None:
+    """Compare the shards that an index lists with those that follow from the number of layers, and with ``used``.
+
+    Parameters
+    ----------
+    used:
+        The shards that hold tensors, as the index says.
+
+    Raises
+    ------
+    ModelError
+        They differ.
+    """
+    listed = set(info.shards)
+    around = {EMBEDDING_SHARD, HEAD_SHARD}
+    strange = {name for name in listed - around if not _is_layer_of(name, info.layers)}
+    # A store of some layers alone has nothing around them; one of the whole model has all of them.
+    whole = listed >= around and len(listed - around) == info.layers
+    if strange or not (whole or (listed and not listed & around)):
+        raise _damaged(
+            path,
+            f"it lists {len(listed)} shards ({reprlib.repr(sorted(strange or listed))}) of a model of "
+            f"{info.layers} layers",
+            expected=f"{EMBEDDING_SHARD}, {layer_shard(0)} to {layer_shard(info.layers - 1)} and {HEAD_SHARD}, "
+            "or some of the layers alone",
+        )
+    # A tied model without a final norm has nothing in its head's shard.
+    if not listed - {HEAD_SHARD} <= used <= listed:
+        odd = sorted(used ^ listed)
+        raise _damaged(
+            path,
+            f"its weight_map and its list of shards do not agree on {reprlib.repr(odd)}",
+            expected="the same shards in both",
+        )
+
+
+def _is_layer_of(name: str, layers: int) -> bool:
+    number = _LAYER_SHARD.fullmatch(name)
+    return number is not None and int(number[1]) < layers and name == layer_shard(int(number[1]))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether ``value`` is of the type of what :attr:`StoreInfo.shards` says of a shard."""
+    if not isinstance(value, dict) or not _is_text(value.get("sha256")):
+        return False
+    nbytes: Any = value.get("bytes")
+    return _is_whole(nbytes) and nbytes > 0 and _SHA256.fullmatch(value["sha256"]) is not None
+
+
+#: What the values of an index's metadata have to be, and that in words.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "version": (_is_whole, f"{STORE_VERSION}"),
+    "quantize": (lambda value: value in ("nf4", "none"), "nf4 or none"),
+    "dtype": (lambda value: value in ("bfloat16", "float16", "float32"), "bfloat16, float16 or float32"),
+    "model_fingerprint": (_is_text, "text"),
+    "source": (_is_text, "text"),
+    "layers": (lambda value: _is_whole(value) and value > 0, "a whole number above 0"),
+    "unquantized": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of names"),
+    "shards": (lambda value: isinstance(value, dict), "an object from file names to what the files are"),
+}
 
 
 def standing_store(directory: Path) -> StoreInfo | None:
@@ -94,10 +196,6 @@ def standing_store(directory: Path) -> StoreInfo | None:
         return store_info(directory)
     except ModelError:
         return None
-
-
-def _read_index(path: Path) -> Any:
-    return files.read_json(path, what="the index", error=ModelError, fix="get the file again, or make the store again")
 
 
 def _remedy(info: StoreInfo, directory: Path) -> str:
@@ -145,6 +243,8 @@ class Store:
     ------
     RunDirectoryError
         There is no complete store.
+    ModelError
+        Its index is damaged.
     DamagedFileError
         A shard is missing, has changed its size, or has another header than it was written with, and ``repair`` is
         None. From then on, reading raises it of a shard that holds something else than was written.
@@ -153,9 +253,10 @@ class Store:
     def __init__(
         self, directory: Path, *, repair: Callable[[str], None] | None = None, on_event: OnEvent = ignore
     ) -> None:
-        info = store_info(directory)
-        if info is None:
+        read = _read_index(directory)
+        if read is None:
             raise RunDirectoryError(f"{directory} holds no complete store", fix="run the same command again")
+        info, weight_map = read
         self.directory = directory
         self.info = info
         self._headers: dict[Path, Header] = {}
@@ -167,7 +268,7 @@ class Store:
             on_event=on_event,
         )
         held: dict[str, set[str]] = {}
-        for tensor, name in _read_index(directory / INDEX_NAME).get("weight_map", {}).items():
+        for tensor, name in weight_map.items():
             held.setdefault(name, set()).add(tensor)
         for name in info.shards:
             path = directory / name
@@ -177,8 +278,6 @@ class Store:
 
     def _header(self, path: Path, nbytes: int, names: set[str]) -> Header:
         """The header of a shard; the whole shard is checked if it cannot be the one that was written."""
-        if path.parent != self.directory:
-            raise RunDirectoryError(f"the store's index names {path}", fix="make the store again")
         header = None
         if path.is_file() and path.stat().st_size == nbytes:
             with contextlib.suppress(ModelError):

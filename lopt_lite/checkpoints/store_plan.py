@@ -8,8 +8,7 @@ import torch
 
 from lopt_lite.checkpoints.locate import ModelFiles
 from lopt_lite.checkpoints.names import NF4_SUFFIXES, Recipe
-from lopt_lite.checkpoints.nf4 import state_shape
-from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX, packed_specs
+from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX, check_packed, packed_specs
 from lopt_lite.checkpoints.shard_writer import TensorSpec, aligned_order
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import EMBEDDING_SHARD, HEAD_SHARD, layer_shard
@@ -52,20 +51,32 @@ class StoreSource:
 
 @dataclass
 class ShardPlan:
-    """One shard to write: its tensors, and which of them are quantised when they are made."""
+    """One shard to write.
+
+    Attributes
+    ----------
+    specs:
+        Its tensors.
+    quantized:
+        Names of matrices that are quantised when they are made.
+    copied:
+        Tensors of matrices that the model's files hold in 4 bits already and that stay as they are: from the name in
+        the store to the name in the files.
+    """
 
     name: str
     specs: list[TensorSpec] = field(default_factory=list)
     quantized: set[str] = field(default_factory=set)
+    copied: dict[str, str] = field(default_factory=dict)
 
 
 def check_tensors(source: StoreSource) -> None:
-    """Look for every tensor that the model needs, and at its shape.
+    """Look for every tensor that the model needs, and at its shape; of 4-bit matrices at all that is beside them.
 
     Raises
     ------
     ModelError
-        A tensor is missing, or has another shape than the config says.
+        A tensor is missing, or has another shape than the config says; or a 4-bit matrix cannot be read.
     """
     skeleton, recipes = source.skeleton, source.recipes
     needed = [n for i in range(skeleton.layer_count) for n in _full_names(source, i)] + [
@@ -81,20 +92,28 @@ def check_tensors(source: StoreSource) -> None:
             fix="check that config.json belongs to these weights and that every shard is there",
         )
     for name, recipe in recipes.items():
-        if recipe.converter is None:
-            _check_shape(source, name, recipe.sources[0][0])
+        shapes = [_shape(source, given) for given, _ in recipe.sources]
+        if recipe.converter is None and shapes[0] != skeleton.state_shapes[name]:
+            raise ModelError(
+                f"tensor {recipe.sources[0][0]} has shape {list(shapes[0])}",
+                expected=f"{list(skeleton.state_shapes[name])}, from config.json",
+                fix="check that config.json belongs to these weights",
+            )
 
 
-def _check_shape(source: StoreSource, name: str, given: str) -> None:
-    weights, expected = source.files.weights, source.skeleton.state_shapes[name]
-    state = given + STATE_SUFFIX
-    found = state_shape(weights.read(state)) if state in weights else weights.info(given).shape
-    if tuple(found) != expected:
-        raise ModelError(
-            f"tensor {given} has shape {list(found)}",
-            expected=f"{list(expected)}, from config.json",
-            fix="check that config.json belongs to these weights",
-        )
+def _shape(source: StoreSource, given: str) -> tuple[int, ...]:
+    """The shape of a tensor of the model's files, of a 4-bit one that of the matrix it stands for."""
+    weights = source.files.weights
+    if not is_packed(source, given):
+        return weights.info(given).shape
+    infos = [weights.info(given + suffix) for suffix in ("", *NF4_SUFFIXES) if given + suffix in weights]
+    found = {info.name: (info.dtype, info.shape) for info in infos}
+    return check_packed(given, found, lambda: weights.read(given + STATE_SUFFIX)).shape
+
+
+def is_packed(source: StoreSource, given: str) -> bool:
+    """Whether the model's files hold the tensor ``given`` in 4 bits."""
+    return given + STATE_SUFFIX in source.files.weights
 
 
 def plan_shards(source: StoreSource, layers: range | None) -> list[ShardPlan]:
@@ -136,18 +155,20 @@ def _plan_head(source: StoreSource) -> ShardPlan:
 
 def _plan_tensor(source: StoreSource, plan: ShardPlan, name: str, *, quantize: bool) -> None:
     weights, shape = source.files.weights, source.skeleton.state_shapes[name]
-    given = source.recipes[name].sources[0][0]
-    if given + STATE_SUFFIX in weights and source.nf4:
-        plan.specs.append(TensorSpec(name, weights.info(given).dtype, weights.info(given).shape))
-        for suffix in NF4_SUFFIXES:
+    recipe = source.recipes[name]
+    given = recipe.sources[0][0]
+    # Elsewhere (the LM head, say) what is in 4 bits is dequantised: nothing reads packed matrices there.
+    if quantize and source.nf4 and recipe.converter is None and is_packed(source, given):
+        for suffix in ("", *NF4_SUFFIXES):
             if given + suffix in weights:
                 info = weights.info(given + suffix)
                 plan.specs.append(TensorSpec(name + suffix, info.dtype, info.shape))
+                plan.copied[name + suffix] = given + suffix
     elif quantize and source.nf4:
         plan.specs += packed_specs(name, shape)
         plan.quantized.add(name)
     else:
-        floating = weights.info(given).dtype.is_floating_point or given + STATE_SUFFIX in weights
+        floating = weights.info(given).dtype.is_floating_point or is_packed(source, given)
         plan.specs.append(TensorSpec(name, source.dtype if floating else weights.info(given).dtype, shape))
 
 

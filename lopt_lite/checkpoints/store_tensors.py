@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from lopt_lite.checkpoints.names import NF4_SUFFIXES, Recipe
+from lopt_lite.checkpoints.names import NF4_SUFFIXES, split_nf4_suffix
 from lopt_lite.checkpoints.nf4 import dequantize_matrix, quantize_matrix
-from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX
-from lopt_lite.checkpoints.store_plan import ShardPlan, StoreSource
+from lopt_lite.checkpoints.store_plan import ShardPlan, StoreSource, is_packed
 from lopt_lite.errors import ModelError
 
 #: (name in the model, tensor) -> the tensor to store, same shape.
@@ -49,28 +48,19 @@ class StoreTensors:
             yield spec.name, ready.pop(spec.name)
 
     def _make(self, plan: ShardPlan, name: str) -> dict[str, torch.Tensor]:
-        skeleton, weights = self._source.skeleton, self._source.files.weights
-        base = next((name[: -len(s)] for s in NF4_SUFFIXES if name.endswith(s)), name)
+        if name in plan.copied:
+            return {name: self._copy(plan.copied[name])}
+        skeleton = self._source.skeleton
+        base = split_nf4_suffix(name)[0]
         if self._source.unties and base == skeleton.head_name:
             return {name: self._untied_head()}
-        recipe: Recipe = self._source.recipes[base]
-        given = recipe.sources[0][0]
-        if given + STATE_SUFFIX in weights and self._source.nf4:
-            return {name: weights.read(given + name[len(base) :])}
-        if given + STATE_SUFFIX in weights:
-            packed = {base + s: weights.read(given + s) for s in ("", *NF4_SUFFIXES) if given + s in weights}
-            made = {base: dequantize_matrix(base, packed, self._device).cpu()}
-        else:
-            made = recipe.make(weights.read, skeleton.model)
+        recipe = self._source.recipes[base]
+        made = recipe.make(self._read, skeleton.model)
         result: dict[str, torch.Tensor] = {}
         for target, tensor in made.items():
             if tuple(tensor.shape) != skeleton.state_shapes[target]:
                 raise ModelError(f"{target} has shape {list(tensor.shape)} once its parts are put together")
-            if tensor.is_floating_point() and not _all_finite(tensor):
-                raise ModelError(
-                    f"tensor {given} holds values that are not finite numbers (NaN or infinity)",
-                    fix="download the checkpoint again, or ask its authors for a sound one",
-                )
+            _check_finite(recipe.sources[0][0], tensor)
             if self._transform is not None:
                 tensor = self._transform(target, tensor)
             if target in plan.quantized:
@@ -79,13 +69,35 @@ class StoreTensors:
                 result[target] = tensor.to(self._source.dtype) if tensor.is_floating_point() else tensor
         return result
 
+    def _read(self, given: str) -> torch.Tensor:
+        """A tensor of the model's files, on the CPU; one in 4 bits as the matrix that it stands for."""
+        weights = self._source.files.weights
+        if not is_packed(self._source, given):
+            return weights.read(given)
+        packed = {given + s: weights.read(given + s) for s in ("", *NF4_SUFFIXES) if given + s in weights}
+        return dequantize_matrix(given, packed, self._device).cpu()
+
+    def _copy(self, given: str) -> torch.Tensor:
+        """A tensor of a matrix that stays packed as it is; its scales are looked at as weights are."""
+        tensor = self._source.files.weights.read(given)
+        _check_finite(given, tensor)
+        return tensor
+
     def _untied_head(self) -> torch.Tensor:
         skeleton = self._source.skeleton
         embedding = self._source.recipes[skeleton.embedding_name]
-        tensor = embedding.make(self._source.files.weights.read, skeleton.model)[skeleton.embedding_name]
+        tensor = embedding.make(self._read, skeleton.model)[skeleton.embedding_name]
         if self._transform is not None:
             tensor = self._transform(skeleton.head_name, tensor)
         return tensor.to(self._source.dtype)
+
+
+def _check_finite(given: str, tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point() and not _all_finite(tensor):
+        raise ModelError(
+            f"tensor {given} holds values that are not finite numbers (NaN or infinity)",
+            fix="download the checkpoint again, or ask its authors for a sound one",
+        )
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:

@@ -6,6 +6,8 @@ import json
 
 import torch
 
+from lopt_lite.checkpoints.nf4 import quantize_matrix
+from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX
 from lopt_lite.data import template_limits
 from tests.bad_inputs.place import (
     INPUT,
@@ -168,6 +170,56 @@ def weights_that_are_not_numbers(place):
 def infinite_weights_in_quantize(place):
     place.change_weights(lambda tensors: tensors["model.norm.weight"][3].fill_(float("inf")))
     return ["quantize", str(place.model), str(place.root / "store"), "--device", "cpu"]
+
+
+PACKED = "model.layers.1.mlp.up_proj.weight"
+
+
+def pack_and(change):
+    """Put a matrix into 4 bits, as bitsandbytes does, and then change its tensors."""
+
+    def pack(tensors):
+        weight = tensors.pop(PACKED)
+        tensors.update(quantize_matrix(PACKED, weight, dtype=torch.bfloat16, device=torch.device("cpu")))
+        change(tensors)
+
+    return pack
+
+
+@bad(INPUT, f"lacks {PACKED}.absmax", "as its state says", "unquantised one")
+def four_bit_matrix_without_its_scales(place):
+    place.change_weights(pack_and(lambda tensors: tensors.pop(PACKED + ".absmax")))
+    return place.train()
+
+
+@bad(INPUT, f"{PACKED} of a 4-bit matrix is U8 of shape [100, 1]", "as its state says", "unquantised one")
+def four_bit_matrix_that_is_cut_short(place):
+    place.change_weights(pack_and(lambda tensors: tensors.update({PACKED: tensors[PACKED][:100].clone()})))
+    return place.train("--quantize", "nf4")
+
+
+@bad(INPUT, "has blocksize 0", "one of 32, 64", "unquantised one")
+def four_bit_matrix_in_blocks_of_nothing(place):
+    def say_nothing(tensors):
+        state = json.loads(bytes(tensors[PACKED + STATE_SUFFIX].tolist()))
+        text = json.dumps({**state, "blocksize": 0}).encode()
+        tensors[PACKED + STATE_SUFFIX] = torch.tensor(list(text), dtype=torch.uint8)
+
+    place.change_weights(pack_and(say_nothing))
+    return ["quantize", str(place.model), str(place.root / "store"), "--device", "cpu"]
+
+
+@bad(INPUT, f"{PACKED}{STATE_SUFFIX} is not valid JSON", "what bitsandbytes writes", "unquantised one")
+def four_bit_matrix_with_a_state_of_zeros(place):
+    zeros = torch.zeros(90, dtype=torch.uint8)
+    place.change_weights(pack_and(lambda tensors: tensors.update({PACKED + STATE_SUFFIX: zeros})))
+    return place.train()
+
+
+@bad(INPUT, f"{PACKED}.nested_absmax", "NaN", "download the checkpoint again", found_at_work=True)
+def four_bit_matrix_whose_scales_are_not_numbers(place):
+    place.change_weights(pack_and(lambda tensors: tensors[PACKED + ".nested_absmax"].fill_(float("nan"))))
+    return place.train("--quantize", "nf4")
 
 
 # -- MODEL: the tokenizer ----------------------------------------------------------------------------------------------

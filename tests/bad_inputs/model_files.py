@@ -158,6 +158,32 @@ def index_that_is_not_json(place):
     return place.train()
 
 
+def store_whose_index(place, **own):
+    """MODEL becomes a store, and its index says ``own`` of it."""
+    place.model = shutil.copytree(place.stock.run / "store", place.root / "model")
+    content = json.loads((place.model / INDEX).read_text())
+    content["metadata"]["lopt_lite"].update(own)
+    (place.model / INDEX).write_text(json.dumps(content))
+
+
+@bad(INPUT, INDEX, "is damaged: of the shard 'x' it says 5", "sha256", "make the store again")
+def store_as_model_whose_shards_are_numbers(place):
+    store_whose_index(place, shards={"x": 5})
+    return place.train()
+
+
+@bad(INPUT, INDEX, "is damaged: it lists 0 shards", "layer-00000.safetensors", "make the store again")
+def store_as_model_that_lists_no_shards(place):
+    store_whose_index(place, shards={})
+    return place.train()
+
+
+@bad(INPUT, INDEX, "is damaged: model_fingerprint is 5", "text", "make the store again")
+def store_as_model_with_a_number_as_its_fingerprint(place):
+    store_whose_index(place, model_fingerprint=5)
+    return place.train()
+
+
 @bad(INPUT, "no index beside it lists it", "get the other shards and the index")
 def one_shard_without_its_index(place):
     (place.own_model(sharded=True) / INDEX).unlink()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ from lopt_lite.checkpoints import tied_head, tokenizer
 from lopt_lite.checkpoints.build_store import StoreBuilder
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.matrices import told_by_layers
-from lopt_lite.checkpoints.store import Store, store_info
+from lopt_lite.checkpoints.nf4 import dequantize_matrix, quantize_matrix
+from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX
+from lopt_lite.checkpoints.store import HEAD_SHARD, Store, layer_shard, store_info
 from lopt_lite.errors import ModelError
 from lopt_lite.events import Notice
 from tests.bad_inputs.place import change_json
@@ -177,6 +181,146 @@ def test_an_untied_model_needs_its_own_embedding(tmp_path: Path) -> None:
     _change_weights(model, lambda tensors: tensors.pop(EMBEDDING))
     with pytest.raises(ModelError, match=f"lacks {EMBEDDING}"):
         _builder(model, tmp_path / "store")
+
+
+# -- models that are in 4 bits already ---------------------------------------------------------------------------------
+
+PACKED = "model.layers.1.mlp.up_proj.weight"
+
+
+def _pack(tensors: dict[str, torch.Tensor], *names: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    for name in names:
+        tensors.update(quantize_matrix(name, tensors.pop(name), dtype=dtype, device=CPU))
+
+
+def _packed_model(directory: Path, *names: str, architecture: str = "llama", **more: Any) -> Path:
+    model = make_model(directory, architecture)
+    _change_weights(model, lambda tensors: _pack(tensors, *names, **more))
+    return model
+
+
+def _dense(model: Path, name: str) -> torch.Tensor:
+    tensors = load_file(model / "model.safetensors")
+    return dequantize_matrix(name, {k: v for k, v in tensors.items() if k.startswith(name)}, CPU)
+
+
+def _say(tensors: dict[str, torch.Tensor], **values: Any) -> None:
+    state = {**json.loads(bytes(tensors[PACKED + STATE_SUFFIX].tolist())), **values}
+    tensors[PACKED + STATE_SUFFIX] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+def _fill(tensors: dict[str, torch.Tensor], suffix: str, value: float) -> None:
+    tensors[PACKED + suffix] = torch.full_like(tensors[PACKED + suffix], value)
+
+
+_BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "zeros": (lambda t: t.update({PACKED + STATE_SUFFIX: torch.zeros(90, dtype=torch.uint8)}), "not valid JSON"),
+    "a shape of one number": (lambda t: _say(t, shape=5), "has shape 5"),
+    "blocks of nothing": (lambda t: _say(t, blocksize=0), "has blocksize 0"),
+    "an unknown dtype": (lambda t: _say(t, dtype="nonsense"), "has dtype 'nonsense'"),
+    "larger blocks": (lambda t: _say(t, blocksize=4096), r"up_proj.weight.absmax .* U8 of shape \[32\]"),
+    "no scales": (lambda t: t.pop(PACKED + ".absmax"), "lacks .*up_proj.weight.absmax"),
+    "few scales": (lambda t: t.update({PACKED + ".absmax": t[PACKED + ".absmax"][:3].clone()}), r"shape \[3\]"),
+    "a short matrix": (lambda t: t.update({PACKED: t[PACKED][:100].clone()}), r"shape \[100, 1\]"),
+    "another shape": (lambda t: _say(t, shape=[32, 64]), r"has shape \[32, 64\]"),
+}
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("damage", _BROKEN)
+def test_a_4bit_matrix_that_cannot_be_read_is_refused_before_anything_is_written(
+    quantize: str, damage: str, tmp_path: Path
+) -> None:
+    model = _packed_model(tmp_path / "model", PACKED)
+    change, match = _BROKEN[damage]
+    _change_weights(model, change)
+    with pytest.raises(ModelError, match=match) as caught:
+        _builder(model, tmp_path / "store", quantize=quantize)
+    assert PACKED in caught.value.found and caught.value.expected and caught.value.fix
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("suffix", [".quant_map", ".nested_absmax", ".nested_quant_map"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scales_of_a_4bit_matrix_that_are_not_numbers_are_refused_as_weights_are(
+    suffix: str, value: float, tmp_path: Path
+) -> None:
+    model = _packed_model(tmp_path / "model", PACKED)
+    _change_weights(model, lambda tensors: _fill(tensors, suffix, value))
+    with pytest.raises(ModelError, match=f"{PACKED}{suffix} holds values that are not finite"):
+        _builder(model, tmp_path / "store", quantize="nf4").build()
+    assert store_info(tmp_path / "store") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_4bit_matrices_of_linear_layers_are_copied_and_others_dequantised(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Nothing but a linear layer reads packed matrices; one of an LM head stopped a run in its first step."""
+    names = [PACKED, EMBEDDING, HEAD]
+    model = _packed_model(tmp_path / "model", *names, dtype=dtype)
+    given = load_file(model / "model.safetensors")
+    _builder(model, tmp_path / "store", quantize="nf4").build()
+    written = {n: t for path in (tmp_path / "store").glob("*.safetensors") for n, t in load_file(path).items()}
+    for name in (EMBEDDING, HEAD):
+        assert torch.equal(written[name], _dense(model, name).bfloat16())
+        assert not [other for other in written if other.startswith(name + ".")]
+    for name in (n for n in given if n.startswith(PACKED)):
+        assert torch.equal(written[name], given[name])
+    config = json.loads((tmp_path / "store" / "config.json").read_text())
+    assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
+    assert not config["tie_word_embeddings"]
+    _builder(model, tmp_path / "dense", quantize="none", dtype="float32").build()
+    written = {n: t for path in (tmp_path / "dense").glob("*.safetensors") for n, t in load_file(path).items()}
+    assert all(torch.equal(written[name], _dense(model, name).float()) for name in names)
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, HEAD])
+@pytest.mark.parametrize("untie", [False, True])
+def test_a_tied_matrix_that_is_in_4_bits_is_stored_dense(name: str, untie: bool, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama-tied")
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors.pop(EMBEDDING)
+        _pack(tensors, name)
+
+    _change_weights(model, pack)
+    _builder(model, tmp_path / "store", quantize="nf4", untie=untie).build()
+    store = Store(tmp_path / "store")
+    assert torch.equal(store.tensor(EMBEDDING), _dense(model, name))
+    if untie:
+        assert torch.equal(store.tensor(HEAD), _dense(model, name))
+    store.close()
+    config = json.loads((tmp_path / "store" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is not untie
+
+
+def test_experts_in_4_bits_are_put_together_from_what_they_stand_for(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "mixtral")
+    tensors = load_file(model / "model.safetensors")
+    experts = [name for name in tensors if ".experts." in name and tensors[name].dim() == 2]
+    assert experts, "transformers keeps one matrix for each of them"
+    plain = shutil.copytree(model, tmp_path / "plain")
+    _change_weights(model, lambda tensors: _pack(tensors, *experts))
+    dense = {name: _dense(model, name) for name in experts}
+    _change_weights(plain, lambda tensors: tensors.update(dense))
+    for quantize in ("nf4", "none"):
+        infos = []
+        for source in (model, plain):
+            _builder(source, tmp_path / f"{source.name}-{quantize}", quantize=quantize).build()
+            infos.append(store_info(tmp_path / f"{source.name}-{quantize}"))
+        assert infos[0].shards == infos[1].shards
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+def test_a_model_whose_head_is_in_4_bits_is_trained(quantize: Any, tmp_path: Path) -> None:
+    model, data = _packed_model(tmp_path / "model", PACKED, HEAD), make_data(tmp_path / "data.jsonl")
+    run = tmp_path / "run"
+    lopt_lite.train(
+        TrainSettings(model=str(model), data=str(data), output=str(run), device="cpu", max_steps=1, quantize=quantize)
+    )
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    shard = run / "store" / HEAD_SHARD
+    assert load_file(shard)[HEAD].dtype == torch.bfloat16
+    assert (PACKED + STATE_SUFFIX in load_file(run / "store" / layer_shard(1))) == (quantize == "nf4")
 
 
 # -- tensors that are not used -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import threading
 import tracemalloc
@@ -22,9 +23,17 @@ from lopt_lite.checkpoints.build_store import StoreBuilder
 from lopt_lite.checkpoints.integrity import CheckedFiles, DamagedFileError, check_file, sha256_of
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
-from lopt_lite.checkpoints.store import EMBEDDING_SHARD, HEAD_SHARD, Store, layer_shard
+from lopt_lite.checkpoints.store import (
+    EMBEDDING_SHARD,
+    HEAD_SHARD,
+    INDEX_NAME,
+    Store,
+    layer_shard,
+    standing_store,
+    store_info,
+)
 from lopt_lite.checkpoints.store_tensors import StoreTensors
-from lopt_lite.errors import LoptError, ModelError
+from lopt_lite.errors import LoptError, ModelError, RunDirectoryError
 from lopt_lite.events import Event, Notice, Progress
 from tests.damage import flip_a_byte
 from tests.rig import CPU
@@ -272,3 +281,142 @@ def test_quantizing_again_checks_every_shard_and_mends_it(sound, store):
     assert lopt_lite.quantize(settings, on_event=told.append).already_done
     assert (store / layer_shard(3)).read_bytes() == (original / layer_shard(3)).read_bytes()
     assert [event for event in told if isinstance(event, Notice)]
+
+
+# -- the store's index ------------------------------------------------------------------------------------------------
+
+
+def _own(index: dict[str, Any]) -> dict[str, Any]:
+    return index["metadata"]["lopt_lite"]
+
+
+def _drop_shard(index: dict[str, Any], *names: str) -> None:
+    """As if the model had no such part: neither the shard is listed nor its tensors."""
+    for name in names:
+        del _own(index)["shards"][name]
+    index["weight_map"] = {t: n for t, n in index["weight_map"].items() if n not in names}
+
+
+def _each_shard(index: dict[str, Any], change: Callable[[dict[str, Any]], object]) -> None:
+    for record in _own(index)["shards"].values():
+        change(record)
+
+
+def _one_more_layer(index: dict[str, Any]) -> None:
+    _own(index)["layers"] += 1
+
+
+_SHA256 = "0" * 64
+
+_BAD_INDICES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "nothing": (lambda i: i["metadata"].update(lopt_lite={"version": 1}), "too little or too much"),
+    "a strange word": (lambda i: _own(i).update(colour="blue"), "too little or too much: colour"),
+    "a version of truth": (lambda i: _own(i).update(version=True), "version is True"),
+    "shards of numbers": (lambda i: _own(i).update(shards={"x": 5}), "of the shard 'x' it says 5"),
+    "shards in a list": (lambda i: _own(i).update(shards=[1]), r"shards is \[1\]"),
+    "no shards": (lambda i: _own(i).update(shards={}), "lists 0 shards"),
+    "nothing at all": (lambda i: (_own(i).update(shards={}), i.update(weight_map={})), "lists 0 shards"),
+    "shards without a size": (lambda i: _each_shard(i, lambda r: r.pop("bytes")), "of the shard"),
+    "shards of a size in text": (lambda i: _each_shard(i, lambda r: r.update(bytes="5")), "of the shard"),
+    "shards of less than nothing": (lambda i: _each_shard(i, lambda r: r.update(bytes=-5)), "of the shard"),
+    "shards without a sha256": (lambda i: _each_shard(i, lambda r: r.pop("sha256")), "of the shard"),
+    "shards with a number as sha256": (lambda i: _each_shard(i, lambda r: r.update(sha256=5)), "of the shard"),
+    "shards with a short sha256": (lambda i: _each_shard(i, lambda r: r.update(sha256="ab")), "of the shard"),
+    "a shard outside": (
+        lambda i: _own(i)["shards"].update({"../model.safetensors": {"bytes": 1, "sha256": _SHA256}}),
+        "../model.safetensors",
+    ),
+    "a layer too many": (
+        lambda i: _own(i)["shards"].update({layer_shard(4): {"bytes": 1, "sha256": _SHA256}}),
+        "layer-00004",
+    ),
+    "a layer's number in other words": (
+        lambda i: _own(i)["shards"].update({"layer-000001.safetensors": {"bytes": 1, "sha256": _SHA256}}),
+        "layer-000001",
+    ),
+    "a layer too few": (lambda i: _drop_shard(i, layer_shard(2)), "lists 5 shards"),
+    "no head": (lambda i: _drop_shard(i, HEAD_SHARD), "lists 5 shards"),
+    "a shard that holds nothing": (
+        lambda i: i.update(weight_map={t: n for t, n in i["weight_map"].items() if n != layer_shard(1)}),
+        "do not agree on .*layer-00001",
+    ),
+    "tensors of no shard": (lambda i: i["weight_map"].update(a="b.safetensors"), "do not agree on .*b.safetensors"),
+    "a weight_map in a list": (lambda i: i.update(weight_map=[1]), "no sound weight_map"),
+    "a weight_map to numbers": (lambda i: i["weight_map"].update(a=5), "no sound weight_map"),
+    "no weight_map": (lambda i: i.pop("weight_map"), "no sound weight_map"),
+    "a fingerprint of numbers": (lambda i: _own(i).update(model_fingerprint=5), "model_fingerprint is 5"),
+    "a source of nothing": (lambda i: _own(i).update(source=None), "source is None"),
+    "layers in words": (lambda i: _own(i).update(layers="x"), "layers is 'x'"),
+    "layers of truth": (lambda i: _own(i).update(layers=True), "layers is True"),
+    "no layers": (lambda i: _own(i).update(layers=0), "layers is 0"),
+    "more layers": (_one_more_layer, "of a model of 5 layers"),
+    "layers without end": (lambda i: _own(i).update(layers=10**12), "of a model of 1000000000000 layers"),
+    "a strange kind": (lambda i: _own(i).update(quantize="zip"), "quantize is 'zip'"),
+    "a kind that is a list": (lambda i: _own(i).update(quantize=["nf4"]), "quantize is"),
+    "a strange dtype": (lambda i: _own(i).update(dtype="int8"), "dtype is 'int8'"),
+    "numbers unquantised": (lambda i: _own(i).update(unquantized=[5]), r"unquantized is \[5\]"),
+    "text unquantised": (lambda i: _own(i).update(unquantized="mlp"), "unquantized is 'mlp'"),
+}
+
+
+def _change_index(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads((store / INDEX_NAME).read_text())
+    change(content)
+    (store / INDEX_NAME).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("damage", _BAD_INDICES)
+def test_an_index_that_makes_no_sense_is_damaged_and_made_again(sound, store, damage):
+    model, original = sound
+    change, match = _BAD_INDICES[damage]
+    _change_index(store, change)
+    for read in (store_info, Store):
+        with pytest.raises(ModelError, match=match) as caught:
+            read(store)
+        assert f"{store / INDEX_NAME} is damaged" in caught.value.found
+        assert caught.value.expected and caught.value.fix == "make the store again"
+    assert standing_store(store) is None
+    lopt_lite.quantize(QuantizeSettings(model=str(model), store=str(store), device="cpu"))
+    assert (store / INDEX_NAME).read_bytes() == (original / INDEX_NAME).read_bytes()
+
+
+def test_a_store_of_another_version_is_no_damage(store):
+    _change_index(store, lambda index: _own(index).update(version=2, shards=5))
+    with pytest.raises(RunDirectoryError, match="unknown format"):
+        standing_store(store)
+
+
+def test_an_index_of_some_layers_alone_is_made_again_for_whom_needs_the_whole(sound, store):
+    model, original = sound
+    _change_index(store, lambda index: _drop_shard(index, EMBEDDING_SHARD, HEAD_SHARD, layer_shard(0)))
+    assert standing_store(store) is not None
+    outcome = lopt_lite.quantize(QuantizeSettings(model=str(model), store=str(store), device="cpu"))
+    assert not outcome.already_done and outcome.shards == 6
+    assert (store / INDEX_NAME).read_bytes() == (original / INDEX_NAME).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more"),
+    [
+        ("llama", {}),
+        ("llama", {"layers": range(1, 3)}),
+        ("llama", {"layers": range(3, 4)}),
+        ("llama", {"transform": lambda name, tensor: tensor * 2, "transform_fingerprint": "twice"}),
+        ("llama-tied", {}),
+        ("llama-tied", {"untie": True}),
+        ("gpt2", {}),
+        ("opt", {}),
+        ("mixtral", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value) or "whole",
+)
+def test_stores_of_all_kinds_are_sound(tmp_path, architecture, more):
+    builder = _builder(make_model(tmp_path / "model", architecture), tmp_path / "store", **more)
+    assert builder.build()
+    opened = Store(tmp_path / "store")
+    opened.check()
+    opened.close()
+    info = store_info(tmp_path / "store")
+    assert info.layers == 4 and len(info.shards) == (len(more["layers"]) if "layers" in more else 6)
+    if "transform" not in more:
+        assert not builder.build()
