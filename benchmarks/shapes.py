@@ -17,7 +17,7 @@ import torch
 from lopt_lite import QuantizeSettings, files, quantize
 from lopt_lite.checkpoints.header import read_header
 from lopt_lite.checkpoints.shard_writer import TensorSpec, aligned_order, write_shard
-from lopt_lite.checkpoints.store import INDEX_NAME, layer_shard, store_info
+from lopt_lite.checkpoints.store_index import INDEX_NAME, layer_shard, store_info
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.settings import Quantize
 from tests.data.tiny_tokenizers import make_tokenizer

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from benchmarks.alone import Alone, FailedAlone, Killed, Refused
 from benchmarks.report import RESULTS, Bench, describe, parser
 from benchmarks.shapes import Shape, write_data, write_store
-from lopt_lite.checkpoints.store import layer_shard, store_info
+from lopt_lite.checkpoints.store_index import layer_shard, store_info
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(p.stem for p in FOLDER.glob("*.py") if "def main(" in p.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from lopt_lite.checkpoints.matrices import matrices_besides, told_by_layers
 from lopt_lite.checkpoints.names import plan_names, unused_names
 from lopt_lite.checkpoints.shard_writer import write_shard
 from lopt_lite.checkpoints.skeleton import Skeleton
-from lopt_lite.checkpoints.store import INDEX_NAME, STORE_VERSION, StoreInfo, standing_store, store_info
+from lopt_lite.checkpoints.store_index import INDEX_NAME, STORE_VERSION, StoreInfo, standing_store, store_info
 from lopt_lite.checkpoints.store_plan import ShardPlan, StoreSource, check_tensors, plan_shards
 from lopt_lite.checkpoints.store_tensors import StoreTensors, Transform
 from lopt_lite.checkpoints.tied_head import check_tie, embed_with_head
@@ -225,7 +225,8 @@ class StoreBuilder:
                 raise RunDirectoryError(
                     f"the store {self._directory} was made with {key} {found.get(key)}",
                     expected=f"{key} {value}",
-                    fix="use another --store directory, start anew with --fresh, or go back to the old model or value",
+                    fix="use another directory (train: another --store), start a run anew with --fresh, or go back to the "
+                    "the old model or value",
                 )
 
     def _refuse_strangers(self) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from lopt_lite.checkpoints.build_store import StoreBuilder
 from lopt_lite.checkpoints.locate import locate_model
-from lopt_lite.checkpoints.store import Store, store_info
+from lopt_lite.checkpoints.store import Store
+from lopt_lite.checkpoints.store_index import store_info
 from lopt_lite.devices import choose_device
-from lopt_lite.events import OnEvent, ignore
+from lopt_lite.events import Notice, OnEvent, ignore
 from lopt_lite.outcomes import QuantizeOutcome
 from lopt_lite.settings import QuantizeSettings
 
@@ -25,6 +26,8 @@ def quantize(settings: QuantizeSettings, on_event: OnEvent = ignore) -> Quantize
         The store cannot be written.
     """
     started = time.monotonic()
+    for text in settings.without_effect():
+        on_event(Notice(text=text))
     device = choose_device(settings.device)
     model = locate_model(settings.model, config_dirs=settings.config, on_event=on_event)
     directory = Path(settings.store)

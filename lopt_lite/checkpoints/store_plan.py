@@ -11,7 +11,7 @@ from lopt_lite.checkpoints.names import NF4_SUFFIXES, Recipe
 from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX, check_packed, packed_specs
 from lopt_lite.checkpoints.shard_writer import TensorSpec, aligned_order
 from lopt_lite.checkpoints.skeleton import Skeleton
-from lopt_lite.checkpoints.store import EMBEDDING_SHARD, HEAD_SHARD, layer_shard
+from lopt_lite.checkpoints.store_index import EMBEDDING_SHARD, HEAD_SHARD, layer_shard
 from lopt_lite.errors import ModelError
 
 

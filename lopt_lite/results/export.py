@@ -12,7 +12,7 @@ from lopt_lite import devices, files
 from lopt_lite.checkpoints.build_store import BUILD_FILES, JOURNAL_NAME, StoreBuilder
 from lopt_lite.checkpoints.locate import ModelFiles, locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
-from lopt_lite.checkpoints.store import store_info
+from lopt_lite.checkpoints.store_index import store_info
 from lopt_lite.errors import ModelError, RunDirectoryError, SettingsError
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import ExportOutcome

@@ -14,7 +14,8 @@ from torch import nn
 from lopt_lite.checkpoints.build_store import DTYPES
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
-from lopt_lite.checkpoints.store import Store, standing_store
+from lopt_lite.checkpoints.store import Store
+from lopt_lite.checkpoints.store_index import standing_store
 from lopt_lite.checkpoints.tokenizer import holds_tokenizer, load_tokenizer, load_tokenizer_from
 from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.journal import last_fact, read_facts

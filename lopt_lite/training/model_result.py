@@ -10,7 +10,7 @@ from lopt_lite import files
 from lopt_lite.checkpoints.build_store import BUILD_FILES, StoreBuilder
 from lopt_lite.checkpoints.header import read_header
 from lopt_lite.checkpoints.locate import locate_model
-from lopt_lite.checkpoints.store import store_info
+from lopt_lite.checkpoints.store_index import store_info
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.checkpoints.tokenizer import save_tokenizer
 from lopt_lite.training.workbench import Workbench

@@ -19,7 +19,7 @@ import torch
 
 from lopt_lite import devices
 from lopt_lite.checkpoints.locate import ModelDescription, ModelFiles, describe_model
-from lopt_lite.checkpoints.store import standing_store
+from lopt_lite.checkpoints.store_index import standing_store
 from lopt_lite.data.dataset import check_can_be_split
 from lopt_lite.data.estimate import DataEstimate
 from lopt_lite.errors import DoesNotFitError

@@ -12,7 +12,8 @@ import torch
 from lopt_lite import devices, files
 from lopt_lite.checkpoints.build_store import StoreBuilder
 from lopt_lite.checkpoints.integrity import DamagedFileError
-from lopt_lite.checkpoints.store import Store, standing_store
+from lopt_lite.checkpoints.store import Store
+from lopt_lite.checkpoints.store_index import standing_store
 from lopt_lite.checkpoints.tokenizer import pad_token_id
 from lopt_lite.errors import LoptError, RunDirectoryError, StoppedError
 from lopt_lite.events import Notice, OnEvent, RunStarted, Validation, ignore

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lopt_lite.checkpoints.locate import ModelFiles
-from lopt_lite.checkpoints.store import standing_store, store_info
+from lopt_lite.checkpoints.store_index import standing_store, store_info
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.model_facts import stored_dtype
 

@@ -21,7 +21,8 @@ from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.matrices import told_by_layers
 from lopt_lite.checkpoints.nf4 import dequantize_matrix, quantize_matrix
 from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX
-from lopt_lite.checkpoints.store import HEAD_SHARD, Store, layer_shard, store_info
+from lopt_lite.checkpoints.store import Store
+from lopt_lite.checkpoints.store_index import HEAD_SHARD, layer_shard, store_info
 from lopt_lite.errors import ModelError
 from lopt_lite.events import Notice
 from tests.bad_inputs.place import change_json

@@ -23,11 +23,11 @@ from lopt_lite.checkpoints.build_store import StoreBuilder
 from lopt_lite.checkpoints.integrity import CheckedFiles, DamagedFileError, check_file, sha256_of
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
-from lopt_lite.checkpoints.store import (
+from lopt_lite.checkpoints.store import Store
+from lopt_lite.checkpoints.store_index import (
     EMBEDDING_SHARD,
     HEAD_SHARD,
     INDEX_NAME,
-    Store,
     layer_shard,
     standing_store,
     store_info,

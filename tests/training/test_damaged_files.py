@@ -18,7 +18,7 @@ import lopt_lite
 from lopt_lite import EvaluateSettings, ExportSettings, TrainSettings
 from lopt_lite.checkpoints import integrity
 from lopt_lite.checkpoints.integrity import DamagedFileError
-from lopt_lite.checkpoints.store import EMBEDDING_SHARD, HEAD_SHARD, layer_shard
+from lopt_lite.checkpoints.store_index import EMBEDDING_SHARD, HEAD_SHARD, layer_shard
 from lopt_lite.errors import StoppedError
 from lopt_lite.events import BlockStarted, Event, Notice, Step
 from lopt_lite.journal import read_facts
