@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lopt_lite.errors import DoesNotFitError, LoptError, RunDirectoryError
+from lopt_lite.errors import DoesNotFitError, LoptError, RunDirectoryError, SettingsError
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -53,6 +53,9 @@ def explain_os_error(error: OSError, path: Path, doing: str) -> LoptError:
             f"the disk is full: cannot {doing} {path} (free: {free} bytes)",
             fix="free some space, then give the same command again; everything finished so far is kept",
         )
+    if error.errno == errno.ENAMETOOLONG:
+        # Found out here by Python 3.14; earlier ones raise it where they look whether the place exists.
+        return SettingsError(f"a name is too long for the file system: {str(path)[:80]}...", fix="choose a shorter one")
     reason = error.strerror or str(error)
     return RunDirectoryError(
         f"cannot {doing} {path}: {reason}",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lopt_lite import files
-from lopt_lite.errors import DataError, DoesNotFitError, RunDirectoryError
+from lopt_lite.errors import DataError, DoesNotFitError, RunDirectoryError, SettingsError
 
 
 class _Crash(BaseException):
@@ -309,3 +309,9 @@ def test_work_that_the_disk_cannot_hold_is_refused_before_it_starts(tmp_path):
 )
 def test_a_safe_name_is_one_component_anywhere(text, expected):
     assert files.safe_name(text) == expected
+
+
+def test_a_name_that_is_too_long_is_a_matter_of_settings(tmp_path):
+    error = files.explain_os_error(OSError(errno.ENAMETOOLONG, "File name too long"), tmp_path / ("x" * 300), "create")
+    assert isinstance(error, SettingsError)
+    assert "too long for the file system" in error.found

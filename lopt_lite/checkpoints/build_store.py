@@ -225,7 +225,7 @@ class StoreBuilder:
                 raise RunDirectoryError(
                     f"the store {self._directory} was made with {key} {found.get(key)}",
                     expected=f"{key} {value}",
-                    fix="use another directory (train: another --store), start a run anew with --fresh, or go back to the "
+                    fix="use another directory (train: another --store), start a run anew with --fresh, or go back to "
                     "the old model or value",
                 )
 
