@@ -43,4 +43,7 @@ def step_counts(
     """The steps that so many training examples and these options of ``lopt-lite train`` make."""
     per_epoch = math.ceil(examples / batch_size)
     train = epochs * per_epoch if max_steps is None or not per_epoch else max_steps
-    return StepCounts(per_epoch=per_epoch, head_fit=head_fit_epochs * per_epoch, train=train)
+    head_fit = head_fit_epochs * per_epoch
+    if max_steps is not None:
+        head_fit = min(head_fit, max_steps)
+    return StepCounts(per_epoch=per_epoch, head_fit=head_fit, train=train)

@@ -26,7 +26,7 @@ def _counts(examples: int, *, epochs: int = 1, max_steps: int | None = None) -> 
 def test_training_takes_its_passes_or_as_many_steps_as_are_asked_for(examples, epochs, max_steps, train, begun, passes):
     counts = _counts(examples, epochs=epochs, max_steps=max_steps)
     assert (counts.train, counts.epochs, counts.passes) == (train, begun, passes)
-    assert counts.head_fit == counts.per_epoch
+    assert counts.head_fit == min(counts.per_epoch, max_steps or counts.per_epoch)
 
 
 def test_epochs_end_with_their_steps_and_the_last_with_training():

@@ -156,7 +156,8 @@ def row_state_bytes(skeleton: Skeleton) -> int:
     for index, layers in Counter(kinds[index] for index in with_state).items():
         call = calls[index]
         given = {name: cache for name in _CACHE_NAMES if name in call.kwargs}
-        with torch.no_grad(), suppress(*_NEEDS_VALUES):
+        # Some ask for a cache of their own class, which has no such state in transformers'.
+        with torch.no_grad(), suppress(*_NEEDS_VALUES, AttributeError):
             changed = replace(call, kwargs={**call.kwargs, **given})
             _run(skeleton, changed, skeleton.layer_template(index).to("meta"), _TRIED_TOKENS)
         found += layers * sum(state.numel() * state.element_size() for state in _states(cache.layers[index]))

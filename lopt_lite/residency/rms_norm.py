@@ -54,7 +54,7 @@ def _agrees(module: nn.Module, dtype: torch.dtype, epsilon: float) -> bool:
         with torch.no_grad():
             found = torch.func.functional_call(module, {"weight": weight}, (x,), strict=True)
             return torch.equal(found, _RmsNorm.apply(x, weight, epsilon))
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, AttributeError):
         return False  # it has other parameters, or needs more than its input
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from lopt_lite import files
 from lopt_lite.checkpoints.header import read_header
 from lopt_lite.checkpoints.integrity import DamagedFileError, check_file
 from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.checkpoints.tokenizer import save_tokenizer
 from lopt_lite.errors import RunDirectoryError
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapters import lora_config
 from lopt_lite.training.block_plan import Block
-from lopt_lite.training.checkpoint import load_tensors, save_tensors
+from lopt_lite.training.checkpoint import load_tensors, save_lazily
 from lopt_lite.training.run_directory import RunPaths
 from lopt_lite.training.targets import target_names
+from lopt_lite.training.trained import SavedTensor
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -42,20 +45,25 @@ def write_adapter(
         Directory or hub id of the base model, for ``base_model_name_or_path``.
     """
     files.make_directory(paths.adapter)
-    tensors: dict[str, torch.Tensor] = {}
-    trained: list[str] = []
-    for block in blocks:
-        if block.objective == "none":
-            continue
-        for name, tensor in load_tensors(paths.block_adapter(block.index)).items():
+    done = [block for block in blocks if block.objective != "none"]
+    headers = [read_header(paths.block_adapter(block.index)) for block in done]
+    layers = (index for block in done for index in range(block.first, block.end))
+    trained = [skeleton.layer_prefix(i) + n for i in layers for n in target_names(skeleton, i, settings)]
+    # One tensor at a time: a budget that holds one layer's adapter need not hold them all.
+    blocks_files = TensorFiles({name: header for header in headers for name in header.tensors})
+    try:
+        tensors = {}
+        for name in blocks_files.names():
             layer, _, rest = name.partition(".")
-            tensors[_PEFT_PREFIX + skeleton.layer_prefix(int(layer)) + rest] = tensor
-        for index in range(block.first, block.end):
-            trained += [skeleton.layer_prefix(index) + n for n in target_names(skeleton, index, settings)]
-    _check_names(tensors, trained)
-    _write_config(paths.adapter / CONFIG_NAME, skeleton, settings, trained, origin)
-    save_tokenizer(tokenizer, paths.adapter)
-    weights = save_tensors(paths.adapter / WEIGHTS_NAME, tensors, {"format": "pt"})
+            info, read = blocks_files.info(name), partial(blocks_files.read, name)
+            target = _PEFT_PREFIX + skeleton.layer_prefix(int(layer)) + rest
+            tensors[target] = SavedTensor(target, info.dtype, info.shape, read)
+        _check_names(tensors, trained)
+        _write_config(paths.adapter / CONFIG_NAME, skeleton, settings, trained, origin)
+        save_tokenizer(tokenizer, paths.adapter)
+        weights = save_lazily(paths.adapter / WEIGHTS_NAME, tensors, {"format": "pt"})
+    finally:
+        blocks_files.close()
     return {"sha256": weights, "config_sha256": _config_digest(paths.adapter / CONFIG_NAME)}
 
 

@@ -257,14 +257,18 @@ class Draft:
 
     @property
     def _all_anchored_tokens(self) -> int:
-        """Anchored tokens of all examples, at most."""
-        return self._most_anchors * (self._anchored_examples + (0 if self.other is None else self.other.examples))
+        """Anchored tokens of all examples, at most: no example has more of them than tokens."""
+        found = min(self._most_anchors * self._anchored_examples, self.training.tokens)
+        return found + (0 if self.other is None else min(self._most_anchors * self.other.examples, self.other.tokens))
 
     @property
     def _anchored_tokens(self) -> int:
         """Anchored tokens of one epoch: at most so many, as most prompts are longer than what is sampled of them."""
-        others = 0 if self.other is None else other_rows(self.settings.batch_size, self.other.examples)
-        return self._most_anchors * (self._anchored_examples + others * self.step_counts.per_epoch)
+        found = min(self._most_anchors * self._anchored_examples, self.training.tokens)
+        if self.other is None:
+            return found
+        rows = other_rows(self.settings.batch_size, self.other.examples) * self.step_counts.per_epoch
+        return found + min(self._most_anchors * rows, self._other_tokens_per_epoch)
 
     def hiding_tokens(self, residence: Residence) -> int | None:
         """Tokens of a step from which on loading hides behind computing; None where nothing is streamed."""

@@ -13,9 +13,8 @@ from lopt_lite import devices, files
 from lopt_lite.checkpoints.build_store import StoreBuilder
 from lopt_lite.checkpoints.integrity import DamagedFileError
 from lopt_lite.checkpoints.store import Store
-from lopt_lite.checkpoints.store_index import standing_store
 from lopt_lite.checkpoints.tokenizer import pad_token_id
-from lopt_lite.errors import LoptError, RunDirectoryError, StoppedError
+from lopt_lite.errors import LoptError, ModelError, RunDirectoryError, StoppedError
 from lopt_lite.events import Notice, OnEvent, RunStarted, Validation, ignore
 from lopt_lite.float32_products import float32_products
 from lopt_lite.journal import Fact, Journal, last_fact, read_facts
@@ -342,11 +341,15 @@ def _result_stands(bench: Workbench) -> bool:
     if fact is None:
         return False
     if name == "model":
-        if standing_store(bench.paths.model) is None:
+        try:
+            store = Store(bench.paths.model, on_event=bench.on_event)
+            store.check()
+            store.close()
+        except (DamagedFileError, ModelError, RunDirectoryError) as error:
             raise RunDirectoryError(
-                f"the run in {bench.paths.root} is done, but its model is gone or damaged",
+                f"the run in {bench.paths.root} is done, but its model is gone or damaged: {error.found}",
                 fix="restore RUN/model from a backup, or train again with --fresh",
-            )
+            ) from error
         return True
     try:
         check_adapter(bench.paths.adapter, fact)

@@ -289,6 +289,9 @@ def start_fresh(paths: RunPaths) -> None:
     if not looks_damaged and not _has_settings(paths):
         _refuse_strangers(paths)
     files.remove_file(paths.journal)
+    # A store whose index is there counts as complete.
+    if paths.model.is_dir():
+        files.remove_file(paths.model / _STORE_INDEX)
     for name in reversed(_OWNED):
         files.remove_tree(paths.root / name)
 

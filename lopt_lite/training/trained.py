@@ -171,8 +171,11 @@ class TrainedParameters:
         elif self._storage is not None:
             group.norms = gradient_norm(_gradients(group))
             for name, parameter in group.parameters.items():
-                assert parameter.grad is not None
-                self._storage.replace(("gradient", name), parameter.grad)
+                # None of what the loss does not depend on: what only chooses (an indexer, a router's bias).
+                if parameter.grad is not None:
+                    self._storage.replace(("gradient", name), parameter.grad)
+                elif ("gradient", name) in self._storage:
+                    self._storage.forget(("gradient", name))  # of a step that was abandoned
             _drop_gradients(group)
 
     def end_step(self, *, finite: bool) -> float:
@@ -222,7 +225,8 @@ class TrainedParameters:
         assert self._storage is not None
         for name, parameter in group.parameters.items():
             parameter.data = self._storage.take(("parameter", name))
-            parameter.grad = self._storage.take(("gradient", name))
+            has_gradient = ("gradient", name) in self._storage
+            parameter.grad = self._storage.take(("gradient", name)) if has_gradient else None
         self._update(key, group, norm)
         for name, parameter in group.parameters.items():
             self._storage.replace(("parameter", name), parameter)

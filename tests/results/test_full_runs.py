@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lopt_lite
 from lopt_lite import EvaluateSettings, ExportSettings, GenerateSettings, TrainSettings
 from lopt_lite.checkpoints.store import Store
+from lopt_lite.checkpoints.store_index import layer_shard
 from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.journal import read_facts
 from lopt_lite.residency.head import place_head
 from lopt_lite.residency.pool import MicroBatch, ResidentLayers
 from lopt_lite.results.open_run import open_run
 from lopt_lite.training import memory_choice
+from tests.damage import flip_a_byte
 from tests.rig import CPU, residence
 from tests.tiny_models import EVERY_BLOCK_LEARNS, make_data, make_model
 
@@ -186,6 +188,16 @@ def test_a_finished_run_says_so_and_a_lost_model_is_noticed(tmp_path):
     before = _weights(run)
     assert lopt_lite.train(settings).already_done
     assert _weights(run) == before
+    shard = run / "model" / layer_shard(1)
+    sound = shard.read_bytes()
+    flip_a_byte(shard)
+    with pytest.raises(RunDirectoryError, match=r"its model is gone or damaged: .*layer-00001"):
+        lopt_lite.train(settings)
+    shard.unlink()
+    with pytest.raises(RunDirectoryError, match=r"its model is gone or damaged: .*layer-00001"):
+        lopt_lite.train(settings)
+    shard.write_bytes(sound)
+    assert lopt_lite.train(settings).already_done
     shutil.rmtree(run / "model")
     with pytest.raises(RunDirectoryError, match="its model is gone"):
         lopt_lite.train(settings)

@@ -286,3 +286,14 @@ def test_a_run_of_a_release_that_lacked_an_option_is_one_with_its_default(claime
     assert claim(claimed, _identity()) == []
     with pytest.raises(RunDirectoryError, match=r"--memory auto, not 1GiB \(in which parts"):
         claim(claimed, _identity(memory="1GiB"))
+
+
+def test_a_crash_while_a_tuned_model_is_deleted_leaves_no_complete_one(claimed, monkeypatch):
+    """Its index says that it is complete: the next run would take what is left of it for its own result."""
+    claimed.model.mkdir()
+    for name in ("model.safetensors.index.json", "layer-00000.safetensors"):
+        (claimed.model / name).write_text("{}")
+    monkeypatch.setattr(run_directory.files, "remove_tree", lambda path: pytest.fail("as if the power failed here"))
+    with pytest.raises(pytest.fail.Exception):
+        start_fresh(claimed)
+    assert [path.name for path in claimed.model.iterdir()] == ["layer-00000.safetensors"]

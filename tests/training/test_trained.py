@@ -28,10 +28,13 @@ class _Stack:
         eight_bit: bool = False,
         kept_bytes: int = 0,
         dtype: torch.dtype = torch.float32,
+        idle: bool = False,
     ) -> None:
         torch.manual_seed(0)
         width = 80
         self.layers = [nn.Linear(width, width).to(dtype) for _ in range(LAYERS)]
+        for layer in self.layers if idle else []:
+            layer.register_parameter("idle", nn.Parameter(torch.ones(width, dtype=dtype)))
         self.head = nn.Linear(width, 4)
         storage = Spill(SpillLimits(kept_bytes, 0), directory, CPU) if offload else None
         self.trained = TrainedParameters(storage=storage, per_layer=per_layer, eight_bit=eight_bit)
@@ -97,6 +100,26 @@ def test_put_aside_equals_in_place(kind, kept_bytes, tmp_path):
     assert _same(here.state(), away.state())
     start = _Stack(tmp_path, offload=False, **kind).values()
     assert not any(torch.equal(value, start[name]) for name, value in here.values().items())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["global", "per layer", "8 bits"])
+def test_what_the_loss_does_not_depend_on_stays_as_it_is(kind, tmp_path):
+    """As of a layer's indexer, which only chooses: it gets no gradient."""
+    here = _Stack(tmp_path, offload=False, idle=True, **kind)
+    away = _Stack(tmp_path, offload=True, idle=True, **kind)
+    for stack in (here, away):
+        stack.trained.begin(scaffolding_only=False)
+    for number in range(2):
+        assert here.step(number) == away.step(number)
+    save_checkpoint(tmp_path / "c.safetensors", Cursor("train", 2), away.trained)
+    resumed = _Stack(tmp_path, offload=True, idle=True, **kind)
+    resumed.trained.begin(scaffolding_only=False)
+    restore_checkpoint(tmp_path / "c.safetensors", resumed.trained)
+    for number in range(2, 4):
+        assert here.step(number) == away.step(number) == resumed.step(number)
+    for other in (away, resumed):
+        assert _same(here.values(), other.values())
+    assert all(bool((value == 1).all()) for name, value in here.values().items() if name.endswith("idle"))
 
 
 @pytest.mark.parametrize("offload", [False, True])
