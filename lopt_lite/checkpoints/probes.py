@@ -63,14 +63,23 @@ def what_layers_return(model: PreTrainedModel, proxies: list[LayerProxy]) -> AsL
 
 def _hidden_survives(model: PreTrainedModel, proxies: list[LayerProxy], convention: AsLayerOutput) -> bool:
     shape = (2, 3, int(model.config.hidden_size))  # two rows, so that indexing a tensor as if it were a tuple shows
+    generator = torch.Generator().manual_seed(0)
     seen: list[bool] = []
+    returned: list[torch.Tensor] = []
 
     def layer_called(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if seen and not seen[-1]:
             raise StopForward
         _, hidden = split_hidden(args, kwargs)
         seen.append(isinstance(hidden, torch.Tensor) and tuple(hidden.shape) == shape)
-        return convention(hidden)
+        if not seen[-1]:
+            raise StopForward
+        # Whatever the model computes between its layers would be left out where they are run one by one.
+        if returned and not torch.equal(hidden, returned[-1]):
+            seen[-1] = False
+            raise StopForward
+        returned.append(torch.randn(shape, generator=generator).to(hidden))
+        return convention(returned[-1])
 
     def after_layers(module: nn.Module, args: tuple[Any, ...]) -> None:
         if len(seen) >= len(proxies):

@@ -79,3 +79,10 @@ def test_layers_that_are_given_the_embedded_tokens(shared_layers, tmp_path):
     config.save_pretrained(tmp_path / "model")
     error = _refused("plan", tmp_path / "model", tmp_path)
     assert "Gemma4ForCausalLM gives its layers more of the embedded tokens than the hidden state" in error.found
+
+
+def test_a_model_that_computes_between_its_layers(tmp_path):
+    """XLM has attention in one list and feed-forward parts in others: one by one, the latter would be left out."""
+    transformers.XLMConfig(emb_dim=32, n_layers=2, n_heads=4, vocab_size=300).save_pretrained(tmp_path / "model")
+    error = _refused("plan", tmp_path / "model", tmp_path)
+    assert "XLMWithLMHeadModel does not pass one hidden state from layer to layer" in error.found
