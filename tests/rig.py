@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from lopt_lite.residency.head import place_head
 from lopt_lite.residency.pool import MicroBatch, ResidentLayers
 from lopt_lite.residency.shapes import ModelShapes
 from lopt_lite.settings import TrainSettings
+from lopt_lite.training.checkpoint import save_lazily
 from lopt_lite.training.model_facts import facts_of
+from lopt_lite.training.trained import SavedTensor
 from tests.tiny_models import make_config
 
 CPU = torch.device("cpu")
@@ -96,3 +99,9 @@ def plain_kernels(model: torch.nn.Module) -> torch.nn.Module:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
+    """Write tensors that are there as a run writes its own; returns the file's sha256."""
+    saved = {n: SavedTensor(n, t.dtype, tuple(t.shape), partial(torch.Tensor.detach, t)) for n, t in tensors.items()}
+    return save_lazily(path, saved, metadata)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,14 +33,11 @@ class Cursor:
     step: int
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
-    """Write tensors durably to one safetensors file; returns the file's sha256."""
-    saved = {n: SavedTensor(n, t.dtype, tuple(t.shape), partial(torch.Tensor.detach, t)) for n, t in tensors.items()}
-    return save_lazily(path, saved, metadata)
-
-
 def save_lazily(path: Path, tensors: dict[str, SavedTensor], metadata: dict[str, str] | None = None) -> str:
-    """As :func:`save_tensors`, with tensors that are made one at a time; the keys are their names in the file."""
+    """Write tensors durably to one safetensors file, each made when its turn comes; returns the file's sha256.
+
+    The keys are their names in the file.
+    """
     specs = aligned_order([TensorSpec(n, t.dtype, t.shape) for n, t in sorted(tensors.items())])
     content = ((spec.name, tensors[spec.name].read().cpu().contiguous()) for spec in specs)
     return write_shard(path, specs, content, metadata=metadata).sha256

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import lopt_lite
 from lopt_lite import EvaluateSettings, ExportSettings, GenerateSettings, TrainSettings, devices
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.nf4 import dequantize_matrix
+from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.checkpoints.tokenizer import load_tokenizer
 from lopt_lite.data.batches import epoch_batches
 from lopt_lite.data.dataset import collate
@@ -28,6 +30,7 @@ from lopt_lite.journal import read_facts
 from lopt_lite.residency.continuation import _contiguous
 from lopt_lite.residency.pool import MicroBatch
 from lopt_lite.results.open_run import open_run
+from lopt_lite.training import run as training_run
 from lopt_lite.training.optimisation import learning_rate
 from tests.rig import CPU, plain_kernels, residence
 from tests.tiny_models import EVERY_BLOCK_LEARNS, even_widths, make_data, make_model
@@ -383,6 +386,30 @@ def test_a_budget_that_cannot_work_names_the_smallest_that_can(tmp_path: Path, m
     model = make_model(tmp_path / "model", "llama")
     with pytest.raises(DoesNotFitError, match=r"at least --memory [0-9]+MiB"):
         _train(tmp_path, model, memory=memory)
+
+
+def test_the_adapter_is_written_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget that holds one layer's adapter need not hold them all."""
+    read, write = TensorFiles.read, training_run.write_adapter
+    made: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def noted(files: TensorFiles, name: str) -> torch.Tensor:
+        nonlocal most
+        tensor = read(files, name)
+        made.append(weakref.ref(tensor))
+        most = max(most, sum(reference() is not None for reference in made))
+        return tensor
+
+    def watched(*args: Any, **options: Any) -> dict[str, str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(TensorFiles, "read", noted)
+            return write(*args, **options)
+
+    monkeypatch.setattr(training_run, "write_adapter", watched)
+    _train(tmp_path, make_model(tmp_path / "model", "llama"), epochs=1)
+    assert len(made) > 8
+    assert most <= 2
 
 
 def test_evaluating_in_too_small_a_budget_advises_nothing_that_only_training_has(tmp_path: Path) -> None:

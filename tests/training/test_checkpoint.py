@@ -20,10 +20,10 @@ from lopt_lite.training.checkpoint import (
     read_cursor,
     restore_checkpoint,
     save_checkpoint,
-    save_tensors,
 )
 from lopt_lite.training.trained import TrainedParameters
 from tests.damage import flip_a_byte
+from tests.rig import save_tensors
 
 
 class _Toy:

@@ -23,12 +23,11 @@ from lopt_lite.events import Event, Step
 from lopt_lite.recipe import ModelKind
 from lopt_lite.residency.streamed import StreamedLayers
 from lopt_lite.training import memory_choice
-from lopt_lite.training.checkpoint import save_tensors
 from lopt_lite.training.full import has_eight_bit_moments, own_weights, remarks, write_layers
 from lopt_lite.training.optimisation import learning_rate
 from lopt_lite.training.targets import tuning
 from lopt_lite.training.trained import TrainedParameters
-from tests.rig import CPU, open_rig, residence
+from tests.rig import CPU, open_rig, residence, save_tensors
 from tests.tiny_models import EVERY_BLOCK_LEARNS, make_data, make_model
 
 LR = 1e-3
