@@ -28,6 +28,26 @@ SHAPES = {
     # More words than its layers have weights: what is measured before training outweighs a step.
     "wordy": Shape(256, 8, 512, 4, 2, 131072),
     "tiny": Shape(64, 4, 128, 4, 2, 512),
+    # Rows that are longer than its window of tokens; scores of all pairs of tokens; values that are narrower than keys.
+    "windowed": Shape(512, 12, 1536, 8, 4, 8192, "mistral", (("sliding_window", 256),)),
+    "capped": Shape(512, 12, 1536, 8, 4, 8192, "gemma2", (("head_dim", 64), ("sliding_window", 256))),
+    "latent": Shape(
+        512,
+        12,
+        1536,
+        8,
+        8,
+        8192,
+        "deepseek_v3",
+        (
+            ("first_k_dense_replace", 12),
+            ("q_lora_rank", 256),
+            ("kv_lora_rank", 128),
+            ("qk_nope_head_dim", 64),
+            ("qk_rope_head_dim", 32),
+            ("v_head_dim", 64),
+        ),
+    ),
 }
 
 
@@ -101,6 +121,13 @@ CASES = [
     Case("wide", 2.0, 4, 64, held_out=512),
     Case("middle", 4.0, 4, 64, blocks=1, held_out=512),
     Case("middle", 1.1, 4, 64, tune="full", quantize="none", held_out=512),
+    Case("windowed", _SMALLEST, 2, 4096),
+    Case("windowed", 1.3, 2, 4096, blocks=1),
+    Case("windowed", 2.0, 4, 1024),
+    Case("capped", _SMALLEST, 2, 1024, blocks=1),
+    Case("capped", 2.0, 2, 1024),
+    Case("latent", _SMALLEST, 2, 2048),
+    Case("latent", 4.0, 2, 2048, blocks=1),
 ]
 QUICK = [Case("tiny", 1.2, 2, 32), Case("tiny", 2.0, 2, 32, blocks=1)]
 

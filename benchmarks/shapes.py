@@ -11,8 +11,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lopt_lite import QuantizeSettings, files, quantize
 from lopt_lite.checkpoints.header import read_header
@@ -27,7 +29,13 @@ _LAYERS = "model.layers."
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-like shape."""
+    """A Llama-like shape.
+
+    Attributes
+    ----------
+    architecture, others:
+        Another architecture, as transformers calls it, and what else its config says.
+    """
 
     hidden: int
     layers: int
@@ -35,13 +43,15 @@ class Shape:
     heads: int
     key_value_heads: int
     vocabulary: int
+    architecture: str = "llama"
+    others: tuple[tuple[str, object], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.hidden} x {self.layers}"
+        return f"{self.hidden} x {self.layers}" + (f" {self.architecture}" if self.architecture != "llama" else "")
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model."""
+        """Parameters of the whole model, were it a Llama."""
         key_value = self.hidden // self.heads * self.key_value_heads
         layer = 2 * self.hidden * (self.hidden + key_value) + 3 * self.hidden * self.intermediate + 2 * self.hidden
         return self.layers * layer + 2 * self.vocabulary * self.hidden + self.hidden
@@ -80,9 +90,7 @@ def _write_model(directory: Path, shape: Shape) -> None:
     """Write a random bfloat16 checkpoint with a small tokenizer, one shard per layer."""
     files.remove_tree(directory)
     files.make_directory(directory)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    config: dict[str, Any] = {
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,
@@ -93,8 +101,13 @@ def _write_model(directory: Path, shape: Shape) -> None:
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }
-    files.write_json(directory / "config.json", config)
     make_tokenizer().save_pretrained(directory)
+    if shape.architecture != "llama":
+        made = AutoConfig.for_model(shape.architecture, **{**config, **dict(shape.others)})
+        AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).save_pretrained(directory)
+        return
+    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    files.write_json(directory / "config.json", config)
     key_value = shape.hidden // shape.heads * shape.key_value_heads
     layer: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj.weight": (shape.hidden, shape.hidden),
@@ -151,6 +164,8 @@ def _multiply_layer(directory: Path, layers: int) -> None:
         index["weight_map"].update(dict.fromkeys(names.values(), record.name))
         index["metadata"]["total_size"] += sum(spec.nbytes for spec in specs)
     config = json.loads((directory / "config.json").read_text())
+    # Of one layer; what follows from the number of layers is all alike again.
+    config.pop("layer_types", None)
     files.write_json(directory / "config.json", {**config, "num_hidden_layers": layers})
     index["metadata"]["lopt_lite"] = asdict(dataclasses.replace(info, layers=layers, shards=shards))
     files.write_json(directory / INDEX_NAME, index)

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lopt_lite.checkpoints.empty_model import check_kind, empty_model, find_layers, is_linear, load_config
 from lopt_lite.checkpoints.layer_calls import LayerCall, LayerProxy, Recording, StopForward, split_hidden
+from lopt_lite.checkpoints.local_mask import without_dense_masks
 from lopt_lite.checkpoints.locate import ModelDescription
 from lopt_lite.checkpoints.positions import PROBED_TOKENS, PositionTables
 from lopt_lite.checkpoints.probes import meta_root_on_cpu, what_layers_return
@@ -227,7 +228,7 @@ class Skeleton:
                 f"{self.architecture} called {len(self._recorded)} of its {self.layer_count} layers, "
                 "so it cannot be driven layer by layer"
             )
-        recording = Recording(self._first_hidden, self._recorded)
+        recording = Recording(self._first_hidden, without_dense_masks(self._recorded))
         self._recorded, self._first_hidden = [], None
         return recording
 

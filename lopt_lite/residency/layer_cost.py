@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_iter, tree_map
 
+from lopt_lite.checkpoints.local_mask import LocalMask
 from lopt_lite.checkpoints.trial import trial
 from lopt_lite.residency import lora_cost
+from lopt_lite.residency.fitting_attention import fitting_attention, is_fused
 from lopt_lite.residency.fused import fused_modules
+from lopt_lite.residency.mask_cost import is_mask
 from lopt_lite.residency.rms_norm import fuse_norms
 
 if TYPE_CHECKING:
@@ -47,7 +50,7 @@ class ActivationCost:
         Activations that autograd keeps for the backward pass: of each token, of each pair of tokens of a row
         (attention weights, where the architecture has no fused kernel for them), and at most of each row beyond its
         tokens (where rows are filled up to whole chunks).
-    transient_bytes_per_token:
+    transient_bytes_per_token, transient_bytes_per_pair:
         An estimate of what else exists for a moment within a layer's backward pass, fitted to measured peaks.
     measured:
         False where the layer could not run on the meta device and a formula had to do.
@@ -57,6 +60,7 @@ class ActivationCost:
     saved_bytes_per_pair: int
     saved_bytes_per_row: int
     transient_bytes_per_token: int
+    transient_bytes_per_pair: int
     measured: bool
 
 
@@ -136,7 +140,17 @@ def activation_cost(
         transient = max(transient, saved)
     widths = [_input_width(layer.get_submodule(target)) for target in targets]
     saved += lora_cost.saved_bytes_per_token(widths, rank=rank, dtype=skeleton.dtype, dropout=dropout)
-    return ActivationCost(saved, pairs, row, transient, found is not None)
+    of_pairs = max(pairs, _score_bytes(skeleton)) if pairs else 0
+    return ActivationCost(saved, pairs, row, transient, of_pairs, found is not None)
+
+
+def _score_bytes(skeleton: Skeleton) -> int:
+    """Of a pair of tokens: for each head its score in float32, and two gradients in the compute dtype.
+
+    Where tokens to attend to are chosen first (DeepSeek's sparse attention), scores are made twice by other heads.
+    """
+    heads, choosing = (int(getattr(skeleton.config, name, 0) or 0) for name in ("num_attention_heads", "index_n_heads"))
+    return max(1, heads) * (4 + 2 * skeleton.dtype.itemsize) + choosing * 2 * 4
 
 
 def row_state_bytes(skeleton: Skeleton) -> int:
@@ -192,13 +206,22 @@ def _measured_bytes(
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Shapes of a fused attention kernel: it keeps what goes in, what comes out, and a number per row and head."""
+    """Shapes of a fused attention kernel: it keeps what goes in, what comes out, and a number per row and head.
+
+    It also keeps a dense mask, in the dtype of what it computes.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, sums)
+        if isinstance(mask, LocalMask):
+            mask = None
+        elif mask is not None and mask.dtype == torch.bool:
+            mask = torch.empty(mask.shape, dtype=query.dtype, device=query.device)
+        ctx.save_for_backward(query, key, value, output, sums, mask)
         return output
 
 
@@ -206,7 +229,24 @@ class _FusedAttention(torch.autograd.Function):
 def _fused_attention() -> Iterator[None]:
     """On the meta device PyTorch takes its slow attention, which keeps other tensors than the kernels of real ones."""
     plain = nn.functional.scaled_dot_product_attention
-    nn.functional.scaled_dot_product_attention = lambda q, k, v, *args, **kwargs: _FusedAttention.apply(q, k, v)
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        if not is_fused(query, key, value, dropout_p=dropout_p, enable_gqa=enable_gqa):
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        output: torch.Tensor = _FusedAttention.apply(query, key, value, attn_mask)
+        return output
+
+    nn.functional.scaled_dot_product_attention = attend
     try:
         yield
     finally:
@@ -234,18 +274,22 @@ def _saved_bytes(
     attention: Callable[[], AbstractContextManager[None]],
 ) -> int:
     """Bytes that a layer keeps of the probe's tokens, the inputs of the modules called in ``kept`` included."""
-    call = skeleton.probe(tokens)[index]
-    weights = {p.untyped_storage()._cdata for p in layer.parameters()}
+    call = _on_meta(skeleton.probe(tokens)[index])
+    # Masks that all layers are given are counted once for all: see mask_cost.py.
+    given = [value for value in tree_iter((call.args, call.kwargs)) if isinstance(value, torch.Tensor)]
+    masks = [value for value in given if is_mask(value, tokens) and not isinstance(value, LocalMask)]
+    not_counted = {tensor.untyped_storage()._cdata for tensor in (*layer.parameters(), *masks)}
     storages: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
+        if storage._cdata not in not_counted:
             storages[storage._cdata] = storage
         return tensor
 
     with (
         attention(),
+        fitting_attention(),
         fused_modules(),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         lora_cost.noting_inputs(layer, kept, note),
@@ -257,8 +301,18 @@ def _saved_bytes(
 
 def _run(skeleton: Skeleton, call: LayerCall, layer: nn.Module, tokens: int) -> torch.Tensor:
     """A layer's output on the meta device, [1, tokens, hidden]."""
-    on_meta: dict[str, Any] = {"args": call.args, "kwargs": call.kwargs}
-    on_meta = tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, on_meta)
     shape = (1, tokens, skeleton.hidden_size)
     hidden = torch.empty(shape, dtype=skeleton.dtype, device="meta", requires_grad=True)
-    return type(call)(on_meta["args"], on_meta["kwargs"], call.hidden_keyword).run(layer, hidden)
+    return _on_meta(call).run(layer, hidden)
+
+
+def _on_meta(call: LayerCall) -> LayerCall:
+    """The same call with tensors on the meta device."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, LocalMask):
+            return value.on("meta")
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    args, kwargs = tree_map(move, (call.args, call.kwargs))
+    return replace(call, args=args, kwargs=kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -43,6 +44,16 @@ def least_row_tokens(tokens: int, examples: int) -> int:
     Half the average: batches are of examples of about the same length, so there are some of short ones.
     """
     return max(1, tokens // examples // 2)
+
+
+class LargestParts(NamedTuple):
+    """The largest micro-batches of a run's steps, in padded tokens and in examples, and the step with most pairs of
+    tokens: of those of the rows of all its micro-batches.
+    """
+
+    tokens: int
+    rows: int
+    step_pairs: int
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,8 @@ class Job:
     held_out:
         Whether losses are measured without training while there is an optimiser's state.
     largest_micro_batch:
-        Given how many padded tokens may pass through a layer at once in a step: upper bounds on how many do, and of
-        how many examples they are. None where that is not known: as many as may, and as the step has.
+        Given how many padded tokens may pass through a layer at once in a step: upper bounds on what does. None where
+        that is not known: as many tokens as may, and as many examples as the step has.
     """
 
     step_tokens: int
@@ -105,7 +116,7 @@ class Job:
     graph_layers: int | None = None
     around_bytes: int = 0
     held_out: bool = False
-    largest_micro_batch: Callable[[int], tuple[int, int]] | None = None
+    largest_micro_batch: Callable[[int], LargestParts] | None = None
 
     @property
     def trains(self) -> bool:
@@ -156,14 +167,22 @@ class Layout:
         if not job.trains:
             return tokens
         if job.largest_micro_batch is not None:
-            return job.largest_micro_batch(self.micro_batch_tokens)[0]
+            return job.largest_micro_batch(self.micro_batch_tokens).tokens
         return min(tokens, job.step_tokens)
 
     def micro_rows(self, job: Job) -> int:
         """Examples that may go through a layer at once in a step."""
         if job.largest_micro_batch is not None:
-            return job.largest_micro_batch(self.micro_batch_tokens)[1]
+            return job.largest_micro_batch(self.micro_batch_tokens).rows
         return min(job.rows, -(-self.micro_tokens(job) // job.row_tokens))
+
+    def waiting_pairs(self, job: Job) -> int:
+        """Pairs of tokens of all rows of a step that wait for a layer: they pass through it one after the other."""
+        if not self.recompute:
+            return self.micro_tokens(job) * job.longest
+        if job.largest_micro_batch is not None:
+            return job.largest_micro_batch(self.micro_batch_tokens).step_pairs
+        return job.step_tokens * job.longest
 
     @property
     def forward_tokens(self) -> int:
@@ -226,7 +245,7 @@ def training_parts(
             losses += _logit_elements(shapes, layout, answers) * shapes.itemsize
     else:
         losses = _RECONSTRUCTION_VALUES * micro * shapes.hidden * 4
-    inside = shapes.inside_bytes(*block, tokens=micro, rows=rows)
+    inside = shapes.inside_bytes(*block, tokens=micro, rows=rows, row_length=job.longest)
     if on_cpu:
         length = min(job.longest, short_attention.LONGEST)
         scores = short_attention.transient_bytes(-(-micro // length), length, shapes.short_attention_heads)
@@ -239,11 +258,12 @@ def training_parts(
     reconstruction *= job.early_blocks
     # A block that is worked on layer by layer has all its gradients only at its bottom, where no boundary is left.
     at_top = losses + boundary_bytes if layout.recompute else losses + gradients
+    masks = shapes.masks.kept_bytes(layout.waiting_pairs(job), job.longest)
     return {
         "weights": _weights(shapes, block, layout),
         "head": _heads(shapes, layout, job, reconstruction, last=last, together=together and job.early_blocks),
-        "activations": saved + max(at_top, inside + gradients),
-        "hidden states": copies * job.step_tokens * row_bytes,
+        "activations": max(saved + max(at_top, inside + gradients), shapes.masks.making_bytes(job.longest)),
+        "hidden states": copies * job.step_tokens * row_bytes + masks,
         "trained": values + job.around_bytes,
         "overhead": _overhead(shapes, layout, layers, on_cpu=on_cpu),
     }
@@ -282,11 +302,13 @@ def forward_peak(
     inside = shapes.inside_bytes(*block, tokens=tokens, rows=rows, row_length=job.longest)
     inside += shapes.adapting_bytes(*block, tokens=tokens)
     losses = _loss_bytes(shapes, layout, job.measured_among(tokens), gradient=False)
+    group = job.present(max(group_tokens, tokens))
     return (
         _weights(shapes, block, layout)
         + _head(shapes, layout, job)
-        + max(losses, inside)
-        + 2 * job.present(max(group_tokens, tokens)) * row
+        + max(losses, inside, shapes.masks.making_bytes(job.longest))
+        + 2 * group * row
+        + shapes.masks.kept_bytes(group * job.longest, job.longest)
         + trained
         + (min(_CACHE_BUFFERS_BYTES, 2 * job.cache_bytes) if on_cpu else 0)
         + _overhead(shapes, layout, block[1] - block[0], on_cpu=on_cpu)

@@ -24,6 +24,7 @@ from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.devices import release_cached_memory
 from lopt_lite.freed_memory import look
+from lopt_lite.residency.fitting_attention import fitting_attention
 from lopt_lite.residency.layer_loader import LayerShell, quantised_linears
 
 #: Called with a layer's index and module after it is made (to attach an adapter, say).
@@ -234,7 +235,8 @@ def run_layer(call: LayerCall, layer: nn.Module, hidden: torch.Tensor) -> torch.
     look()
     if hidden.requires_grad:
         hidden.register_hook(lambda gradient: look())
-    return call.run(layer, hidden)
+    with fitting_attention():
+        return call.run(layer, hidden)
 
 
 def part_of(pool: LayerPool, first: int | None, end: int | None) -> range:

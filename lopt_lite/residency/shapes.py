@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from lopt_lite.checkpoints.nf4_layout import packed_specs
 from lopt_lite.residency import short_attention
 from lopt_lite.residency.head_cost import HeadShapes
 from lopt_lite.residency.layer_cost import ActivationCost, activation_cost, layer_kinds, row_state_bytes, try_layers
+from lopt_lite.residency.mask_cost import MaskCost, mask_cost
 
 if TYPE_CHECKING:
     from lopt_lite.checkpoints.skeleton import Skeleton
@@ -59,10 +60,10 @@ class LayerShapes:
         return int(tokens * self.kept_bytes_per_token(row_length)) + rows * self.activations.saved_bytes_per_row
 
     def inside_bytes(self, tokens: int, *, rows: int, row_length: int) -> int:
-        """What exists of them for a moment, beside what is kept; with ``row_length``, attention weights as well."""
+        """What exists of them for a moment, beside what is kept."""
         cost = self.activations
-        pairs = tokens * cost.saved_bytes_per_pair * row_length // 2
-        return tokens * cost.transient_bytes_per_token + pairs + rows * cost.saved_bytes_per_row
+        of_token = cost.transient_bytes_per_token + cost.transient_bytes_per_pair * row_length
+        return tokens * of_token + rows * cost.saved_bytes_per_row
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class ModelShapes:
         Whether the store is NF4.
     state_bytes_per_parameter:
         Value, gradient and optimiser state of a trained parameter; 0 without training.
+    masks:
+        What masks of all pairs of tokens take.
     short_attention_heads:
         Query heads whose scores exist for a moment on the CPU, where rows are short; 0: they never do.
     cache_bytes_per_token:
@@ -114,6 +117,7 @@ class ModelShapes:
     layers: tuple[LayerShapes, ...]
     state_bytes_per_parameter: float
     full: bool
+    masks: MaskCost = field(default_factory=MaskCost)
     short_attention_heads: int = 0
     cache_bytes_per_token: int = 0
     cache_bytes_per_row: int = 0
@@ -155,7 +159,7 @@ class ModelShapes:
         layers = self.layers[first:end]
         return sum(sorted(layer.kept_bytes(tokens, rows=rows, row_length=row_length) for layer in layers)[-depth:])
 
-    def inside_bytes(self, first: int, end: int, *, tokens: int, rows: int, row_length: int = 0) -> int:
+    def inside_bytes(self, first: int, end: int, *, tokens: int, rows: int, row_length: int) -> int:
         """What exists for a moment in the layer that needs most. See :meth:`LayerShapes.inside_bytes`."""
         layers = self.layers[first:end]
         return max(layer.inside_bytes(tokens, rows=rows, row_length=row_length) for layer in layers)
@@ -201,6 +205,7 @@ def model_shapes(
         layers=layers,
         state_bytes_per_parameter=_state_bytes(tuning, skeleton.dtype.itemsize),
         full=tuning is not None and tuning.rank is None,
+        masks=mask_cost(skeleton),
         short_attention_heads=short_attention.heads_of(skeleton.config, skeleton.dtype),
         cache_bytes_per_token=_cache_bytes_per_token(skeleton),
         cache_bytes_per_row=row_state_bytes(skeleton),

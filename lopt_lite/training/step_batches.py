@@ -9,6 +9,7 @@ import torch
 
 from lopt_lite.data.batches import Lengths, as_list, epoch_batches, micro_batches
 from lopt_lite.residency.choices import MOST_MICRO_BATCH_TOKENS
+from lopt_lite.residency.memory_model import LargestParts
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Stage
 from lopt_lite.training.micro_batch_size import group_cost_tokens
@@ -39,7 +40,7 @@ def epoch_steps(
 
 
 class LargestMicroBatch:
-    """How many padded tokens, and how many examples, pass through the layers at once in a run's steps, at most.
+    """How much passes through the layers at once in a run's steps, at most.
 
     With few examples, or few long ones, that is far less than there is room for: batches are of similar lengths.
 
@@ -61,7 +62,7 @@ class LargestMicroBatch:
         self._batch_size, self._seed, self._lengths = settings.batch_size, settings.seed, lengths
         self._cost_tokens = group_cost_tokens(device)
         self._phases = tuple(_phases(settings, stages, len(lengths)))
-        self._known: dict[int, tuple[int, int]] = {}
+        self._known: dict[int, LargestParts] = {}
 
     @functools.cached_property
     def is_quick(self) -> bool:
@@ -74,8 +75,8 @@ class LargestMicroBatch:
         mean_length = max(1, sum(as_list(self._lengths)) // examples)
         return passes * min(of_step, MOST_MICRO_BATCH_TOKENS // mean_length + 1) <= _MOST_PAIRS
 
-    def __call__(self, max_tokens: int) -> tuple[int, int]:
-        """(tokens, examples), each of the micro-batch with most, of those of at most ``max_tokens``.
+    def __call__(self, max_tokens: int) -> LargestParts:
+        """Of micro-batches of at most ``max_tokens``.
 
         A longer example goes alone, and may be the largest.
         """
@@ -97,8 +98,8 @@ def _largest(
     phases: tuple[tuple[int, str, int], ...],
     cost_tokens: int,
     max_tokens: int,
-) -> tuple[int, int]:
-    most_tokens = most_rows = 0
+) -> LargestParts:
+    most_tokens = most_rows = most_pairs = 0
     for stage, phase, steps in phases:
         epoch = 0
         while found := epoch_steps(
@@ -106,10 +107,13 @@ def _largest(
         ):
             epoch += 1
             for examples in found:
+                pairs = 0
                 for part in micro_batches(examples, lengths, max_tokens=max_tokens, cost_tokens=cost_tokens):
                     most_tokens = max(most_tokens, len(part) * lengths[part[0]])
                     most_rows = max(most_rows, len(part))
-    return most_tokens, most_rows
+                    pairs += len(part) * lengths[part[0]] ** 2
+                most_pairs = max(most_pairs, pairs)
+    return LargestParts(most_tokens, most_rows, most_pairs)
 
 
 def _phases(settings: TrainSettings, stages: Sequence[Stage], examples: int) -> Iterator[tuple[int, str, int]]:

@@ -61,8 +61,10 @@ def test_layers_of_each_kind_cost_what_they_cost(tmp_path: Path) -> None:
     assert of_each[0] < of_each[-1]
     assert shapes.kept_bytes(0, 4, depth=4, **many) == sum(of_each)
     assert shapes.kept_bytes(0, 4, depth=3, **many) == sum(of_each[1:])
-    assert shapes.inside_bytes(0, 2, tokens=512, rows=2) == mamba.inside_bytes(512, rows=2, row_length=0)
-    assert shapes.inside_bytes(1, 2, tokens=512, rows=2) == attention.inside_bytes(512, rows=2, row_length=0)
+    assert shapes.inside_bytes(0, 2, tokens=512, rows=2, row_length=0) == mamba.inside_bytes(512, rows=2, row_length=0)
+    assert shapes.inside_bytes(1, 2, tokens=512, rows=2, row_length=0) == attention.inside_bytes(
+        512, rows=2, row_length=0
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "phi3"])

@@ -67,7 +67,7 @@ def _largest(settings: TrainSettings, lengths: Lengths) -> LargestMicroBatch:
 )
 def test_it_is_the_largest_of_the_run(recipe, most, inputs, tmp_path, monkeypatch):
     """With little room, with some, and with as much as any step needs."""
-    sizes, rows, lengths = [], [], []
+    sizes, rows, pairs, lengths = [], [], [], []
     split = MicroBatchSize.split
 
     def recorded(self: MicroBatchSize, *arguments: Any) -> list[list[int]]:
@@ -75,6 +75,7 @@ def test_it_is_the_largest_of_the_run(recipe, most, inputs, tmp_path, monkeypatc
         lengths[:] = self._lengths.tolist()
         sizes.extend(len(part) * max(lengths[i] for i in part) for part in parts)
         rows.extend(map(len, parts))
+        pairs.append(sum(len(part) * max(lengths[i] for i in part) ** 2 for part in parts))
         return parts
 
     monkeypatch.setattr(MicroBatchSize, "split", recorded)
@@ -83,7 +84,7 @@ def test_it_is_the_largest_of_the_run(recipe, most, inputs, tmp_path, monkeypatc
     lopt_lite.train(settings)
     found = _largest(settings, lengths[:_TRAINING])
     assert found.is_quick
-    assert found(most) == (max(sizes), max(rows))
+    assert found(most) == (max(sizes), max(rows), max(pairs))
 
 
 def test_steps_are_the_first_ones_of_each_pass():
@@ -131,7 +132,7 @@ def test_on_a_gpu_more_padding_is_worth_another_micro_batch():
     of_kind = {
         kind: LargestMicroBatch(settings, stages, [300, 100], torch.device(kind))(2048) for kind in ("cpu", "cuda")
     }
-    assert of_kind == {"cpu": (300, 1), "cuda": (600, 2)}
+    assert of_kind == {"cpu": (300, 1, 300**2 + 100**2), "cuda": (600, 2, 2 * 300**2)}
 
 
 def test_the_most_examples_need_not_be_those_with_the_most_tokens():

@@ -1,0 +1,234 @@
+"""Attention to nearby tokens without a mask of all pairs of tokens.
+
+Where layers see no further than a sliding window (Mistral, Gemma) or their own chunk of the row (Llama 4), transformers
+gives them a dense mask, and attention makes a copy of it in its own dtype for every row and every layer, to be kept
+for the backward pass. A :class:`LocalMask` stands for such a mask: it holds no values, and attention that is given
+one is computed part by part of the row, with just the keys that the part sees. Code that does anything else with it
+gets the dense mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from lopt_lite.checkpoints.layer_calls import LayerCall
+
+#: What ``torch.nn.functional.scaled_dot_product_attention`` is, whatever has been put in its place.
+_ATTENTION = nn.functional.scaled_dot_product_attention
+#: Rows of a dense mask that are compared at a time.
+_COMPARED = 256
+#: Queries of a part, for a sliding window of twice as many tokens: the fewest pairs that are computed for nothing, as
+#: far as products are not too small, nor masks too large.
+_FEWEST_QUERIES, _MOST_QUERIES = 64, 1024
+#: Last dimensions of masks are filled up to a multiple of this, as some kernels would copy them else.
+_ALIGNED = 16
+
+
+class LocalMask(torch.Tensor):
+    """A mask, bool [rows, 1, tokens, tokens]: true where a token (dimension 2) sees another (dimension 3).
+
+    It sees itself and those before it, if they are less than ``size`` tokens before it (a sliding window), or else
+    (``chunked``) if no multiple of ``size`` lies between them.
+    """
+
+    size: int
+    chunked: bool
+
+    @staticmethod
+    def __new__(cls, shape: torch.Size, size: int, *, chunked: bool, device: torch.device) -> LocalMask:
+        make: Any = torch.Tensor._make_wrapper_subclass
+        mask: LocalMask = make(cls, shape, dtype=torch.bool, device=device)
+        mask.size, mask.chunked = size, chunked
+        return mask
+
+    def __repr__(self) -> str:
+        return f"LocalMask({list(self.shape)}, {self.size}, chunked={self.chunked})"
+
+    def on(self, device: torch.device | str) -> LocalMask:
+        """The same mask for another device."""
+        return LocalMask(self.shape, self.size, chunked=self.chunked, device=torch.device(device))
+
+    def says_causal(self, queries: int, keys: int) -> bool:
+        """Whether, in attention of so many, tokens see just themselves and all before them."""
+        return queries == keys == self.shape[-1] <= self.size
+
+    def dense(self) -> torch.Tensor:
+        """All its values, of one row for all."""
+        tokens = self.shape[-1]
+        values = _rows_of_mask(tokens, 0, tokens, self.size, chunked=self.chunked, device=self.device)
+        return values.expand(self.shape)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _ATTENTION:
+            return _attention(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map(lambda v: v.dense() if isinstance(v, LocalMask) else v, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def without_dense_masks(calls: list[LayerCall]) -> list[LayerCall]:
+    """The same calls, a :class:`LocalMask` in place of each dense mask that is equal to one; of one batch."""
+    found: dict[int, LocalMask | None] = {}
+
+    def change(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or isinstance(value, LocalMask):
+            return value
+        if id(value) not in found:
+            found[id(value)] = _as_local(value)
+        local = found[id(value)]
+        return value if local is None else local
+
+    changed = [
+        dataclasses.replace(
+            call,
+            args=tuple(change(value) for value in call.args),
+            kwargs={name: change(value) for name, value in call.kwargs.items()},
+        )
+        for call in calls
+    ]
+    return changed if any(local is not None for local in found.values()) else calls
+
+
+def _as_local(mask: torch.Tensor) -> LocalMask | None:
+    """What a dense mask is equal to, if all rows have the same."""
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3] or mask.is_meta:
+        return None
+    one = mask[0, 0]
+    if mask.stride(0) and not all(torch.equal(row[0], one) for row in mask[1:]):
+        return None
+    size = int(one[:, 0].sum())  # how many tokens see the first one
+    for chunked in (False, True):
+        if size and all(
+            torch.equal(
+                one[start : start + _COMPARED],
+                _rows_of_mask(
+                    len(one), start, min(start + _COMPARED, len(one)), size, chunked=chunked, device=mask.device
+                ),
+            )
+            for start in range(0, len(one), _COMPARED)
+        ):
+            return LocalMask(mask.shape, size, chunked=chunked, device=mask.device)
+    return None
+
+
+def _rows_of_mask(tokens: int, start: int, end: int, size: int, *, chunked: bool, device: torch.device) -> torch.Tensor:
+    """The mask's rows ``start`` to ``end`` (exclusive), bool [end - start, tokens]."""
+    query = torch.arange(start, end, device=device)[:, None]
+    key = torch.arange(tokens, device=device)
+    near = key >= query - query % size if chunked else key > query - size
+    return near.logical_and_(key <= query)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """As ``torch.nn.functional.scaled_dot_product_attention``, given a :class:`LocalMask`."""
+    assert isinstance(attn_mask, LocalMask)
+    rows, tokens = query.shape[0], query.shape[-2]
+    suits = (
+        query.dim() == key.dim() == value.dim() == 4
+        and key.shape[-2] == tokens
+        and attn_mask.shape == (rows, 1, tokens, tokens)
+        and dropout_p == 0
+        and not is_causal
+    )
+    if not suits:
+        return _ATTENTION(
+            query, key, value, attn_mask.dense(), dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    settings = {"scale": scale, "enable_gqa": enable_gqa}
+    output: torch.Tensor = _LocalAttention.apply(query, key, value, _Parts(attn_mask, tokens, query.dtype), settings)
+    return output
+
+
+class _LocalAttention(torch.autograd.Function):
+    """Attention part by part. Q, K, V are [rows, heads, tokens, width]; K and V may have fewer heads.
+
+    Each part has a graph of its own. Slices of whole keys in one graph would each have a gradient as large as all keys.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        parts: _Parts,
+        settings: dict[str, Any],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.parts = []
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        for queries, keys, seen in parts:
+            inputs = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+            if any(ctx.needs_input_grad):
+                inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+                with torch.enable_grad():
+                    found = _ATTENTION(*inputs, **seen, **settings)
+                ctx.parts.append((queries, keys, inputs, found))
+            else:
+                found = _ATTENTION(*inputs, **seen, **settings)
+            output[:, :, queries] = found.detach()
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        while ctx.parts:
+            queries, keys, inputs, output = ctx.parts.pop()
+            found = torch.autograd.grad(output, inputs, gradient[:, :, queries])
+            of_query[:, :, queries] = found[0]
+            of_key[:, :, keys] += found[1]
+            of_value[:, :, keys] += found[2]
+        return of_query, of_key, of_value, None, None
+
+
+class _Parts:
+    """(queries, keys that they see, arguments that say which of them each one sees), from a row's start to its end."""
+
+    def __init__(self, mask: LocalMask, tokens: int, dtype: torch.dtype) -> None:
+        self._mask, self._tokens, self._dtype = mask, tokens, dtype
+        self._queries = mask.size if mask.chunked else min(_MOST_QUERIES, max(_FEWEST_QUERIES, mask.size // 2))
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
+        size, bias = self._mask.size, torch.empty(0)
+        for start in range(0, self._tokens, self._queries):
+            end = min(start + self._queries, self._tokens)
+            first = start if self._mask.chunked else max(0, start - size + 1)
+            if first == start and end - start <= size:
+                yield slice(start, end), slice(first, end), {"is_causal": True}
+                continue
+            # Parts that are equally long, and begin equally long before their first query, see the same.
+            if bias.shape != (end - start, end - first):
+                bias = self._bias(end - start, end - first)
+            yield slice(start, end), slice(first, end), {"attn_mask": bias}
+
+    def _bias(self, queries: int, keys: int) -> torch.Tensor:
+        """What is added to the scores of the last ``queries`` of so many tokens: 0 or -inf, [queries, keys]."""
+        seen = _rows_of_mask(keys, keys - queries, keys, self._mask.size, chunked=False, device=self._mask.device)
+        filled_up = -(-keys // _ALIGNED) * _ALIGNED
+        bias = torch.zeros(queries, filled_up, dtype=self._dtype, device=self._mask.device)[:, :keys]
+        return bias.masked_fill_(~seen, float("-inf"))
