@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -97,6 +98,11 @@ def micro_batches(indices: Sequence[int], lengths: Lengths, *, max_tokens: int, 
         groups.append(order[begins[end] : end])
         end = begins[end]
     return groups[::-1]
+
+
+def shortest(lengths: Lengths, most: int) -> tuple[int, ...]:
+    """The shortest of ``lengths``, ``most`` at most, from short to long."""
+    return tuple(heapq.nsmallest(most, as_list(lengths)))
 
 
 def as_list(lengths: Lengths) -> list[int]:

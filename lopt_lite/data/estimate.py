@@ -57,6 +57,14 @@ class DataEstimate:
         """Whether examples have tokens, beside the first, that are not to be learnt."""
         return self.tokens - self.answer_tokens > self.examples
 
+    def shortest(self, most: int) -> tuple[int, ...]:
+        """Tokens of the shortest examples, ``most`` at most, from short to long; a guess from a sample."""
+        known = sorted(self.lengths)
+        count = min(most, self.examples)
+        if len(known) >= self.examples:
+            return tuple(known[:count])
+        return tuple(known[number * len(known) // self.examples] for number in range(count))
+
     def and_also(self, more: DataEstimate) -> DataEstimate:
         """Both together; how they were found out is that of the first."""
         return DataEstimate(

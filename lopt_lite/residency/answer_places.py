@@ -56,6 +56,7 @@ def place(
             forward_rows=rows,
             measured_tokens=rows,
             at_once=rows * prompt_at_once,
+            generates=True,
         )
         try:
             placed = choose_residence(shapes, whole, job, device=device, memory=left)
@@ -80,6 +81,6 @@ def place(
 
 def smallest_place(shapes: ModelShapes, *, longest: int, memory: Memory, device: torch.device) -> int:
     """The smallest budget, in bytes, with which :func:`place` finds a way for one prompt at a time."""
-    job = Job(step_tokens=0, longest=longest, forward_rows=1, measured_tokens=1)
+    job = Job(step_tokens=0, longest=longest, forward_rows=1, measured_tokens=1, generates=True)
     smallest = smallest_budget(shapes, [(0, len(shapes.layers))], job, device=device, memory=memory.with_budget(0))
     return max(shapes.cache_bytes(longest) + smallest, memory.least_bytes)

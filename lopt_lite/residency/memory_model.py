@@ -38,14 +38,6 @@ _RECONSTRUCTION_VALUES = 6
 _CACHE_BUFFERS_BYTES = 64 * MIB
 
 
-def least_row_tokens(tokens: int, examples: int) -> int:
-    """What :attr:`Job.row_tokens` is for so many ``examples`` (at least one) of so many ``tokens`` together.
-
-    Half the average: batches are of examples of about the same length, so there are some of short ones.
-    """
-    return max(1, tokens // examples // 2)
-
-
 class LargestParts(NamedTuple):
     """The largest micro-batches of a run's steps, in padded tokens and in examples, and the step with most pairs of
     tokens: of those of the rows of all its micro-batches.
@@ -68,8 +60,9 @@ class Job:
         Tokens of the longest example.
     rows, forward_rows:
         Most examples of one optimiser step, and of a batch of a pass without gradients.
-    row_tokens:
-        Tokens that examples of one batch have on average, at least, where as many pass together as may.
+    shortest:
+        Tokens of the shortest examples, from short to long, as many as may pass together; empty where they are not
+        known.
     answer_tokens:
         Most answer tokens of one optimiser step; None when any token may be one.
     measured_tokens:
@@ -93,6 +86,8 @@ class Job:
         time.
     around_bytes:
         Trained embedding, final norm and LM head with gradients and optimiser state; 0 where they are frozen.
+    generates:
+        Whether transformers' own loop continues prompts, which pads rows on the left.
     held_out:
         Whether losses are measured without training while there is an optimiser's state.
     largest_micro_batch:
@@ -104,7 +99,7 @@ class Job:
     longest: int
     rows: int = 0
     forward_rows: int = FORWARD_ROWS
-    row_tokens: int = 1
+    shortest: tuple[int, ...] = ()
     answer_tokens: int | None = None
     measured_tokens: int | None = None
     all_tokens: int | None = None
@@ -115,6 +110,7 @@ class Job:
     anchored_tokens: int = 0
     graph_layers: int | None = None
     around_bytes: int = 0
+    generates: bool = False
     held_out: bool = False
     largest_micro_batch: Callable[[int], LargestParts] | None = None
 
@@ -123,9 +119,15 @@ class Job:
         """Whether anything is trained."""
         return self.step_tokens > 0
 
-    def forward_rows_among(self, tokens: int) -> int:
-        """Most examples among ``tokens`` that go through a layer at once in a pass without gradients."""
-        return min(self.forward_rows, -(-tokens // self.row_tokens))
+    def rows_among(self, tokens: int, most: int) -> int:
+        """Most examples, of ``most`` at most, that go through a layer at once among so many padded ``tokens``.
+
+        The longest of n examples has no fewer tokens than the nth of the shortest ones.
+        """
+        if not self.shortest:
+            return min(most, tokens)
+        fitting = sum(rows * length <= tokens for rows, length in enumerate(self.shortest[:most], start=1))
+        return max(1, fitting)
 
     def answers_among(self, tokens: int) -> int:
         """Most answer tokens among ``tokens`` that go through a layer at once in a step."""
@@ -174,7 +176,7 @@ class Layout:
         """Examples that may go through a layer at once in a step."""
         if job.largest_micro_batch is not None:
             return job.largest_micro_batch(self.micro_batch_tokens).rows
-        return min(job.rows, -(-self.micro_tokens(job) // job.row_tokens))
+        return job.rows_among(self.micro_tokens(job), job.rows)
 
     def waiting_pairs(self, job: Job) -> int:
         """Pairs of tokens of all rows of a step that wait for a layer: they pass through it one after the other."""
@@ -298,17 +300,21 @@ def forward_peak(
         trained = _values(shapes, block, layout)
         if job.held_out:
             trained = _state(shapes, block, layout)[0] + job.around_bytes
-    rows = job.forward_rows_among(tokens)
+    rows = job.rows_among(tokens, job.forward_rows)
     inside = shapes.inside_bytes(*block, tokens=tokens, rows=rows, row_length=job.longest)
     inside += shapes.adapting_bytes(*block, tokens=tokens)
     losses = _loss_bytes(shapes, layout, job.measured_among(tokens), gradient=False)
     group = job.present(max(group_tokens, tokens))
+    masks = shapes.masks.kept_bytes(group * job.longest, job.longest)
+    if job.generates and (rows > 1 or shapes.masks.making_bytes(job.longest)):
+        # A dense mask of all rows, and attention's copy of it in its own dtype.
+        masks += (1 + shapes.itemsize) * tokens * job.longest
     return (
         _weights(shapes, block, layout)
         + _head(shapes, layout, job)
         + max(losses, inside, shapes.masks.making_bytes(job.longest))
         + 2 * group * row
-        + shapes.masks.kept_bytes(group * job.longest, job.longest)
+        + masks
         + trained
         + (min(_CACHE_BUFFERS_BYTES, 2 * job.cache_bytes) if on_cpu else 0)
         + _overhead(shapes, layout, block[1] - block[0], on_cpu=on_cpu)

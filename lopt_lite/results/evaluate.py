@@ -8,6 +8,7 @@ from functools import partial
 
 from lopt_lite import devices
 from lopt_lite.checkpoints.tokenizer import pad_token_id
+from lopt_lite.data.batches import shortest
 from lopt_lite.data.dataset import TokenizedDataset
 from lopt_lite.data.load import load_dataset
 from lopt_lite.events import OnEvent, ignore
@@ -15,7 +16,7 @@ from lopt_lite.float32_products import float32_products
 from lopt_lite.outcomes import EvaluateOutcome
 from lopt_lite.residency.block_major import WAITING, held_out_losses
 from lopt_lite.residency.choices import Memory, choose_residence
-from lopt_lite.residency.memory_model import Job, least_row_tokens
+from lopt_lite.residency.memory_model import Job
 from lopt_lite.results.harness import task_scores
 from lopt_lite.results.open_run import OpenRun, open_run
 from lopt_lite.settings import EvaluateSettings
@@ -129,7 +130,7 @@ def _job(dataset: TokenizedDataset, settings: EvaluateSettings) -> Job:
         step_tokens=0,
         longest=longest,
         forward_rows=settings.batch_size,
-        row_tokens=least_row_tokens(int(dataset.lengths.sum()), len(dataset)),
+        shortest=shortest(dataset.lengths, settings.batch_size),
         measured_tokens=int(dataset.target_counts.sum()),
         all_tokens=len(dataset) * longest,
     )

@@ -17,13 +17,13 @@ import torch
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.checkpoints.tokenizer import pad_token_id
-from lopt_lite.data.batches import length_sorted_batches
+from lopt_lite.data.batches import length_sorted_batches, shortest
 from lopt_lite.data.dataset import IGNORED, Batch
 from lopt_lite.errors import DataError
 from lopt_lite.events import OnEvent, Progress
 from lopt_lite.residency.block_major import WAITING, pass_variants
 from lopt_lite.residency.choices import Memory, Residence, choose_residence
-from lopt_lite.residency.memory_model import Job, least_row_tokens
+from lopt_lite.residency.memory_model import Job
 from lopt_lite.residency.pool import MicroBatch
 from lopt_lite.results.harness_head import ScoringHead
 from lopt_lite.results.open_run import OpenRun
@@ -199,7 +199,7 @@ class _Rows(Sequence[Batch]):
             step_tokens=0,
             longest=longest,
             forward_rows=max_rows,
-            row_tokens=least_row_tokens(sum(map(len, self._inputs)), len(self._inputs)),
+            shortest=shortest([len(tokens) for tokens in self._inputs], max_rows),
             measured_tokens=sum(self._rated),
             all_tokens=len(self._inputs) * longest,
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from lopt_lite.data.batches import shortest
 from lopt_lite.journal import Fact, Journal, last_fact
 from lopt_lite.residency.choices import Memory, Residence
 from lopt_lite.residency.process_size import steady_size
@@ -110,6 +112,7 @@ def decide(
         other_examples=other_examples,
         longest=int(lengths.max()),
         all_tokens=int(lengths.sum()),
+        shortest=partial(shortest, lengths),
         most_answers=most_answers,
         held_out_answers=held_out_answers,
         most_anchors=most_anchors,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lopt_lite.data.batches import epoch_batches, micro_batches
+from lopt_lite.data.batches import epoch_batches, micro_batches, shortest
 from lopt_lite.data.estimate import DataEstimate
 from lopt_lite.errors import DoesNotFitError
 from lopt_lite.outcomes import PlanDisk
@@ -92,6 +92,7 @@ class Draft:
             other_examples=0 if self.other is None else self.other.examples,
             longest=max(part.longest for part in everything),
             all_tokens=self.cached_tokens,
+            shortest=self._shortest,
             most_answers=None,
             held_out_answers=0 if self.held_out is None else None,
             most_anchors=self._most_anchors,
@@ -104,6 +105,10 @@ class Draft:
         if not self.training.is_exact:
             return None
         return LargestMicroBatch(self.settings, self.stages, self.training.lengths, self.device)
+
+    def _shortest(self, most: int) -> tuple[int, ...]:
+        """Tokens of so many of the shortest examples, from short to long."""
+        return shortest([length for part in self._everything for length in part.shortest(most)], most)
 
     @property
     def _everything(self) -> list[DataEstimate]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lopt_lite import recipe
 from lopt_lite.errors import DataError
-from lopt_lite.residency.memory_model import Job, around_state_bytes, least_row_tokens
+from lopt_lite.residency.memory_model import FORWARD_ROWS, Job, around_state_bytes
 from lopt_lite.residency.shapes import ModelShapes
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.block_plan import Block
@@ -72,6 +72,7 @@ def make_job(
     other_examples: int,
     longest: int,
     all_tokens: int,
+    shortest: Callable[[int], tuple[int, ...]],
     most_answers: int | None,
     held_out_answers: int | None,
     most_anchors: int,
@@ -85,6 +86,8 @@ def make_job(
         Of everything, held-out examples and those that are only there to anchor on included.
     other_examples:
         Those that are only there to anchor on.
+    shortest:
+        Gives the tokens of so many of the shortest, from short to long.
     most_answers:
         Answer tokens of one training example, None when any token may be one.
     held_out_answers:
@@ -111,7 +114,7 @@ def make_job(
         step_tokens=(rows + others) * longest,
         longest=longest,
         rows=rows + others,
-        row_tokens=least_row_tokens(all_tokens, all_examples),
+        shortest=shortest(max(rows + others, FORWARD_ROWS)),
         answer_tokens=None if most_answers is None else rows * most_answers,
         measured_tokens=measured_tokens,
         all_tokens=all_examples * longest,

@@ -35,6 +35,7 @@ def _residence(
         other_examples=0,
         longest=512,
         all_tokens=300_000,
+        shortest=lambda most: (150,) * most,
         most_answers=300,
         held_out_answers=0,
         most_anchors=32,
