@@ -117,7 +117,7 @@ class meta_root_on_cpu:
 
     def __enter__(self) -> None:
         # LM head and input embedding are large, and neither runs: the embedding's stand-in gives zeros.
-        unused = [self._model.get_output_embeddings(), *self._model.get_input_embeddings().children()]
+        unused = [self._model.get_output_embeddings(), self._model.get_input_embeddings().wrapped]
         for module in self._model.modules():
             if any(module is other for other in unused):
                 continue

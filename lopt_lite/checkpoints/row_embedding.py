@@ -20,12 +20,19 @@ class RowEmbedding(nn.Module):
     ----------
     device:
         Where batches are.
+
+    Attributes
+    ----------
+    wrapped:
+        The model's own module. Its parts (Inkling has a norm there) are under their own names as well.
     """
 
     def __init__(self, module: nn.Embedding, dtype: torch.dtype, device: Callable[[], torch.device]) -> None:
         super().__init__()
         module.padding_idx = None  # matters to gradients only, and would be checked against the small matrix
-        self._module = module
+        self.wrapped = module
+        for name, part in module.named_children():
+            self.add_module(name, part)
         self._dtype = dtype
         self._device = device
         self.read_rows: ReadRows | None = None
@@ -33,12 +40,12 @@ class RowEmbedding(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """No rows, but the type and the device of some: Llama 4 asks where its embedding is."""
-        return torch.empty(0, self._module.embedding_dim, dtype=self._dtype, device=self._device())
+        return torch.empty(0, self.wrapped.embedding_dim, dtype=self._dtype, device=self._device())
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self.read_rows is None:
-            width = self._module.embedding_dim
+            width = self.wrapped.embedding_dim
             return torch.zeros(1, 1, 1, dtype=self._dtype, device=input_ids.device).expand(*input_ids.shape, width)
         distinct, inverse = torch.unique(input_ids, return_inverse=True)
         rows = self.read_rows(distinct.cpu()).to(input_ids.device, self._dtype)
-        return torch.func.functional_call(self._module, {"weight": rows}, (inverse,))
+        return torch.func.functional_call(self.wrapped, {"weight": rows}, (inverse,))

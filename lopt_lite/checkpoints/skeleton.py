@@ -140,6 +140,16 @@ class Skeleton:
         """Full names of ``nn.Linear`` modules outside the layers (the LM head and, rarely, projections)."""
         return [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
 
+    @contextlib.contextmanager
+    def as_a_whole(self) -> Iterator[PreTrainedModel]:
+        """Within the context, the model with its layers on the meta device: for code that asks for their shapes."""
+        proxies = self.model.get_submodule(self.layers_path)
+        _set_module(self.model, self.layers_path, nn.ModuleList(self._templates))
+        try:
+            yield self.model
+        finally:
+            _set_module(self.model, self.layers_path, proxies)
+
     def _parameter_name(self, module: nn.Module) -> str:
         for name, candidate in self.model.named_modules():
             if candidate is module:

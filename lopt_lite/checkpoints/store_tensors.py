@@ -55,7 +55,8 @@ class StoreTensors:
         if self._source.unties and base == skeleton.head_name:
             return {name: self._untied_head()}
         recipe = self._source.recipes[base]
-        made = recipe.make(self._read, skeleton.model)
+        with skeleton.as_a_whole() as model:
+            made = recipe.make(self._read, model)
         result: dict[str, torch.Tensor] = {}
         for target, tensor in made.items():
             if tuple(tensor.shape) != skeleton.state_shapes[target]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import lopt_lite
 from lopt_lite import QuantizeSettings, TrainSettings, files
@@ -21,11 +22,13 @@ from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.matrices import told_by_layers
 from lopt_lite.checkpoints.nf4 import dequantize_matrix, quantize_matrix
 from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX
+from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.checkpoints.store_index import HEAD_SHARD, layer_shard, store_info
 from lopt_lite.errors import ModelError
 from lopt_lite.events import Notice
 from tests.bad_inputs.place import change_json
+from tests.data.tiny_tokenizers import make_tokenizer
 from tests.tiny_models import LATE_EXPERTS, make_data, make_model
 
 CPU = torch.device("cpu")
@@ -62,6 +65,39 @@ def test_experts_that_only_later_layers_have_are_told_too(architecture: str, tmp
     assert "bfloat16" in notice
     info = store_info(tmp_path / "store")
     assert info is not None and {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"} < set(info.unquantized)
+
+
+def test_matrices_that_a_checkpoint_has_as_one_are_taken_apart(tmp_path: Path) -> None:
+    if "sarvam_moe" not in CONFIG_MAPPING:
+        pytest.skip("this transformers does not know Sarvam")
+    config = AutoConfig.for_model(
+        "sarvam_moe",
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        vocab_size=300,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert any("query_key_value" in name for name in saved), "its queries, keys and values are not one matrix any more"
+    _builder(tmp_path / "model", tmp_path / "store", dtype="float32").build()
+    store, expected = Store(tmp_path / "store"), model.state_dict()
+    skeleton = Skeleton(locate_model(str(tmp_path / "store")), dtype=torch.float32)
+    for index in range(2):
+        for name, tensor in store.layer(skeleton, index).items():
+            assert torch.equal(tensor, expected[f"model.layers.{index}.{name}"]), name
 
 
 @pytest.mark.parametrize(("architecture", "count"), [("llama", 0), ("mixtral", 1), ("gpt2", 1)])

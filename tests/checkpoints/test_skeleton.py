@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 
 from lopt_lite.checkpoints.layer_calls import LayerCall
 from lopt_lite.checkpoints.locate import describe_model, locate_model
+from lopt_lite.checkpoints.row_embedding import RowEmbedding
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.errors import ModelError, StoppedError
 from lopt_lite.residency.pool import MicroBatch
@@ -118,6 +119,35 @@ def test_a_model_that_looks_into_its_layers_is_told_so(tmp_path, monkeypatch):
     monkeypatch.setattr(LlamaModel, "forward", looks)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM .* a layer is asked for its 'self_attn'"):
         _skeleton(tmp_path)
+
+
+def test_the_model_can_be_had_as_a_whole(tmp_path):
+    skeleton = _skeleton(tmp_path)
+    with skeleton.as_a_whole() as model:
+        weight = model.get_parameter("model.layers.2.self_attn.q_proj.weight")
+        assert (weight.is_meta, tuple(weight.shape)) == (True, (32, 32))
+    with pytest.raises(AttributeError):
+        skeleton.model.get_parameter("model.layers.2.self_attn.q_proj.weight")
+    assert len(skeleton.probe(3)) == 4
+
+
+def test_parts_of_an_embedding_keep_their_names():
+    class Normed(nn.Embedding):
+        def __init__(self) -> None:
+            super().__init__(10, 4)
+            self.norm = nn.LayerNorm(4)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.norm(super().forward(input_ids))
+
+    whole = Normed()
+    nn.init.normal_(whole.norm.weight)
+    ids = torch.tensor([[7, 2, 7]])
+    expected = whole(ids)
+    embedding = RowEmbedding(whole, torch.float32, lambda: torch.device("cpu"))
+    embedding.read_rows = lambda asked: whole.weight[asked]
+    assert embedding.get_submodule("norm") is whole.norm
+    assert torch.equal(embedding(ids), expected)
 
 
 @pytest.mark.parametrize(("architecture", "router"), [("llama4_text", "feed_forward.router"), ("phimoe", "mlp.router")])
