@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import JambaConfig
 
 from lopt_lite.checkpoints.locate import describe_model
 from lopt_lite.checkpoints.skeleton import Skeleton
@@ -34,7 +35,8 @@ def _kept(skeleton: Skeleton, index: int, tokens: int) -> int:
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
     fuse_norms(layer)
-    return layer_cost._saved_bytes(skeleton, index, layer, tokens, (), layer_cost._fused_attention)
+    saved = layer_cost._saved(skeleton, index, layer, tokens, (), layer_cost._fused_attention)
+    return sum(storage.nbytes() for storage in saved)
 
 
 @pytest.mark.parametrize("tokens", [5, 64, 100, 256, 300])
@@ -72,6 +74,29 @@ def test_rows_cost_nothing_where_none_are_filled_up(architecture: str, tmp_path:
     for layer in _shapes(_skeleton(tmp_path, architecture)).layers:
         assert layer.activations.saved_bytes_per_row == 0
         assert layer.activations.measured
+
+
+def test_rows_that_are_gone_through_token_by_token_keep_objects_of_each(tmp_path: Path) -> None:
+    """Small tensors' values are the least of what they take."""
+    config = JambaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        num_experts=1,
+        num_experts_per_tok=1,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        use_mamba_kernels=False,
+    )
+    config.save_pretrained(tmp_path)
+    skeleton = Skeleton(describe_model(str(tmp_path)), dtype=torch.bfloat16)
+    for index, layer in enumerate(_shapes(skeleton).layers):
+        values = (_kept(skeleton, index, 512) - _kept(skeleton, index, 256)) / 256
+        objects = layer.activations.saved_bytes_per_token - values
+        assert objects >= layer_cost._TENSOR_BYTES if index == 0 else abs(objects) < 100
 
 
 def test_hidden_states_take_the_same_on_every_device(tmp_path: Path) -> None:
