@@ -114,6 +114,8 @@ class TimeModel:
         For each layer, the parameters that each token is multiplied with (of routed experts only the chosen ones).
     host_free_bytes:
         What the system can use to cache files.
+    together:
+        Whether blocks are trained together: of the layers that stay, every block then has its share.
     """
 
     def __init__(
@@ -126,8 +128,10 @@ class TimeModel:
         dtype: torch.dtype,
         device: torch.device,
         host_free_bytes: int,
+        together: bool = False,
     ) -> None:
         self._shapes, self._active, self._residence, self._speeds = shapes, active_parameters, residence, speeds
+        self._together = together
         self._on_cpu = device.type == "cpu"
         self._flops = speeds.flops(dtype)
         self._host_free_bytes = host_free_bytes
@@ -188,9 +192,9 @@ class TimeModel:
     ) -> tuple[float, float]:
         residence = self._residence
         first, end = block
-        # Of layers that are trained together, every block has its share of those that stay.
-        together = residence.layers > end - first + 1
-        stay = residence.resident_layers * (end - first) // residence.layers if together else residence.resident_layers
+        stay = residence.resident_layers
+        if self._together:
+            stay = stay * (end - first) // residence.layers
         streamed_from = first + stay
         total = waiting = 0.0
         started = micro * _OPERATIONS * self._speeds.operation_s

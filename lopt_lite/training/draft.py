@@ -193,6 +193,7 @@ class Draft:
             dtype=compute_dtype(self.settings),
             device=self.device,
             host_free_bytes=self.memory.free_host_bytes,
+            together=self.settings.schedule == "joint",
         )
 
     def times(self, residence: Residence) -> RunTimes:

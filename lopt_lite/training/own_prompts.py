@@ -15,6 +15,23 @@ MOST_PROMPTS, LONGEST_PROMPT = 64, 256
 ANSWERED_AT_ONCE = 32
 
 
+def prompt_room(tokens: int, most_tokens: int) -> int:
+    """Tokens of the longest prompt that is answered with ``tokens``, in examples of ``most_tokens`` at most.
+
+    Raises
+    ------
+    SettingsError
+        Answers of that length leave no room for a prompt.
+    """
+    room = min(LONGEST_PROMPT, most_tokens - tokens)
+    if room < 2:
+        raise SettingsError(
+            f"--retain-answers is {tokens}, and examples have at most {most_tokens} tokens",
+            expected=f"at most {max(0, most_tokens - 2)}",
+        )
+    return room
+
+
 def answered_prompts(
     train: TokenizedDataset, *, most: int, tokens: int, most_tokens: int, seed: int
 ) -> TokenizedDataset:
@@ -36,12 +53,7 @@ def answered_prompts(
     SettingsError
         Answers of that length leave no room for a prompt.
     """
-    room = min(LONGEST_PROMPT, most_tokens - tokens)
-    if room < 2:
-        raise SettingsError(
-            f"--retain-answers is {tokens}, and examples have at most {most_tokens} tokens",
-            expected=f"at most {max(0, most_tokens - 2)}",
-        )
+    room = prompt_room(tokens, most_tokens)
     prompts = []
     for example in permutation(len(train), (seed, "own answers")).tolist():
         ids, is_target = train.example(example)

@@ -37,7 +37,7 @@ from lopt_lite.training.draft import Draft, Places, known_numbers
 from lopt_lite.training.job import answered_count, nothing_to_anchor, nothing_to_answer
 from lopt_lite.training.memory_choice import Residences, check_unquantised
 from lopt_lite.training.model_facts import ModelFacts, model_facts
-from lopt_lite.training.own_prompts import LONGEST_PROMPT
+from lopt_lite.training.own_prompts import prompt_room
 from lopt_lite.training.run_directory import RunPaths, check_store_place, check_usable, run_directory
 from lopt_lite.training.store_choice import is_store_for, store_directory
 
@@ -85,7 +85,7 @@ def plan(settings: TrainSettings, on_event: OnEvent = ignore) -> PlanOutcome:
         settings=settings,
         training=training,
         held_out=held_out,
-        other=_with_answers(other, training, settings),
+        other=_with_answers(other, training, settings, facts.most_positions),
         device=device,
         memory=_memory_when_training(device, settings.memory_bytes(), facts, training, held_out, other),
         speeds=machine_speeds(device),
@@ -189,17 +189,26 @@ def _estimate(
     return training, validation, other
 
 
-def _with_answers(other: DataEstimate | None, training: DataEstimate, settings: TrainSettings) -> DataEstimate | None:
-    """``other`` and the prompts that the untouched model answers, if it is to be held to its answers."""
+def _with_answers(
+    other: DataEstimate | None, training: DataEstimate, settings: TrainSettings, most_positions: int | None
+) -> DataEstimate | None:
+    """``other`` and the prompts that the untouched model answers, if it is to be held to its answers.
+
+    Raises
+    ------
+    SettingsError
+        Answers of that length leave no room for a prompt.
+    """
     count, tokens = answered_count(settings, training.examples), settings.retain_answers
     if not count:
         return other
-    prompt = min(LONGEST_PROMPT, round((training.tokens - training.answer_tokens) / training.examples))
+    room = prompt_room(tokens, min(settings.max_length, most_positions or settings.max_length))
+    prompt = min(room, round((training.tokens - training.answer_tokens) / training.examples))
     own = DataEstimate(
         examples=count,
         tokens=count * (prompt + tokens),
         answer_tokens=0,
-        longest=min(LONGEST_PROMPT, training.longest) + tokens,
+        longest=min(room, training.longest) + tokens,
         lengths=(prompt + tokens,) * count,
         how=training.how,
     )

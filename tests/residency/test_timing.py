@@ -16,7 +16,7 @@ from lopt_lite.residency.timing import Amounts, TimeModel
 
 CPU = torch.device("cpu")
 LAYERS, PARAMETERS, ADAPTER = 4, 200_000_000, 1_000_000
-ACTIVATIONS = ActivationCost(300_000, 0, 0, 80_000, measured=True)
+ACTIVATIONS = ActivationCost(300_000, 0, 0, 80_000, 0, measured=True)
 
 SHAPES = ModelShapes(
     hidden=4096,
@@ -76,7 +76,13 @@ AMOUNTS = Amounts(
 )
 
 
-def model(residence: Residence = RESIDENT, speeds: MachineSpeeds = SPEEDS, *, host_free_bytes: int = 0) -> TimeModel:
+def model(
+    residence: Residence = RESIDENT,
+    speeds: MachineSpeeds = SPEEDS,
+    *,
+    host_free_bytes: int = 0,
+    together: bool = False,
+) -> TimeModel:
     return TimeModel(
         SHAPES,
         [PARAMETERS] * LAYERS,
@@ -85,11 +91,24 @@ def model(residence: Residence = RESIDENT, speeds: MachineSpeeds = SPEEDS, *, ho
         dtype=torch.bfloat16,
         device=CPU,
         host_free_bytes=host_free_bytes,
+        together=together,
     )
 
 
 def step_s(residence: Residence, tokens: int = 2048, **kwargs) -> float:
     return model(residence, **kwargs).step_s((0, LAYERS), tokens, 250, train=True)[0]
+
+
+def test_blocks_that_are_trained_together_share_the_layers_that_stay():
+    """A small first block among blocks trained one after the other has all its layers there, as the largest has."""
+    half = dataclasses.replace(STREAMED, resident_layers=LAYERS // 2)
+    slow_disk = dataclasses.replace(SPEEDS, read_bytes_per_s=1e6)
+    alone, together = (model(half, slow_disk, together=together) for together in (False, True))
+    first = (0, LAYERS // 4)
+    assert alone.step_s(first, 2048, 250, train=True)[1] == 0
+    assert together.step_s(first, 2048, 250, train=True)[1] > 0
+    whole = (0, LAYERS)
+    assert alone.step_s(whole, 2048, 250, train=True) == together.step_s(whole, 2048, 250, train=True)
 
 
 def test_products_alone_take_two_operations_per_parameter_and_token_each_way():

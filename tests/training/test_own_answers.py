@@ -366,3 +366,13 @@ def test_they_are_planned(inputs):
     assert "--retain-answers 40" in with_answers.command
     assert with_answers.anchor_s > without.anchor_s
     assert with_answers.disk.caches_bytes > without.disk.caches_bytes
+
+
+def test_answers_that_leave_no_room_for_a_prompt_are_refused_by_both(tmp_path, inputs):
+    model, data = inputs
+    settings = _settings(tmp_path / "run", inputs, retain_answers=62, max_length=63)
+    plan = PlanSettings(model=str(model), data=str(data), device="cpu", retain_answers=62, max_length=63)
+    for work in (lambda: lopt_lite.train(settings), lambda: lopt_lite.plan(plan)):
+        with pytest.raises(SettingsError, match="--retain-answers is 62, and examples have at most 63 tokens"):
+            work()
+    assert not (tmp_path / "run" / "store").exists()
