@@ -56,7 +56,7 @@ _CACHE_SHARD = {"shard": _COUNT, "name": _TEXT, "sha256": _TEXT.or_nothing()}
 _RESIDENCE = {
     **dict.fromkeys(("layers", "resident_layers", "micro_batch_tokens", "forward_tokens"), _COUNT.where_written()),
     **dict.fromkeys(("group_tokens", "logit_elements", "boundary_bytes"), _COUNT.where_written()),
-    **dict.fromkeys(("boundary_host_bytes", "cache_keep_bytes"), _COUNT.where_written()),
+    **dict.fromkeys(("boundary_host_bytes", "cache_keep_bytes", "state_host_bytes"), _COUNT.where_written()),
     **dict.fromkeys(("predicted_bytes", "predicted_host_bytes"), _COUNT.where_written()),
     **dict.fromkeys(("dequantised", "recompute", "offload_state"), _FLAG.where_written()),
     "head_slice_rows": _COUNT.or_nothing(),

@@ -53,6 +53,7 @@ def residence(mode: str, *, layers: int = 2, micro_batch_tokens: int = 2048, **c
         "cache_keep_bytes": 0,
         "predicted_bytes": 0,
         "predicted_host_bytes": 0,
+        "state_host_bytes": 0,
     }
     return Residence(**{**values, **changes})
 

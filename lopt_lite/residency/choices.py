@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,8 +26,10 @@ _GPU_MARGIN_SHARE = 0.08
 _SLACK_MIB = 8
 #: Share of the free memory that a run may take when no budget is named.
 _FREE_SHARE = 0.7
-#: Share of the free host memory that activations put aside by a GPU, and a cache kept in memory, may take.
-_HOST_SHARE = 0.3
+#: Share of the free host memory that what a GPU puts aside, and caches kept in memory, may take.
+_HOST_SHARE = 0.6
+#: Caches that are read at the same time, at most: a block's inputs, its targets, and the anchor's.
+_CACHES = 3
 #: Most padded tokens of a micro-batch, but for a longer single example.
 MOST_MICRO_BATCH_TOKENS = 2048
 #: Padded tokens of a micro-batch, largest first; small ones make small products, which are slow.
@@ -78,6 +81,9 @@ class Residence:
         Predicted peak of device memory (on the CPU: of the process).
     predicted_host_bytes:
         Predicted peak of the process; on the CPU the same.
+    state_host_bytes:
+        Of trained parameters and optimiser state that are put aside, what is kept in host memory; the rest goes to a
+        scratch file. (All of it, in runs that an earlier version began.)
     """
 
     layers: int
@@ -95,6 +101,7 @@ class Residence:
     cache_keep_bytes: int
     predicted_bytes: int
     predicted_host_bytes: int
+    state_host_bytes: int = 1 << 62
 
     @property
     def mode(self) -> str:
@@ -112,6 +119,11 @@ class Residence:
         """Where activations put aside may be."""
         return SpillLimits(self.boundary_bytes, self.boundary_host_bytes)
 
+    @property
+    def state_limits(self) -> SpillLimits:
+        """Where trained parameters and their optimiser state may be while their layer is away."""
+        return SpillLimits(0, self.state_host_bytes)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the journal."""
         return {"mode": self.mode, **asdict(self)}
@@ -125,13 +137,14 @@ class Residence:
         RunDirectoryError
             Another release wrote it.
         """
-        missing = [name for name in cls.__dataclass_fields__ if name not in values]
+        fields = dataclasses.fields(cls)
+        missing = [f.name for f in fields if f.name not in values and f.default is dataclasses.MISSING]
         if missing:
             raise RunDirectoryError(
                 f"the run's journal does not say {', '.join(missing)}",
                 fix="continue with the release of lopt-lite that began the run, or start anew with --fresh",
             )
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        return cls(**{f.name: values[f.name] for f in fields if f.name in values})
 
 
 @dataclass(frozen=True)
@@ -373,7 +386,7 @@ def _fit(
             if grouped <= max(predicted, memory.used_bytes if job.trains else limit):
                 group_tokens, predicted = tokens, max(predicted, grouped)
                 break
-    host = 0 if devices.takes_host_memory(device) else int(_HOST_SHARE * memory.free_host_bytes)
+    host = _host_places(shapes, blocks, job, layout, boundaries - kept, device=device, memory=memory)
     return Residence(
         layers=layers,
         resident_layers=layout.resident_layers,
@@ -385,14 +398,43 @@ def _fit(
         logit_elements=layout.logit_elements,
         head_slice_rows=layout.head_slice_rows,
         boundary_bytes=kept,
-        boundary_host_bytes=min(host, max(0, boundaries - kept)),
+        boundary_host_bytes=host.boundaries,
         offload_state=layout.offload_state,
-        cache_keep_bytes=host,
+        cache_keep_bytes=host.cache_keep,
         predicted_bytes=predicted,
-        predicted_host_bytes=predicted if on_cpu else _host_peak(shapes, boundaries - kept, host),
+        predicted_host_bytes=predicted if on_cpu else _LIBRARIES_BYTES + 2 * shapes.largest_shard + host.taken,
+        state_host_bytes=host.state,
     )
 
 
-def _host_peak(shapes: ModelShapes, put_aside: int, host: int) -> int:
-    """Bytes of the process beside a GPU: libraries, two pinned slabs, activations put aside."""
-    return _LIBRARIES_BYTES + 2 * shapes.largest_shard + min(host, max(0, put_aside))
+@dataclass(frozen=True)
+class _HostPlaces:
+    """What may be in host memory, in bytes, and how much of it is taken."""
+
+    state: int
+    boundaries: int
+    cache_keep: int
+    taken: int
+
+
+def _host_places(
+    shapes: ModelShapes,
+    blocks: Sequence[tuple[int, int]],
+    job: Job,
+    layout: Layout,
+    put_aside: int,
+    *,
+    device: torch.device,
+    memory: Memory,
+) -> _HostPlaces:
+    """Host memory for what has no room on a GPU: first what each step reads and writes most of.
+
+    ``put_aside``: activations between layers, in bytes.
+    """
+    left = 0 if devices.takes_host_memory(device) else int(_HOST_SHARE * memory.free_host_bytes)
+    trained = max(shapes.trained_parameters(*block) for block in blocks) if layout.offload_state else 0
+    state = min(left, int(shapes.state_bytes_per_parameter * trained))
+    boundaries = min(left - state, max(0, put_aside))
+    cache_keep = (left - state - boundaries) // _CACHES
+    caches = (1 + job.matches + (job.anchored_tokens > 0)) * job.cache_bytes if job.cache_bytes <= cache_keep else 0
+    return _HostPlaces(state, boundaries, cache_keep, state + boundaries + caches)

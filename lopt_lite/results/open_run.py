@@ -21,7 +21,7 @@ from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.journal import last_fact, read_facts
 from lopt_lite.residency.choices import Residence
 from lopt_lite.residency.shapes import ModelShapes, model_shapes
-from lopt_lite.residency.spill import Spill, SpillLimits
+from lopt_lite.residency.spill import Spill
 from lopt_lite.settings import TrainSettings
 from lopt_lite.training.adapter_result import StoredAdapter, check_adapter
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, enable_adapter, load_adapter, set_training
@@ -101,7 +101,7 @@ class OpenRun:
         if not residence.offload_state:
             yield None
             return
-        with Spill(SpillLimits(0, 1 << 62), self.paths.root, self.device) as storage:
+        with Spill(residence.state_limits, self.paths.root, self.device) as storage:
             yield TrainedParameters(storage=storage, per_layer=False)
 
     def select(self, layers: list[nn.Module], tuned: bool) -> None:

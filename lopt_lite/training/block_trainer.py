@@ -24,7 +24,7 @@ from lopt_lite.residency.block_major import groups
 from lopt_lite.residency.layers import open_layers
 from lopt_lite.residency.memory_model import FORWARD_ROWS
 from lopt_lite.residency.pool import LayerPool, MicroBatch
-from lopt_lite.residency.spill import Spill, SpillLimits
+from lopt_lite.residency.spill import Spill
 from lopt_lite.seeds import derive_seed
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, set_training
 from lopt_lite.training.anchors import AnchorReader
@@ -100,8 +100,7 @@ class BlockTrainer:
             lengths=bench.dataset.lengths,
             device=bench.device,
         )
-        # On the CPU what is put aside goes to a file, elsewhere to host memory.
-        self._storage = Spill(SpillLimits(0, 1 << 62), bench.paths.root, bench.device)
+        self._storage = Spill(bench.residence.state_limits, bench.paths.root, bench.device)
         self._trained = TrainedParameters(
             storage=self._storage if bench.residence.offload_state else None,
             per_layer=bench.settings.tune == "full" and bench.settings.schedule == "sequential",

@@ -105,12 +105,12 @@ def _head_parameters(shapes: ModelShapes) -> int:
 
 
 def _scratch_bytes(shapes: ModelShapes, residence: Residence, blocks: Sequence[Block], job: Job, trained: int) -> int:
-    """What a step puts aside in files: activations, and on the CPU the state of ``trained`` parameters."""
+    """What a step puts aside in files: activations, and the state of ``trained`` parameters."""
     block = max(((block.first, block.end) for block in blocks), key=lambda r: shapes.stored_bytes(*r))
     boundaries = job.boundary_bytes(shapes, block) if residence.recompute else 0
     spilled = max(0, boundaries - residence.boundary_bytes - residence.boundary_host_bytes)
-    on_disk_state = residence.offload_state and residence.predicted_bytes == residence.predicted_host_bytes
-    return spilled + (int(shapes.state_bytes_per_parameter * trained) if on_disk_state else 0)
+    state = int(shapes.state_bytes_per_parameter * trained) if residence.offload_state else 0
+    return spilled + max(0, state - residence.state_host_bytes)
 
 
 def _model_bytes(facts: ModelFacts, trained_around: int) -> int:

@@ -14,7 +14,7 @@ from lopt_lite.events import Notice, Progress
 from lopt_lite.residency.block_major import groups
 from lopt_lite.residency.layers import open_layers
 from lopt_lite.residency.memory_model import FORWARD_ROWS
-from lopt_lite.residency.spill import Spill, SpillLimits
+from lopt_lite.residency.spill import Spill
 from lopt_lite.training.activation_cache import CacheLayout, drop_damaged, shard_name, write_cache
 from lopt_lite.training.adapters import adapter_parameters, attach_adapter, load_adapter, set_training
 from lopt_lite.training.anchors import AnchorReader, AnchorSample, needs_untouched_pass, write_anchors
@@ -164,7 +164,7 @@ def _write_outputs(bench: Workbench, block: Block, layout: CacheLayout, wanted: 
         layout.shard_bytes(n for n in of_these if n not in done) + files.BESIDE_BYTES,
         what=f"the activation cache of block {following + 1}",
     )
-    storage = Spill(SpillLimits(0, 1 << 62), bench.paths.root, bench.device)
+    storage = Spill(bench.residence.state_limits, bench.paths.root, bench.device)
     trained = TrainedParameters(storage=storage if bench.residence.offload_state else None, per_layer=False)
     full = bench.settings.tune == "full" and block.objective != "none"
     shards = bench.paths.block_layers(block.index, range(block.first, block.end)) if full else {}

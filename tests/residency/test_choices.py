@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from lopt_lite import TrainSettings
-from lopt_lite.errors import DoesNotFitError
+from lopt_lite.errors import DoesNotFitError, RunDirectoryError
+from lopt_lite.residency import choices
 from lopt_lite.residency.choices import Memory, Residence, choose_residence, smallest_budget
 from lopt_lite.residency.memory_model import Job, Layout, forward_peak
+from lopt_lite.residency.spill import SpillLimits
 from lopt_lite.training.block_plan import plan_blocks
 from lopt_lite.training.job import make_job
 from tests.rig import CPU, shapes_on_paper
@@ -72,6 +74,46 @@ def test_what_an_apple_gpu_has_no_room_for_is_not_put_in_the_hosts_memory(tmp_pa
     found = {kind: _residence(tmp_path, 32_000, tight=True, device=torch.device(kind))[0] for kind in ("cuda", "mps")}
     assert found["cuda"].cache_keep_bytes > 0
     assert (found["mps"].cache_keep_bytes, found["mps"].boundary_host_bytes) == (0, 0)
+
+
+def test_what_a_gpu_puts_aside_takes_a_share_of_the_hosts_memory(tmp_path):
+    settings = TrainSettings(model="model", data="data", tune="full")
+    shapes = shapes_on_paper(tmp_path, settings, 512, hidden_size=1024, intermediate_size=4096)
+    job, ranges = Job(step_tokens=32 * 512, longest=512, rows=32, cache_bytes=40 * MIB, early_blocks=True), [(0, 4)]
+    device = torch.device("cuda")
+
+    def residence(free: int) -> Residence:
+        memory = Memory(budget_bytes=0, used_bytes=0, free_bytes=PLENTY, free_host_bytes=free)
+        smallest = smallest_budget(shapes, ranges, job, device=device, memory=memory)
+        return choose_residence(shapes, ranges, job, device=device, memory=memory.with_budget(smallest))
+
+    plenty, libraries = residence(PLENTY), choices._LIBRARIES_BYTES + 2 * shapes.largest_shard
+    assert plenty.offload_state and plenty.boundary_host_bytes > 0
+    assert plenty.state_host_bytes == int(shapes.state_bytes_per_parameter * shapes.trained_parameters(0, 4))
+    put_aside = plenty.state_host_bytes + plenty.boundary_host_bytes
+    assert plenty.predicted_host_bytes == libraries + put_aside + job.cache_bytes
+    for free in (0, 100 * MIB, int(plenty.state_host_bytes / 0.6) + 4 * MIB, PLENTY):
+        found = residence(free)
+        taken = found.state_host_bytes + found.boundary_host_bytes
+        assert taken == min(put_aside, int(0.6 * free))
+        # Most of the state is read and written in every step.
+        assert found.boundary_host_bytes == 0 or found.state_host_bytes == plenty.state_host_bytes
+        # A block's inputs, its targets and the anchor's cache may each be kept.
+        assert taken + 3 * found.cache_keep_bytes <= 0.6 * free
+        kept = job.cache_bytes if found.cache_keep_bytes >= job.cache_bytes else 0
+        assert found.predicted_host_bytes == libraries + taken + kept
+        assert found.state_limits == SpillLimits(0, found.state_host_bytes)
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_it_began(tmp_path):
+    found, _ = _residence(tmp_path, 512, tight=True, device=torch.device("cuda"))
+    values = found.to_json()
+    assert Residence.from_json(values) == found
+    del values["state_host_bytes"]
+    assert Residence.from_json(values) == dataclasses.replace(found, state_host_bytes=1 << 62)
+    del values["boundary_bytes"]
+    with pytest.raises(RunDirectoryError, match="does not say boundary_bytes"):
+        Residence.from_json(values)
 
 
 def test_a_budget_that_is_not_to_be_had_is_no_reason_to_raise_it(tmp_path):
