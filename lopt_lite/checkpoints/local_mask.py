@@ -14,13 +14,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_map
 
+from lopt_lite.attention import ATTENTION, AttentionCall
 from lopt_lite.checkpoints.layer_calls import LayerCall
 
-#: What ``torch.nn.functional.scaled_dot_product_attention`` is, whatever has been put in its place.
-_ATTENTION = nn.functional.scaled_dot_product_attention
 #: Rows of a dense mask that are compared at a time.
 _COMPARED = 256
 #: Queries of a part, for a sliding window of twice as many tokens: the fewest pairs that are computed for nothing, as
@@ -68,8 +66,8 @@ class LocalMask(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is _ATTENTION:
-            return _attention(*args, **(kwargs or {}))
+        if func is ATTENTION:
+            return _attention(AttentionCall(*args, **(kwargs or {})))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -134,32 +132,22 @@ def _rows_of_mask(tokens: int, start: int, end: int, size: int, *, chunked: bool
     return near.logical_and_(key <= query)
 
 
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """As ``torch.nn.functional.scaled_dot_product_attention``, given a :class:`LocalMask`."""
-    assert isinstance(attn_mask, LocalMask)
-    rows, tokens = query.shape[0], query.shape[-2]
+def _attention(call: AttentionCall) -> torch.Tensor:
+    """As PyTorch's attention, given a :class:`LocalMask`."""
+    mask, tokens = call.attn_mask, call.query.shape[-2]
+    assert isinstance(mask, LocalMask)
     suits = (
-        query.dim() == key.dim() == value.dim() == 4
-        and key.shape[-2] == tokens
-        and attn_mask.shape == (rows, 1, tokens, tokens)
-        and dropout_p == 0
-        and not is_causal
+        call.of_heads
+        and call.key.shape[-2] == tokens
+        and mask.shape == (call.query.shape[0], 1, tokens, tokens)
+        and call.dropout_p == 0
+        and not call.is_causal
     )
     if not suits:
-        return _ATTENTION(
-            query, key, value, attn_mask.dense(), dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    settings = {"scale": scale, "enable_gqa": enable_gqa}
-    output: torch.Tensor = _LocalAttention.apply(query, key, value, _Parts(attn_mask, tokens, query.dtype), settings)
+        return dataclasses.replace(call, attn_mask=mask.dense()).run()
+    parts = _Parts(mask, tokens, call.query.dtype)
+    settings = {"scale": call.scale, "enable_gqa": call.enable_gqa}
+    output: torch.Tensor = _LocalAttention.apply(call.query, call.key, call.value, parts, settings)
     return output
 
 
@@ -186,10 +174,10 @@ class _LocalAttention(torch.autograd.Function):
             if any(ctx.needs_input_grad):
                 inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
                 with torch.enable_grad():
-                    found = _ATTENTION(*inputs, **seen, **settings)
+                    found = ATTENTION(*inputs, **seen, **settings)
                 ctx.parts.append((queries, keys, inputs, found))
             else:
-                found = _ATTENTION(*inputs, **seen, **settings)
+                found = ATTENTION(*inputs, **seen, **settings)
             output[:, :, queries] = found.detach()
         return output
 

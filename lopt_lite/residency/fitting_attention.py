@@ -7,62 +7,48 @@ attention for them, which keeps several numbers for each pair of tokens and head
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
+from lopt_lite.attention import AttentionCall, Before, replaced_attention
 from lopt_lite.checkpoints.local_mask import LocalMask
 
 
-@contextmanager
-def fitting_attention() -> Iterator[None]:
+def fitting_attention() -> AbstractContextManager[None]:
     """Within the context, what attention is given is brought into these shapes, and its output back."""
-    before = nn.functional.scaled_dot_product_attention
-
-    def attend(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        width = value.shape[-1]
-        if query.dim() == key.dim() == value.dim() == 4:
-            if isinstance(attn_mask, LocalMask) and attn_mask.says_causal(query.shape[2], key.shape[2]):
-                attn_mask, is_causal = None, True
-            if key.shape[1] == value.shape[1] == 1 and not enable_gqa:
-                key, value = (tensor.expand(-1, query.shape[1], -1, -1) for tensor in (key, value))
-            if width != query.shape[-1]:
-                scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-                widest = max(width, query.shape[-1])
-                query, key, value = (_filled_up(tensor, widest) for tensor in (query, key, value))
-        output = before(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        return output[..., :width] if output.shape[-1] > width else output
-
-    nn.functional.scaled_dot_product_attention = attend
-    try:
-        yield
-    finally:
-        nn.functional.scaled_dot_product_attention = before
+    return replaced_attention(_fitting)
 
 
-def is_fused(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout_p: float, enable_gqa: bool
-) -> bool:
-    """Whether devices that have a fused kernel take it, for [rows, heads, tokens, width] each."""
+def is_fused(call: AttentionCall) -> bool:
+    """Whether devices that have a fused kernel take it."""
+    query, key, value = call.query, call.key, call.value
     return (
-        query.dim() == key.dim() == value.dim() == 4
+        call.of_heads
         and query.shape[-1] == key.shape[-1] == value.shape[-1]
-        and (enable_gqa or query.shape[1] == key.shape[1] == value.shape[1])
+        and (call.enable_gqa or query.shape[1] == key.shape[1] == value.shape[1])
         and all(tensor.stride(-1) == 1 for tensor in (query, key, value))
-        and dropout_p == 0
+        and call.dropout_p == 0
     )
+
+
+def _fitting(call: AttentionCall, before: Before) -> torch.Tensor:
+    if not call.of_heads:
+        return before(call)
+    query, key, value, width = call.query, call.key, call.value, call.value.shape[-1]
+    if isinstance(call.attn_mask, LocalMask) and call.attn_mask.says_causal(query.shape[2], key.shape[2]):
+        call = dataclasses.replace(call, attn_mask=None, is_causal=True)
+    if key.shape[1] == value.shape[1] == 1 and not call.enable_gqa:
+        key, value = (tensor.expand(-1, query.shape[1], -1, -1) for tensor in (key, value))
+    scale, widest = call.scale, max(width, query.shape[-1])
+    if width != query.shape[-1]:
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        query, key, value = (_filled_up(tensor, widest) for tensor in (query, key, value))
+    output = before(dataclasses.replace(call, query=query, key=key, value=value, scale=scale))
+    return output[..., :width] if widest > width else output
 
 
 def _filled_up(tensor: torch.Tensor, width: int) -> torch.Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_iter, tree_map
 
+from lopt_lite.attention import AttentionCall, Before, replaced_attention
 from lopt_lite.checkpoints.local_mask import LocalMask
 from lopt_lite.checkpoints.trial import trial
 from lopt_lite.residency import lora_cost
@@ -229,32 +230,16 @@ class _FusedAttention(torch.autograd.Function):
         return output
 
 
-@contextmanager
-def _fused_attention() -> Iterator[None]:
+def _fused_attention() -> AbstractContextManager[None]:
     """On the meta device PyTorch takes its slow attention, which keeps other tensors than the kernels of real ones."""
-    plain = nn.functional.scaled_dot_product_attention
 
-    def attend(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        if not is_fused(query, key, value, dropout_p=dropout_p, enable_gqa=enable_gqa):
-            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        output: torch.Tensor = _FusedAttention.apply(query, key, value, attn_mask)
+    def attend(call: AttentionCall, before: Before) -> torch.Tensor:
+        if not is_fused(call):
+            return before(call)
+        output: torch.Tensor = _FusedAttention.apply(call.query, call.key, call.value, call.attn_mask)
         return output
 
-    nn.functional.scaled_dot_product_attention = attend
-    try:
-        yield
-    finally:
-        nn.functional.scaled_dot_product_attention = plain
+    return replaced_attention(attend)
 
 
 def _input_width(module: nn.Module) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lopt_lite import float32_products
+from lopt_lite.attention import AttentionCall, Before, replaced_attention
 
 #: Tokens of the longest row for which it is faster.
 LONGEST = 512
@@ -56,30 +57,17 @@ def short_attention(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or float32_products.needed(device):
         yield
         return
-    fused = nn.functional.scaled_dot_product_attention
 
-    def attend(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        plain = attn_mask is None and dropout_p == 0 and is_causal
-        if not plain or not _suits(query, key, value):
-            return fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        output: torch.Tensor = _ShortAttention.apply(query, key, value, scale)
+    def attend(call: AttentionCall, before: Before) -> torch.Tensor:
+        plain = call.attn_mask is None and call.dropout_p == 0 and call.is_causal
+        if not plain or not _suits(call.query, call.key, call.value):
+            return before(call)
+        scale = 1 / math.sqrt(call.query.shape[-1]) if call.scale is None else call.scale
+        output: torch.Tensor = _ShortAttention.apply(call.query, call.key, call.value, scale)
         return output
 
-    nn.functional.scaled_dot_product_attention = attend
-    try:
+    with replaced_attention(attend):
         yield
-    finally:
-        nn.functional.scaled_dot_product_attention = fused
 
 
 def _suits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:

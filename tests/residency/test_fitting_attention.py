@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lopt_lite.attention import AttentionCall
 from lopt_lite.checkpoints.local_mask import LocalMask
 from lopt_lite.residency.fitting_attention import fitting_attention, is_fused
 
@@ -74,7 +75,7 @@ def test_attention_that_fits_is_left_alone():
 @pytest.mark.parametrize("enable_gqa", [False, True])
 def test_which_shapes_are_fused_is_known(shape, dropout_p, enable_gqa):
     inputs = _inputs(*shape)
-    known = is_fused(*inputs, dropout_p=dropout_p, enable_gqa=enable_gqa)
+    known = is_fused(AttentionCall(*inputs, dropout_p=dropout_p, enable_gqa=enable_gqa))
     if shape[0] == 2 and not enable_gqa:
         # PyTorch refuses them.
         assert not known
