@@ -10,10 +10,12 @@ gets the dense mask.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from lopt_lite.attention import ATTENTION, AttentionCall
@@ -24,6 +26,9 @@ _COMPARED = 256
 #: Queries of a part, for a sliding window of twice as many tokens: the fewest pairs that are computed for nothing, as
 #: far as products are not too small, nor masks too large.
 _FEWEST_QUERIES, _MOST_QUERIES = 64, 1024
+_NO_VALUES = "a mask that has no values of its own cannot be changed: change what it gives"
+#: Of rows of so many tokens a mask takes next to nothing, and its use gives the bits that transformers gives.
+_SHORT_ROW = 64
 #: Last dimensions of masks are filled up to a multiple of this, as some kernels would copy them else.
 _ALIGNED = 16
 
@@ -68,6 +73,8 @@ class LocalMask(torch.Tensor):
     ) -> Any:
         if func is ATTENTION:
             return _attention(AttentionCall(*args, **(kwargs or {})))
+        if func is torch.Tensor.__setitem__ and isinstance(args[0], LocalMask):
+            raise RuntimeError(_NO_VALUES)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -75,6 +82,8 @@ class LocalMask(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func._schema.is_mutable:
+            raise RuntimeError(_NO_VALUES)
         args, kwargs = tree_map(lambda v: v.dense() if isinstance(v, LocalMask) else v, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -138,6 +147,7 @@ def _attention(call: AttentionCall) -> torch.Tensor:
     assert isinstance(mask, LocalMask)
     suits = (
         call.of_heads
+        and tokens > _SHORT_ROW
         and call.key.shape[-2] == tokens
         and mask.shape == (call.query.shape[0], 1, tokens, tokens)
         and call.dropout_p == 0
@@ -182,8 +192,11 @@ class _LocalAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
+        if not ctx.parts:
+            raise RuntimeError("attention to nearby tokens can go backward only once")
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         while ctx.parts:
             queries, keys, inputs, output = ctx.parts.pop()
@@ -195,28 +208,49 @@ class _LocalAttention(torch.autograd.Function):
 
 
 class _Parts:
-    """(queries, keys that they see, arguments that say which of them each one sees), from a row's start to its end."""
+    """(queries, keys that they see, arguments that say which of them each one sees), from a row's start to its end.
+
+    Of a window the first part is as long as the window; each query of the others sees as many keys as that.
+    """
 
     def __init__(self, mask: LocalMask, tokens: int, dtype: torch.dtype) -> None:
         self._mask, self._tokens, self._dtype = mask, tokens, dtype
-        self._queries = mask.size if mask.chunked else min(_MOST_QUERIES, max(_FEWEST_QUERIES, mask.size // 2))
 
     def __iter__(self) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
-        size, bias = self._mask.size, torch.empty(0)
-        for start in range(0, self._tokens, self._queries):
-            end = min(start + self._queries, self._tokens)
-            first = start if self._mask.chunked else max(0, start - size + 1)
-            if first == start and end - start <= size:
-                yield slice(start, end), slice(first, end), {"is_causal": True}
-                continue
-            # Parts that are equally long, and begin equally long before their first query, see the same.
-            if bias.shape != (end - start, end - first):
-                bias = self._bias(end - start, end - first)
-            yield slice(start, end), slice(first, end), {"attn_mask": bias}
+        size = self._mask.size
+        if self._mask.chunked:
+            for start in range(0, self._tokens, size):
+                part = slice(start, min(start + size, self._tokens))
+                yield part, part, {"is_causal": True}
+            return
+        first = slice(0, min(size, self._tokens))
+        yield first, first, {"is_causal": True}
+        bias = _bias(size, self._dtype, self._mask.device)
+        for start in range(size, self._tokens, len(bias)):
+            end = min(start + len(bias), self._tokens)
+            keys = slice(start - size + 1, end)
+            yield slice(start, end), keys, {"attn_mask": bias[: end - start, : keys.stop - keys.start]}
 
-    def _bias(self, queries: int, keys: int) -> torch.Tensor:
-        """What is added to the scores of the last ``queries`` of so many tokens: 0 or -inf, [queries, keys]."""
-        seen = _rows_of_mask(keys, keys - queries, keys, self._mask.size, chunked=False, device=self._mask.device)
-        filled_up = -(-keys // _ALIGNED) * _ALIGNED
-        bias = torch.zeros(queries, filled_up, dtype=self._dtype, device=self._mask.device)[:, :keys]
-        return bias.masked_fill_(~seen, float("-inf"))
+
+def bias_bytes(size: int, dtype: torch.dtype) -> int:
+    """What attention over windows of ``size`` tokens keeps, once for all layers and batches."""
+    queries = _queries(size)
+    return queries * _filled_up(queries + size - 1) * dtype.itemsize
+
+
+@functools.lru_cache(maxsize=4)
+def _bias(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What is added to a part's scores, 0 or -inf: [queries, keys], the first query seeing the first ``size`` keys."""
+    queries = _queries(size)
+    keys = queries + size - 1
+    seen = _rows_of_mask(keys, size - 1, keys, size, chunked=False, device=device)
+    bias = torch.zeros(queries, _filled_up(keys), dtype=dtype, device=device)[:, :keys]
+    return bias.masked_fill_(~seen, float("-inf"))
+
+
+def _queries(size: int) -> int:
+    return min(_MOST_QUERIES, max(_FEWEST_QUERIES, size // 2))
+
+
+def _filled_up(keys: int) -> int:
+    return -(-keys // _ALIGNED) * _ALIGNED

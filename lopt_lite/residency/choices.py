@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -83,7 +82,7 @@ class Residence:
         Predicted peak of the process; on the CPU the same.
     state_host_bytes:
         Of trained parameters and optimiser state that are put aside, what is kept in host memory; the rest goes to a
-        scratch file. (All of it, in runs that an earlier version began.)
+        scratch file.
     """
 
     layers: int
@@ -101,7 +100,7 @@ class Residence:
     cache_keep_bytes: int
     predicted_bytes: int
     predicted_host_bytes: int
-    state_host_bytes: int = 1 << 62
+    state_host_bytes: int = 0
 
     @property
     def mode(self) -> str:
@@ -137,14 +136,17 @@ class Residence:
         RunDirectoryError
             Another release wrote it.
         """
-        fields = dataclasses.fields(cls)
-        missing = [f.name for f in fields if f.name not in values and f.default is dataclasses.MISSING]
+        if "state_host_bytes" not in values:
+            # Earlier versions kept all of it in host memory; on the CPU, where both peaks are one, none.
+            on_cpu = values.get("predicted_bytes") == values.get("predicted_host_bytes")
+            values = {**values, "state_host_bytes": 0 if on_cpu else 1 << 62}
+        missing = [name for name in cls.__dataclass_fields__ if name not in values]
         if missing:
             raise RunDirectoryError(
                 f"the run's journal does not say {', '.join(missing)}",
                 fix="continue with the release of lopt-lite that began the run, or start anew with --fresh",
             )
-        return cls(**{f.name: values[f.name] for f in fields if f.name in values})
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import nn
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.residency.choices import Residence
+from lopt_lite.residency.fitting_attention import fitting_attention
 from lopt_lite.residency.head import open_head
 from lopt_lite.residency.layers import open_layers
 
@@ -59,6 +60,7 @@ def continuing_model(
         )
         stack.callback(head.close)
         head.place_for_generation()
+        stack.enter_context(fitting_attention())
         model = skeleton.with_layers(pool.modules())
         model.get_output_embeddings().register_forward_pre_hook(_contiguous)
         yield model

@@ -32,6 +32,8 @@ def is_fused(call: AttentionCall) -> bool:
         and (call.enable_gqa or query.shape[1] == key.shape[1] == value.shape[1])
         and all(tensor.stride(-1) == 1 for tensor in (query, key, value))
         and call.dropout_p == 0
+        # A mask that is made of hidden states would need a gradient.
+        and not (call.attn_mask is not None and call.attn_mask.requires_grad)
     )
 
 

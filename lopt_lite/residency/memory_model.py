@@ -179,9 +179,7 @@ class Layout:
         return job.rows_among(self.micro_tokens(job), job.rows)
 
     def waiting_pairs(self, job: Job) -> int:
-        """Pairs of tokens of all rows of a step that wait for a layer: they pass through it one after the other."""
-        if not self.recompute:
-            return self.micro_tokens(job) * job.longest
+        """Pairs of tokens of all rows of a step: its micro-batches are there until it is done."""
         if job.largest_micro_batch is not None:
             return job.largest_micro_batch(self.micro_batch_tokens).step_pairs
         return job.step_tokens * job.longest
@@ -306,7 +304,7 @@ def forward_peak(
     losses = _loss_bytes(shapes, layout, job.measured_among(tokens), gradient=False)
     group = job.present(max(group_tokens, tokens))
     masks = shapes.masks.kept_bytes(group * job.longest, job.longest)
-    if job.generates and (rows > 1 or shapes.masks.making_bytes(job.longest)):
+    if job.generates and (rows > 1 or shapes.masks.are_made(job.longest)):
         # A dense mask of all rows, and attention's copy of it in its own dtype.
         masks += (1 + shapes.itemsize) * tokens * job.longest
     return (

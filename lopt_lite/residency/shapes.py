@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from lopt_lite.checkpoints.nf4_layout import packed_specs
 from lopt_lite.residency import short_attention
 from lopt_lite.residency.head_cost import HeadShapes
 from lopt_lite.residency.layer_cost import ActivationCost, activation_cost, layer_kinds, row_state_bytes, try_layers
-from lopt_lite.residency.mask_cost import MaskCost, mask_cost
+from lopt_lite.residency.mask_cost import MaskCost, mask_cost, narrow_windows, wide_windows
 
 if TYPE_CHECKING:
     from lopt_lite.checkpoints.skeleton import Skeleton
@@ -42,6 +42,8 @@ class LayerShapes:
         What a token costs in it, adapters included.
     adapting_bytes_per_token:
         What the widest adapter makes of a token for a moment, where it is not fused with its module: 0 without any.
+    longest_without_mask, activations_with_mask:
+        What a token costs in longer rows, where these have a mask that shorter ones have not; empty where not.
     """
 
     stored_bytes: int
@@ -50,18 +52,27 @@ class LayerShapes:
     trained_parameters: int
     activations: ActivationCost
     adapting_bytes_per_token: int = 0
+    longest_without_mask: int = 0
+    activations_with_mask: tuple[ActivationCost, ...] = ()
+
+    def cost(self, row_length: float) -> ActivationCost:
+        """What a token costs in rows of so many tokens at most."""
+        if self.activations_with_mask and row_length > self.longest_without_mask:
+            return self.activations_with_mask[0]
+        return self.activations
 
     def kept_bytes_per_token(self, row_length: float) -> float:
         """Activations that autograd keeps of each token, in rows of so many tokens."""
-        return self.activations.saved_bytes_per_token + self.activations.saved_bytes_per_pair * row_length
+        cost = self.cost(row_length)
+        return cost.saved_bytes_per_token + cost.saved_bytes_per_pair * row_length
 
     def kept_bytes(self, tokens: int, *, rows: int, row_length: int) -> int:
         """Activations that autograd keeps of ``tokens`` tokens in ``rows`` rows at most, of ``row_length`` at most."""
-        return int(tokens * self.kept_bytes_per_token(row_length)) + rows * self.activations.saved_bytes_per_row
+        return int(tokens * self.kept_bytes_per_token(row_length)) + rows * self.cost(row_length).saved_bytes_per_row
 
     def inside_bytes(self, tokens: int, *, rows: int, row_length: int) -> int:
         """What exists of them for a moment, beside what is kept."""
-        cost = self.activations
+        cost = self.cost(row_length)
         of_token = cost.transient_bytes_per_token + cost.transient_bytes_per_pair * row_length
         return tokens * of_token + rows * cost.saved_bytes_per_row
 
@@ -192,10 +203,19 @@ def model_shapes(
     """
     try_layers(skeleton)
     kinds = layer_kinds(skeleton)
-    costs = {index: _activation_cost(skeleton, index, tuning) for index in sorted(set(kinds))}
+    masks = mask_cost(skeleton)
+    with wide_windows(skeleton):
+        costs = {index: _activation_cost(skeleton, index, tuning) for index in sorted(set(kinds))}
     layers = tuple(
         _layer_shapes(skeleton, index, quantize, stored_dtype, tuning, costs[kind]) for index, kind in enumerate(kinds)
     )
+    if masks.longest_without:
+        with narrow_windows(skeleton):
+            with_mask = {index: _activation_cost(skeleton, index, tuning) for index in costs}
+        layers = tuple(
+            replace(layer, longest_without_mask=masks.longest_without, activations_with_mask=(with_mask[kind],))
+            for layer, kind in zip(layers, kinds, strict=True)
+        )
     return ModelShapes(
         hidden=skeleton.hidden_size,
         vocabulary=skeleton.vocabulary_rows,
@@ -205,7 +225,7 @@ def model_shapes(
         layers=layers,
         state_bytes_per_parameter=_state_bytes(tuning, skeleton.dtype.itemsize),
         full=tuning is not None and tuning.rank is None,
-        masks=mask_cost(skeleton),
+        masks=masks,
         short_attention_heads=short_attention.heads_of(skeleton.config, skeleton.dtype),
         cache_bytes_per_token=_cache_bytes_per_token(skeleton),
         cache_bytes_per_row=row_state_bytes(skeleton),

@@ -40,6 +40,22 @@ def _inputs(tokens: int, *, rows: int = 2, groups: int = 2) -> list[torch.Tensor
     return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
+@pytest.fixture(autouse=True)
+def in_parts(monkeypatch):
+    """Short rows too."""
+    monkeypatch.setattr(local_mask, "_SHORT_ROW", 0)
+
+
+def test_short_rows_have_the_bits_of_the_dense_mask(monkeypatch):
+    monkeypatch.undo()
+    for tokens, in_parts in ((64, False), (65, True)):
+        mask, inputs = _mask(tokens, 40, chunked=False), [t.float() for t in _inputs(tokens, groups=4)]
+        outputs = [attention(*inputs, attn_mask=given) for given in (mask, _local(mask))]
+        assert ("LocalAttention" in outputs[1].grad_fn.name()) == in_parts
+        assert in_parts or torch.equal(*outputs)
+        torch.testing.assert_close(*outputs)
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize(("tokens", "size"), [(40, 7), (70, 1), (100, 64), (200, 60), (300, 130), (130, 129)])
 @pytest.mark.parametrize("groups", [1, 4])
@@ -127,4 +143,27 @@ def test_parts_are_of_few_pairs():
         assert parts[-1][0].stop == 8192
         pairs = sum((q.stop - q.start) * (k.stop - k.start) for q, k, _ in parts)
         assert pairs <= 8192 * (size + max(size / 2, local_mask._FEWEST_QUERIES))
-        assert len(parts) <= 8192 // local_mask._FEWEST_QUERIES
+        assert len(parts) <= 2 + 8192 // local_mask._FEWEST_QUERIES
+
+
+def test_all_parts_of_all_rows_share_one_bias():
+    biases = set()
+    for tokens in (150, 1000):
+        mask = LocalMask(torch.Size((1, 1, tokens, tokens)), 100, chunked=False, device=CPU)
+        for _, _, seen in local_mask._Parts(mask, tokens, torch.bfloat16):
+            if "attn_mask" in seen:
+                storage = seen["attn_mask"].untyped_storage()
+                biases.add((storage._cdata, storage.nbytes()))
+    assert [nbytes for _, nbytes in biases] == [local_mask.bias_bytes(100, torch.bfloat16)]
+
+
+def test_what_cannot_be_done_is_not_done_in_silence():
+    mask, inputs = _local(_mask(200, 60, chunked=False)), _inputs(200, groups=4)
+    output = attention(*inputs, attn_mask=mask).sum()
+    torch.autograd.grad(output, inputs, retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        torch.autograd.grad(output, inputs)
+    with pytest.raises(RuntimeError, match="no values of its own"):
+        mask &= torch.ones_like(mask)
+    with pytest.raises(RuntimeError, match="no values of its own"):
+        mask[..., 0] = False

@@ -111,6 +111,10 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(tmp_path):
     assert Residence.from_json(values) == found
     del values["state_host_bytes"]
     assert Residence.from_json(values) == dataclasses.replace(found, state_host_bytes=1 << 62)
+    on_cpu, _ = _residence(tmp_path, 512, tight=True)
+    of_cpu = on_cpu.to_json()
+    del of_cpu["state_host_bytes"]
+    assert Residence.from_json(of_cpu) == on_cpu
     del values["boundary_bytes"]
     with pytest.raises(RunDirectoryError, match="does not say boundary_bytes"):
         Residence.from_json(values)

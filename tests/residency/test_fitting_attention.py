@@ -82,3 +82,12 @@ def test_which_shapes_are_fused_is_known(shape, dropout_p, enable_gqa):
         return
     _, names = _run(inputs, is_causal=True, dropout_p=dropout_p, enable_gqa=enable_gqa)
     assert known == ("Flash" in names)
+
+
+def test_masks_that_want_a_gradient_are_not_fused():
+    inputs = _inputs(4, 16, 16)
+    mask = torch.zeros(1, 1, TOKENS, TOKENS)
+    for wants in (False, True):
+        mask.requires_grad_(wants)
+        _, names = _run(inputs, attn_mask=mask)
+        assert is_fused(AttentionCall(*inputs, attn_mask=mask)) == ("Flash" in names) != wants

@@ -13,8 +13,10 @@ from transformers import FalconConfig
 from lopt_lite.checkpoints.local_mask import LocalMask
 from lopt_lite.checkpoints.locate import describe_model
 from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.residency import layer_cost
 from lopt_lite.residency.mask_cost import MaskCost, mask_cost
 from lopt_lite.residency.memory_model import Job, Layout, forward_peak, training_parts
+from lopt_lite.residency.rms_norm import fuse_norms
 from lopt_lite.residency.shapes import ModelShapes, Tuning, model_shapes
 from tests.tiny_models import make_config
 
@@ -39,14 +41,18 @@ def _dense_bytes(skeleton: Skeleton, rows: int, tokens: int) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in masks}.values())
 
 
+def _has_mask(skeleton: Skeleton, tokens: int) -> bool:
+    return any(isinstance(value, LocalMask) for call in skeleton.probe(tokens) for value in call.kwargs.values())
+
+
 @pytest.mark.parametrize(
     ("architecture", "longest_without", "kept"),
     [
         ("llama", None, 0),
         ("qwen3", None, 0),
-        ("mistral", WINDOW, 0),
-        ("gemma3_text", WINDOW, 0),
-        ("llama4_text", 8, 0),
+        ("mistral", WINDOW - 1, 0),
+        ("gemma3_text", WINDOW - 1, 0),
+        ("llama4_text", 8 - 1, 0),
         # Their attention caps scores, and has no fused kernel.
         ("gemma2", 0, 4),
     ],
@@ -54,11 +60,14 @@ def _dense_bytes(skeleton: Skeleton, rows: int, tokens: int) -> int:
 def test_it_is_what_batches_bring(architecture, longest_without, kept, tmp_path):
     skeleton = _skeleton(tmp_path, architecture)
     cost = mask_cost(skeleton)
-    assert cost.kept_bytes_per_pair == kept
-    # A window that is narrower than the row that is tried shows at once: a mask is made for that row, if for no other.
-    assert cost.longest_without in (longest_without, longest_without and 0)
+    assert (cost.longest_without, cost.kept_bytes_per_pair) == (longest_without, kept)
     for rows, tokens in ((1, 5), (2, 40), (3, 70)):
-        assert _dense_bytes(skeleton, rows, tokens) == cost.kept_bytes(rows * tokens**2, tokens)
+        dense = _dense_bytes(skeleton, rows, tokens)
+        assert dense + cost.bias_bytes * cost.are_made(tokens) == cost.kept_bytes(rows * tokens**2, tokens)
+    if longest_without:
+        around = (longest_without, longest_without + 1)
+        assert [_has_mask(skeleton, tokens) for tokens in around] == [False, True]
+        assert [cost.are_made(tokens) for tokens in around] == [False, True]
 
 
 def test_wide_windows_are_found_without_long_rows(tmp_path, monkeypatch):
@@ -66,11 +75,18 @@ def test_wide_windows_are_found_without_long_rows(tmp_path, monkeypatch):
     probed = []
     probe = Skeleton.probe
     monkeypatch.setattr(Skeleton, "probe", lambda self, tokens: (probed.append(tokens), probe(self, tokens))[1])
-    assert mask_cost(skeleton) == MaskCost(4096, 0)
+    cost = mask_cost(skeleton)
+    assert cost == MaskCost(4095, 0, 2 * 1024 * 5120)
     assert max(probed) < 100
     assert skeleton.model.base_model.config.sliding_window == 4096
-    assert MaskCost(4096, 0).making_bytes(4096) == 0
-    assert MaskCost(4096, 0).making_bytes(4097) >= 4097**2
+    assert cost.making_bytes(4095) == cost.kept_bytes(4095**2, 4095) == 0
+    assert cost.making_bytes(4096) >= 4096**2
+    assert cost.kept_bytes(4096**2, 4096) == cost.bias_bytes
+
+
+def test_windows_that_no_layer_has_make_no_masks(tmp_path):
+    changes = {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention"] * 4}
+    assert mask_cost(_skeleton(tmp_path, "qwen2", **changes)) == MaskCost()
 
 
 def _shapes(home: Path, architecture: str, **changes: Any) -> ModelShapes:
@@ -78,6 +94,26 @@ def _shapes(home: Path, architecture: str, **changes: Any) -> ModelShapes:
     return model_shapes(
         _skeleton(home, architecture, **changes), quantize="none", stored_dtype=torch.bfloat16, tuning=tuning
     )
+
+
+@pytest.mark.parametrize("window", [100, 700, 4096])
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3_text"])
+def test_rows_longer_than_a_window_cost_what_their_layers_keep(architecture, window, tmp_path):
+    """Whether windows are shorter than the rows that are measured, or lie between them, or are longer."""
+    shapes = _shapes(tmp_path, architecture, sliding_window=window)
+    skeleton = _skeleton(tmp_path, architecture, sliding_window=32)
+    layer = skeleton.layer_template(0).to("meta").requires_grad_(False)
+    fuse_norms(layer)
+    kept = {
+        tokens: sum(s.nbytes() for s in layer_cost._saved(skeleton, 0, layer, tokens, (), layer_cost._fused_attention))
+        for tokens in (20, 600)  # without a mask, and with one
+    }
+    planned = shapes.layers[0]
+    short = planned.kept_bytes(20, rows=1, row_length=window - 1)
+    long = planned.kept_bytes(600, rows=1, row_length=window)
+    assert short == pytest.approx(kept[20], rel=0.05)
+    assert long == pytest.approx(kept[600], rel=0.05)
+    assert long / 600 > short / 20, "keys and values are repeated where there is a mask"
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma3_text", "deepseek_v3", "falcon"])
@@ -109,9 +145,9 @@ def test_masks_are_planned_for_as_long_as_they_wait(tmp_path):
         return training_parts(shapes, (0, 4), job, layout, 0, last=True, on_cpu=True)["hidden states"]
 
     without = dataclasses.replace(shapes, masks=MaskCost())
-    # One micro-batch's where each passes through all layers by itself, the step's where all wait for each layer.
-    assert hidden_states(shapes, resident) - hidden_states(without, resident) == 4 * 200**2
-    assert hidden_states(shapes, streamed) - hidden_states(without, streamed) == 4 * 4 * 200**2
+    # Micro-batches of a step are there until it is done.
+    for layout in (resident, streamed):
+        assert hidden_states(shapes, layout) - hidden_states(without, layout) == 4 * 4 * 200**2
     peaks = [forward_peak(s, (0, 4), job, resident, 600, on_cpu=True) for s in (shapes, without)]
     assert peaks[0] - peaks[1] == 4 * 600 * 200
 
