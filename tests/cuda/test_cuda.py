@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lopt_lite import devices
+from lopt_lite.checkpoints.local_mask import LocalMask
 from lopt_lite.checkpoints.store import Place, ShardView
 from lopt_lite.devices import CopyStream, PeakMemory, backend
 from lopt_lite.residency.slabs import ShardStream
@@ -116,6 +117,23 @@ def test_a_stream_of_shards_gives_the_right_bytes_on_real_streams(late: str) -> 
             totals.append(tensors["a"].sum(dtype=torch.int64))
     stream.close()
     assert [int(total) for total in totals] == [(index + 1) * SLAB_BYTES for index in order]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_to_nearby_tokens_is_attention_with_the_dense_mask(dtype: torch.dtype) -> None:
+    mask = LocalMask(torch.Size((2, 1, 333, 333)), 100, chunked=False, device=CUDA)
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(2, 4, 333, 32, generator=generator).to(CUDA, dtype).double() for _ in range(3)]
+    found = [tensor.to(dtype).requires_grad_() for tensor in exact]
+    for tensor in exact:
+        tensor.requires_grad_()
+    attention = torch.nn.functional.scaled_dot_product_attention
+    for inputs, given in ((exact, mask.dense()), (found, mask)):
+        attention(*inputs, attn_mask=given).pow(2).sum().backward()
+    for one, other in zip(found, exact, strict=True):
+        assert one.grad is not None and other.grad is not None
+        error = (one.grad.double() - other.grad).norm() / other.grad.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_the_limit_is_kept_and_can_be_lifted() -> None:
