@@ -55,17 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(bench: Bench, options: Any, name: str, layers: int, tokens: int) -> dict[str, Any]:
     torch.set_num_threads(1 if bench.quick else bench.threads)
     device = choose_device(options.device)
-    model = OpenModel.open(model_store(bench.directory, name, layers), device)
     length = min(tokens, 256)
-    try:
+    with OpenModel.open(model_store(bench.directory, name, layers), device) as model:
         batches = model.batches(tokens=tokens, length=length, micro_batch_tokens=1024)
         with (
             model.resident(layers, dequantize=False) as each,
             model.resident(layers, dequantize=True) as once,
         ):
             timings = alternate({"in each product": each, "once": once}, batches, device, options.repeats)
-    finally:
-        model.close()
     return {kind: asdict(timing) for kind, timing in timings.items()}
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -19,6 +21,7 @@ from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.float32_products import float32_products
+from lopt_lite.freed_memory import FreedMemory
 from lopt_lite.residency.pool import LayerPool, MicroBatch, ResidentLayers
 from lopt_lite.residency.streamed import StreamedLayers
 from lopt_lite.settings import TrainSettings
@@ -51,17 +54,19 @@ class OpenModel:
     device: torch.device
 
     @classmethod
-    def open(cls, directory: Path, device: torch.device) -> OpenModel:
-        """Open the NF4 store in ``directory``, to compute in bfloat16."""
+    @contextmanager
+    def open(cls, directory: Path, device: torch.device) -> Iterator[OpenModel]:
+        """Open the NF4 store in ``directory``, to compute in bfloat16.
+
+        Until the context is left, freed memory stays in the process for the next step, as in a run.
+        """
         skeleton = Skeleton(locate_model(str(directory)), dtype=DTYPES["bfloat16"])
         store = Store(directory)
         skeleton.set_embedding_reader(lambda ids: store.embedding_rows(skeleton, ids))
         skeleton.place_root_tensors(store.root(skeleton), device)
-        return cls(store, skeleton, device)
-
-    def close(self) -> None:
-        """Close the store's files."""
-        self.store.close()
+        with FreedMemory(watches=device.type == "cpu") as freed, closing(store):
+            freed.keep_below(psutil.virtual_memory().available)
+            yield cls(store, skeleton, device)
 
     def resident(self, layers: int, *, dequantize: bool) -> ResidentLayers:
         """The first ``layers`` layers with adapters, on the device."""

@@ -74,13 +74,10 @@ def _measure(bench: Bench, options: Any, tokens: int, length: int, micro_batch: 
     torch.set_num_threads(1 if bench.quick else bench.threads)
     device = choose_device(options.device)
     shape = Shape(64, layers, 128, 4, 2, 512) if bench.quick else Shape(2048, layers, 5632, 32, 4, 32000)
-    model = OpenModel.open(write_store(bench.directory / f"store-{layers}", shape), device)
-    try:
+    with OpenModel.open(write_store(bench.directory / f"store-{layers}", shape), device) as model:
         batches = model.batches(tokens=tokens, length=length, micro_batch_tokens=micro_batch)
         with model.resident(layers, dequantize=False) as resident, model.streamed(layers) as streamed:
             timings = alternate({"resident": resident, "streamed": streamed}, batches, device, options.repeats)
-    finally:
-        model.close()
     return {name: asdict(timing) for name, timing in timings.items()}
 
 

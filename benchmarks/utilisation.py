@@ -62,9 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(bench: Bench, options: Any, name: str, layers: int, length: int) -> dict[str, Any]:
     torch.set_num_threads(1 if bench.quick else bench.threads)
     device = devices.choose_device(options.device)
-    model = OpenModel.open(model_store(bench.directory, name, layers), device)
     tokens = ROWS * length
-    try:
+    with OpenModel.open(model_store(bench.directory, name, layers), device) as model:
         batches = model.batches(tokens=tokens, length=length, micro_batch_tokens=tokens)
         with model.resident(layers, dequantize=True) as pool:
             weights = sum(
@@ -81,8 +80,6 @@ def _measure(bench: Bench, options: Any, name: str, layers: int, length: int) ->
             for _ in range(options.repeats):
                 peak_flops.append(_peak_flops(device, 64 if bench.quick else _PEAK_SIZE))
                 step_s.append(_timed(partial(step, pool, batches), device))
-    finally:
-        model.close()
     operations = 4.0 * weights * tokens + 6.0 * adapters * tokens + attention
     return {"operations": operations, "step_s": step_s, "peak_flops": peak_flops}
 

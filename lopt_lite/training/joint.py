@@ -7,12 +7,13 @@ import contextlib
 from lopt_lite import files
 from lopt_lite.training.anchors import AnchorReader, AnchorSample, write_anchors
 from lopt_lite.training.block_inputs import EmbeddedInputs
+from lopt_lite.training.block_results import is_trained
 from lopt_lite.training.block_trainer import BlockTrainer
 from lopt_lite.training.workbench import Workbench
 
 
 def train_jointly(bench: Workbench, sample: AnchorSample | None) -> None:
-    """Train all blocks together, unless that is done.
+    """Train all blocks together, unless that is done and nothing of it is damaged.
 
     Parameters
     ----------
@@ -25,7 +26,7 @@ def train_jointly(bench: Workbench, sample: AnchorSample | None) -> None:
         See :class:`BlockTrainer`.
     """
     (stage,) = bench.stages
-    if not bench.journal.last("block", block=bench.blocks[-1].index):
+    if not is_trained(bench, stage):
         with contextlib.ExitStack() as stack:
             inputs = EmbeddedInputs(bench.skeleton, bench.device, trains=bench.settings.trains_around)
             anchors = None

@@ -13,6 +13,7 @@ from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.store_index import store_info
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.checkpoints.tokenizer import save_tokenizer
+from lopt_lite.training.block_results import noted_sha256
 from lopt_lite.training.workbench import Workbench
 
 
@@ -59,7 +60,7 @@ def _build(bench: Workbench) -> None:
             dtype=bench.settings.dtype,
             device=bench.device,
             transform=lambda name, tensor: trained.read(name) if name in trained else tensor,
-            transform_fingerprint=_digest([fact.get("sha256") for fact in bench.journal.all("block")]),
+            transform_fingerprint=_digest([noted_sha256(bench, block) for block in bench.blocks]),
             untie=bench.settings.trains_around,
             tokenizer=bench.tokenizer,
             check=bench.stop.check,

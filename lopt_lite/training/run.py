@@ -283,7 +283,7 @@ def _work(bench: Workbench, given: Given) -> None:
         bench.on_event(Notice(text=remark))
     _measure_untouched_model(bench)
     bench.release_memory()
-    if given.data.sample is not None and given.data.sample.answered and not _all_trained(bench):
+    if given.data.sample is not None and given.data.sample.answered:
         write_answers(bench, given.data.sample.answered, given.data.sample.answer_tokens)
     if bench.settings.schedule == "joint":
         train_jointly(bench, given.data.sample)
@@ -303,10 +303,6 @@ def _work(bench: Workbench, given: Given) -> None:
         tokenizer=bench.tokenizer,
     )
     bench.journal.add("adapter", **digests)
-
-
-def _all_trained(bench: Workbench) -> bool:
-    return bench.journal.last("block", block=bench.blocks[-1].index) is not None
 
 
 def _measure_untouched_model(bench: Workbench) -> None:

@@ -20,7 +20,7 @@ from lopt_lite.training.adapters import adapter_parameters, attach_adapter, load
 from lopt_lite.training.anchors import AnchorReader, AnchorSample, needs_untouched_pass, write_anchors
 from lopt_lite.training.block_inputs import BlockInputs, CachedInputs, EmbeddedInputs
 from lopt_lite.training.block_plan import Block, Stage
-from lopt_lite.training.block_results import check_block
+from lopt_lite.training.block_results import check_block, is_trained
 from lopt_lite.training.block_trainer import BlockTrainer
 from lopt_lite.training.cache_format import StoredError
 from lopt_lite.training.checkpoint import load_tensors
@@ -33,6 +33,7 @@ def train_sequentially(bench: Workbench, sample: AnchorSample | None) -> None:
     """Train every block that is not trained yet, first to last.
 
     For block b: train it on its inputs; pass the data through it once to write the next block's inputs; delete its own.
+    One whose files were damaged meanwhile is trained again; as that gives what it gave before, those after it stand.
 
     Parameters
     ----------
@@ -45,21 +46,22 @@ def train_sequentially(bench: Workbench, sample: AnchorSample | None) -> None:
         See :class:`BlockTrainer` and :func:`write_cache`.
     """
     layout = _layout(bench)
-    all_trained = bench.journal.last("block", block=bench.blocks[-1].index) is not None
-    if sample is not None and needs_untouched_pass(bench.blocks) and not all_trained:
+    trained = {stage.index: is_trained(bench, stage) for stage in bench.stages}
+    last = bench.stages[-1].index
+    if sample is not None and needs_untouched_pass(bench.blocks) and not trained[last]:
         write_anchors(bench, sample, bench.blocks, EmbeddedInputs(bench.skeleton, bench.device))
         bench.release_memory()
     for stage in bench.stages:
         (block,) = stage.blocks
-        is_last = block.index == len(bench.blocks) - 1
-        if is_last or not bench.journal.last("cache", block=block.index + 1):
-            trained = bench.journal.last("block", block=block.index) is not None
-            if block.index and not (is_last and trained):
+        is_last = block.index == last
+        passed_on = is_last or bench.journal.last("cache", block=block.index + 1) is not None
+        if not trained[block.index] or not passed_on:
+            if block.index:
                 _check_inputs(bench, block, layout)
-            if not trained:
+            if not trained[block.index]:
                 _train(bench, stage, layout, sample if is_last else None)
                 bench.release_memory()
-            if not is_last:
+            if not passed_on:
                 _write_next_inputs(bench, block, layout)
                 bench.release_memory()
         # Also for a block that was done before: a crash may have come between the fact and the tidying.
@@ -108,14 +110,20 @@ def _inputs(bench: Workbench, block: Block, layout: CacheLayout, shards: Collect
 
 def _check_inputs(bench: Workbench, block: Block, layout: CacheLayout) -> None:
     """Check the cached inputs of a block before they are used, and write again what is damaged."""
-    damaged = drop_damaged(
-        bench.paths.cache(block.index),
-        layout,
-        bench.journal.all("cache-shard", block=block.index),
-        what=f"the inputs of block {block.index + 1}",
-        check=bench.stop.check,
-        on_event=bench.on_event,
-    )
+    directory, what = bench.paths.cache(block.index), f"the inputs of block {block.index + 1}"
+    damaged: Collection[int]
+    if directory.is_dir():
+        damaged = drop_damaged(
+            directory,
+            layout,
+            bench.journal.all("cache-shard", block=block.index),
+            what=what,
+            check=bench.stop.check,
+            on_event=bench.on_event,
+        )
+    else:  # deleted, as the block had been trained
+        bench.on_event(Notice(text=f"{what} are computed again"))
+        damaged = range(len(layout.shards))
     if damaged:
         _rewrite_inputs(bench, block, layout, damaged)
         bench.release_memory()

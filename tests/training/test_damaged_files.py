@@ -202,49 +202,83 @@ def test_after_a_damaged_checkpoint_the_block_starts_again(inputs, tmp_path, ref
     assert _results(tmp_path / "run") == reference
 
 
-def test_a_damaged_block_adapter_is_not_used_for_the_next_inputs(inputs, tmp_path):
+def _adapter_of(run: Path, block: int) -> Path:
+    return run / "blocks" / f"block-{block:02d}" / "adapter.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("of_blocks", "damage"), [([0], flip_a_byte), ([1], Path.unlink), ([0, 1], lambda path: os.truncate(path, 100))]
+)
+def test_a_block_whose_adapter_was_damaged_is_trained_again(inputs, tmp_path, reference, of_blocks, damage):
+    settings = _settings(inputs, tmp_path / "run")
+    _train_until(settings, block=2, step=2)
+    for block in of_blocks:
+        damage(_adapter_of(tmp_path / "run", block))
+    told: list[Event] = []
+    lopt_lite.train(settings, on_event=told.append)
+    texts = [event.text for event in told if isinstance(event, Notice)]
+    for block in of_blocks:
+        assert f"block {block + 1} is trained again" in _said_of(texts, _adapter_of(tmp_path / "run", block))[0]
+    assert [e.block for e in told if isinstance(e, BlockStarted)] == [*of_blocks, 2]
+    # What block 3 has learned is not lost.
+    assert [e.step for e in told if isinstance(e, BlockStarted)][-1] == 2
+    assert _results(tmp_path / "run") == reference
+    assert not list((tmp_path / "run" / "cache").glob("block-*"))
+
+
+def test_a_damaged_adapter_is_found_before_it_makes_the_next_inputs(inputs, tmp_path, reference):
     settings = _settings(inputs, tmp_path / "run")
     _train_until(settings, block=1, step=0)
-    path = tmp_path / "run" / "blocks" / "block-00" / "adapter.safetensors"
-    flip_a_byte(path)
+    flip_a_byte(_adapter_of(tmp_path / "run", 0))
     for shard in (tmp_path / "run" / "cache" / "block-01").iterdir():
         shard.unlink()
-    with pytest.raises(DamagedFileError) as caught:
-        _train(settings)
-    assert str(path) in caught.value.found
-    assert "--fresh" in caught.value.fix
+    assert _said_of(_train(settings), _adapter_of(tmp_path / "run", 0))
+    assert _results(tmp_path / "run") == reference
 
 
-def test_a_damaged_block_adapter_does_not_get_into_the_result(inputs, tmp_path):
-    settings = _settings(inputs, tmp_path / "run")
-    _train_until(settings, block=2, step=1)
-    path = tmp_path / "run" / "blocks" / "block-00" / "adapter.safetensors"
-    flip_a_byte(path)
-    with pytest.raises(DamagedFileError) as caught:
-        _train(settings)
-    assert str(path) in caught.value.found
-    assert not (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+@pytest.mark.parametrize("block", range(_BLOCKS))
+def test_a_block_that_was_damaged_after_all_were_trained_is_trained_again(
+    inputs, tmp_path, monkeypatch, reference, block
+):
+    _check_after_all_were_trained(_settings(inputs, tmp_path / "run"), block, monkeypatch)
+    assert _results(tmp_path / "run") == reference
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "joint"])
-def test_damaged_layers_of_full_tuning_do_not_get_into_the_result(inputs, tmp_path, monkeypatch, schedule):
-    settings = _settings(inputs, tmp_path / "run", tune="full", schedule=schedule, blocks=2)
-    written: list[Path] = []
+@pytest.mark.parametrize(("block", "changes"), [
+    (0, {"schedule": "joint"}),
+    (0, {"tune": "full"}),
+    (1, {"tune": "full", "schedule": "joint"}),
+    (1, {"retain": 1.0, "retain_tokens": 4}),
+    (0, {"retain": 1.0, "retain_tokens": 4, "retain_answers": 4}),
+    (1, {"retain": 1.0, "retain_tokens": 4, "retain_answers": 4}),
+    (1, {"cache": "int8"}),
+    (0, {"objective": "match"}),
+])  # fmt: skip
+def test_so_it_is_with_all_kinds_of_training(inputs, tmp_path, monkeypatch, changes, block):
+    _train(_settings(inputs, tmp_path / "whole", blocks=2, **changes))
+    _check_after_all_were_trained(_settings(inputs, tmp_path / "run", blocks=2, **changes), block, monkeypatch)
+    assert _results(tmp_path / "run") == _results(tmp_path / "whole")
+
+
+def _check_after_all_were_trained(settings: TrainSettings, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until a block's file is found damaged when the result is to be written, and train again."""
+    run, damaged = Path(str(settings.output)), []
     real = training_run.check_block
 
-    def damage_first(bench: Any, block: Any) -> None:
-        if not written:
-            written.append(sorted((tmp_path / "run" / "blocks" / "block-01").glob("layer-*"))[0])
-            flip_a_byte(written[0])
-        real(bench, block)
+    def damage_first(bench: Any, of_block: Any) -> None:
+        if not damaged:
+            damaged.append(next(p for p in sorted((run / "blocks" / f"block-{block:02d}").iterdir()) if p.is_file()))
+            flip_a_byte(damaged[0])
+        real(bench, of_block)
 
-    monkeypatch.setattr(training_run, "check_block", damage_first)
-    with pytest.raises(DamagedFileError, match=r"layer-00002\.safetensors to layer-00003\.safetensors"):
-        _train(settings)
-    monkeypatch.setattr(training_run, "check_block", real)
-    flip_a_byte(written[0])
-    _train(settings)
-    assert _results(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "check_block", damage_first)
+        with pytest.raises(DamagedFileError) as caught:
+            _train(settings)
+    assert damaged[0].name in caught.value.found
+    assert "run the training again" in caught.value.fix
+    assert not _results(run)
+    assert "trained again" in "".join(_train(settings))
 
 
 def test_a_damaged_shard_of_the_anchor_is_computed_again(inputs, tmp_path):
