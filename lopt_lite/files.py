@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ from typing import Any, BinaryIO
 from lopt_lite.errors import DoesNotFitError, LoptError, RunDirectoryError, SettingsError
 
 TEMPORARY_SUFFIX = ".tmp"
+_DIRECTORY_PREFIX = ".lopt-lite-"
 
 #: Room for the small files (journal, metrics, index, configs) that are written beside large ones.
 BESIDE_BYTES = 16 << 20
@@ -62,6 +64,25 @@ def explain_os_error(error: OSError, path: Path, doing: str) -> LoptError:
         fix="check that the directory exists, is writable and its disk is healthy, or choose another one "
         "(with --output, where there is that option)",
     )
+
+
+def unreadable(error: OSError, path: Path, what: str, kind: type[LoptError], fix: str | None = None) -> LoptError:
+    """An error of the given ``kind`` for a file, ``what`` it is, that the operating system does not let us read.
+
+    Parameters
+    ----------
+    fix:
+        What helps where it is not rights that are missing; None for what helps with any file.
+    """
+    if error.errno in (errno.EACCES, errno.EPERM):
+        fix = "give yourself the right to read it (chmod, chown), or work as the user who has it"
+    elif fix is not None:
+        pass
+    elif error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
+        fix = "see where it went: a link to it may lead nowhere"
+    else:
+        fix = "check the disk that it is on, and that it is a file"
+    return kind(f"cannot read {what} {path}: {error.strerror or error}", expected="a file that can be read", fix=fix)
 
 
 def existing_parent(path: Path) -> Path:
@@ -156,7 +177,7 @@ def read_json(path: Path, *, what: str, error: type[LoptError], fix: str | None 
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as cause:
-        raise error(f"cannot read {what} {path}: {cause.strerror or cause}", fix=fix) from cause
+        raise unreadable(cause, path, what, error, fix) from cause
     except UnicodeDecodeError as cause:
         raise error(f"{what} {path} is not UTF-8 text (byte {cause.start})", fix=fix) from cause
     try:
@@ -206,6 +227,30 @@ def truncate(path: Path, size_bytes: int) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise explain_os_error(error, path, "repair") from error
+
+
+@contextlib.contextmanager
+def temporary_directory(within: Path) -> Iterator[Path]:
+    """A directory in ``within`` for what a library writes, until the context is left.
+
+    It is there and not where the system keeps temporary files, which may be a disk of its own, and a full one.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=within, prefix=_DIRECTORY_PREFIX, suffix=TEMPORARY_SUFFIX) as name:
+            yield Path(name)
+    except OSError as error:
+        raise explain_os_error(error, within, "write to") from error
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Give a finished file its place on the same disk, atomically and durably."""
+    try:
+        with open(source, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(source, target)
+        fsync_directory(target.parent)
+    except OSError as error:
+        raise explain_os_error(error, target, "write") from error
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -314,11 +359,19 @@ def remove_tree(path: Path) -> None:
 
 
 def remove_stray_temporaries(directory: Path) -> int:
-    """Delete what an interrupted :func:`atomic_writer` left anywhere below ``directory``; returns how many."""
+    """Delete what was left anywhere below ``directory`` where writing was cut off; returns how many.
+
+    That is temporary files of :func:`atomic_writer`, and directories of :func:`temporary_directory`.
+    """
     count = 0
-    for stray in directory.rglob(f".*{TEMPORARY_SUFFIX}"):
-        if stray.is_file() and not stray.is_symlink():
+    for stray in list(directory.rglob(f".*{TEMPORARY_SUFFIX}")):
+        if stray.is_symlink():
+            continue
+        if stray.is_file():
             remove_file(stray)
+            count += 1
+        elif stray.is_dir() and stray.name.startswith(_DIRECTORY_PREFIX):
+            remove_tree(stray)
             count += 1
     return count
 

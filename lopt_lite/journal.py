@@ -1,7 +1,8 @@
 """The journal: an append-only file of durable facts, the only source of "what is done".
 
 One line of JSON is one fact. A line is appended and fsynced *after* the file it speaks of is durable, so a fact in the
-journal can be relied on. A crash can cut the last line short; such a tail is dropped when the journal is opened.
+journal can be relied on. A crash can cut the last line short; such a tail is dropped when the journal is opened, and so
+is a whole last line that was damaged: without it the run is where it was before, and does again what it spoke of.
 
 The last value of a line is a checksum of what is before it: a number that a disk has changed would otherwise change the
 result. (Lines of earlier versions have none.)
@@ -27,26 +28,32 @@ _SUM = "crc32"
 
 
 def read_facts(path: Path) -> tuple[list[Fact], int]:
-    """Facts of a journal and the byte length of its whole lines, without changing the file.
+    """Facts of a journal and the byte length of its sound lines, without changing the file.
 
     Raises
     ------
     RunDirectoryError
-        A line other than a cut-short last one is not a JSON object with a ``fact``, or does not say what facts of its
-        name say.
+        A line other than the last one is not what was written: no JSON object with a ``fact``, or one that does not say
+        what facts of its name say. So is a last one that is whole, and says something else.
     """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return [], 0
     except OSError as error:
-        raise RunDirectoryError(f"cannot read the journal {path}: {error.strerror or error}") from error
+        raise files.unreadable(error, path, "the journal", RunDirectoryError) from error
     facts: list[Fact] = []
     length = 0
-    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+    lines = content.split(b"\n")[:-1]
+    for number, line in enumerate(lines, start=1):
         try:
-            _check_sum(line)
-            fact = json.loads(line)
+            try:
+                _check_sum(line)
+                fact = json.loads(line)
+            except (ValueError, RecursionError):
+                if number > 1 and number == len(lines):
+                    break
+                raise
             if not isinstance(fact, dict) or not isinstance(fact.get("fact"), str):
                 raise ValueError("not an object with a 'fact'")
             wrong = damage(fact)
@@ -89,13 +96,22 @@ class Journal:
     ----------
     path:
         The file; made when it is not there.
+
+    Attributes
+    ----------
+    facts:
+        What it says, oldest first.
+    lost_last:
+        Whether its last line, though whole, was damaged, and is dropped.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._failed: LoptError | None = None
         self.facts, self._whole_bytes = read_facts(path)
+        self.lost_last = False
         if path.exists() and path.stat().st_size > self._whole_bytes:
+            self.lost_last = b"\n" in path.read_bytes()[self._whole_bytes :]
             files.truncate(path, self._whole_bytes)
         self._file = files.open_lines(path)
         try:

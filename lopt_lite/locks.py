@@ -99,7 +99,11 @@ def locked(
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout=_PATIENCE_S, poll_interval=_POLL_S)
     except OSError as error:
-        raise RunDirectoryError(f"cannot lock {directory}: {error.strerror or error}") from error
+        raise RunDirectoryError(
+            f"cannot lock {directory}: {error.strerror or error}",
+            expected=f"a directory in which the file {LOCK_NAME} can be made and opened",
+            fix=f"delete {directory / LOCK_NAME} if it is no plain file, or name another directory",
+        ) from error
     try:
         _record_pid(directory)
         yield

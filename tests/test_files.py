@@ -142,6 +142,21 @@ def test_json_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.EACCES, "right to read"), (errno.ENOENT, "where it went"), (errno.EIO, "check the disk")],
+)
+def test_what_cannot_be_read_is_told_with_what_helps(tmp_path, number, said):
+    error = files.unreadable(OSError(number, os.strerror(number)), tmp_path / "x", "the recipe", DataError)
+    assert isinstance(error, DataError)
+    assert f"the recipe {tmp_path / 'x'}: {os.strerror(number)}" in error.found
+    assert error.expected
+    assert said in error.fix
+    # Rights that are missing are no reason to begin anew.
+    error = files.unreadable(OSError(number, ""), tmp_path / "x", "the recipe", DataError, "bake it again")
+    assert ("bake it again" in error.fix) == (number != errno.EACCES)
+
+
+@pytest.mark.parametrize(
     ("content", "said"),
     [
         (b"{", "not valid JSON"),

@@ -154,3 +154,10 @@ def test_a_second_start_of_a_run_is_turned_away_before_anything_large_is_importe
     assert second.returncode == 5, second.stderr
     assert f"process id {os.getpid()}" in second.stderr
     assert took_s < 3, "well under a second, where the machine is not busy"
+
+
+def test_what_cannot_be_locked_is_told_with_what_helps(tmp_path):
+    (tmp_path / LOCK_NAME).mkdir()
+    with pytest.raises(RunDirectoryError, match="cannot lock") as caught, locked(tmp_path, what="the run directory"):
+        pytest.fail("locked")
+    assert str(tmp_path / LOCK_NAME) in caught.value.fix

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lopt_lite import files
 from lopt_lite.checkpoints.integrity import DamagedFileError, sha256_of
-from lopt_lite.checkpoints.locate import ModelFiles
+from lopt_lite.checkpoints.locate import CONFIG_NAME, ModelFiles
 from lopt_lite.checkpoints.matrices import matrices_besides, told_by_layers
 from lopt_lite.checkpoints.names import plan_names, unused_names
 from lopt_lite.checkpoints.shard_writer import write_shard
@@ -130,11 +130,18 @@ class StoreBuilder:
         if self._directory.exists() and not self._directory.is_dir():
             raise RunDirectoryError(f"{self._directory} is not a directory", fix="name a new or empty directory")
         # The index is written last. A complete store is not locked, as it may be of someone else, and read-only.
-        if self._already_complete():
+        complete = self._already_complete()
+        if complete and self._has_config():
             return False
         files.make_directory(self._directory)
         with locked(self._directory, what="the store", wait=True, check=self._check, on_event=self._on_event):
             if self._already_complete():
+                if not self._has_config():
+                    path = self._directory / CONFIG_NAME
+                    self._on_event(
+                        Notice(text=f"{path} is missing or damaged: what goes with the store is written again")
+                    )
+                    self._write_side_files()
                 return False
             self._refuse_strangers()
             files.remove_stray_temporaries(self._directory)
@@ -206,6 +213,14 @@ class StoreBuilder:
         )
         # An index that lists other shards than this model has is damaged too, and is written again.
         return set(info.shards) == self._shard_names()
+
+    def _has_config(self) -> bool:
+        """Whether a complete store has its configuration. It has no checksum: people may put it right by hand."""
+        try:
+            found = files.read_json(self._directory / CONFIG_NAME, what="the configuration", error=ModelError)
+        except ModelError:
+            return False
+        return isinstance(found, dict) and bool(found)
 
     def _shard_names(self) -> set[str]:
         return {plan.name for plan in self._plans}
@@ -313,7 +328,7 @@ class StoreBuilder:
                 "bnb_4bit_quant_storage": "uint8",
                 "llm_int8_skip_modules": self._skeleton.root_linear_names() + self._skeleton.unquantizable_names(),
             }
-        files.write_json(self._directory / "config.json", config)
+        files.write_json(self._directory / CONFIG_NAME, config)
         if self._files.generation_config_path is not None:
             files.copy_file(self._files.generation_config_path, self._directory / "generation_config.json")
         try:

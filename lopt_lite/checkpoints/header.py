@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from lopt_lite.errors import ModelError
+from lopt_lite.files import unreadable
 
 #: Types by their name in a header.
 DTYPES: dict[str, torch.dtype] = {
@@ -106,7 +107,7 @@ def read_header(path: Path) -> Header:
             file.seek(LENGTH_BYTES)
             raw = _read_up_to(file, text_bytes)
     except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+        raise unreadable(error, path, "the weights", ModelError) from error
     if len(raw) != text_bytes:
         raise ModelError(f"{path} became shorter while it was read")
     entries = _parse(path, raw)

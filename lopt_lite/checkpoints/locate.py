@@ -17,6 +17,7 @@ from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.checkpoints.weight_files import INDEX_SUFFIX, WEIGHTS_NAME, WEIGHTS_SUFFIX, find_weights, open_weights
 from lopt_lite.errors import ModelError
 from lopt_lite.events import OnEvent, ignore
+from lopt_lite.files import unreadable
 
 CONFIG_NAME = "config.json"
 
@@ -53,9 +54,11 @@ class ModelFiles(ModelDescription):
     """A model as it lies on disk, checked.
 
     ``origin`` is the hub id, or the absolute directory of the weights: what an adapter names as its base model.
+    ``snapshot`` is the directory of the hub's cache that the files are in, for a model that was named by its hub id.
     """
 
     origin: str
+    snapshot: Path | None = None
     weights: TensorFiles
     generation_config_path: Path | None
 
@@ -71,7 +74,9 @@ class ModelFiles(ModelDescription):
         return hashlib.sha256(f"{self.weights.fingerprint()} {canonical}".encode()).hexdigest()
 
 
-def locate_model(model: str, *, config_dirs: Sequence[str] = (), on_event: OnEvent = ignore) -> ModelFiles:
+def locate_model(
+    model: str, *, config_dirs: Sequence[str] = (), snapshot: Path | None = None, on_event: OnEvent = ignore
+) -> ModelFiles:
     """Find and check a model's weights, configuration and tokenizer directory.
 
     Parameters
@@ -80,6 +85,8 @@ def locate_model(model: str, *, config_dirs: Sequence[str] = (), on_event: OnEve
         A ``.safetensors`` file, an index, a directory, or a hub id when no such path exists.
     config_dirs:
         Directories looked through for config.json and tokenizer before the weights' own.
+    snapshot:
+        Where the files of a hub id are; None to ask the hub for its newest revision.
 
     Raises
     ------
@@ -92,14 +99,14 @@ def locate_model(model: str, *, config_dirs: Sequence[str] = (), on_event: OnEve
         if path is not None and (path.exists() or path.is_symlink()):
             given, hub_id = path, None
         else:
-            given, hub_id = _fetch(model, on_event), model
+            given, hub_id = snapshot or _fetch(model, on_event), model
         weights_path = find_weights(given)
         directories = [*extra, weights_path.parent]
         config_path = _first_with(directories, (CONFIG_NAME,))
         generation = _first_with(directories, (GENERATION_CONFIG_NAME,))
         vocabulary = _first_with(directories, TOKENIZER_NAMES)
     except OSError as error:
-        raise ModelError(f"cannot read {error.filename or model}: {error.strerror or error}") from error
+        raise unreadable(error, Path(error.filename or model), "the model's", ModelError) from error
     if config_path is None:
         raise ModelError(
             f"there is no {CONFIG_NAME} beside {weights_path}",
@@ -113,6 +120,7 @@ def locate_model(model: str, *, config_dirs: Sequence[str] = (), on_event: OnEve
     check_layers_against_weights(config_path, config, len(weights))
     return ModelFiles(
         origin=hub_id or str(weights_path.parent),
+        snapshot=given if hub_id else None,
         name=hub_id.split("/")[-1] if hub_id else _short_name(given, weights_path),
         config=config,
         weights=weights,
@@ -147,7 +155,7 @@ def describe_model(model: str, *, config_dirs: Sequence[str] = (), on_event: OnE
         config_path = _first_with(directories, (CONFIG_NAME,))
         vocabulary = _first_with(directories, TOKENIZER_NAMES)
     except OSError as error:
-        raise ModelError(f"cannot read {error.filename or model}: {error.strerror or error}") from error
+        raise unreadable(error, Path(error.filename or model), "the model's", ModelError) from error
     if config_path is None:
         raise ModelError(f"there is no {CONFIG_NAME} in {path}", fix="name the directory that has it with --config DIR")
     return ModelDescription(
@@ -183,6 +191,7 @@ def _fetch(model: str, on_event: OnEvent, *, weights: bool = True) -> Path:
         raise ModelError(
             f"there is no file or directory {model!r}",
             expected="a .safetensors file, an index, a directory, or a hub id such as organisation/name",
+            fix="check the path",
         )
     return hub.fetch(model, on_event, weights=weights)
 

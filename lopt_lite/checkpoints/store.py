@@ -32,7 +32,10 @@ def _remedy(info: StoreInfo, directory: Path) -> str:
     """What can be done about a damaged shard that nothing in the process can make again."""
     # Weights that were transformed, as by training, are in no other place.
     if "+" in info.model_fingerprint:
-        return "restore the file from a backup, or make these weights again (lopt-lite train with --fresh)"
+        return (
+            "give the command that made these weights again ('lopt-lite train' mends the model in its run directory, "
+            "an export needs a new one), or restore the file from a backup"
+        )
     command = ["lopt-lite", "quantize", info.source, str(directory), "--quantize", info.quantize]
     command += ["--dtype", info.dtype] if info.quantize == "none" else []
     return f"get the file again, or give the command '{shlex.join(command)}', which rebuilds it from the model"
@@ -87,8 +90,8 @@ class Store:
         if read is None:
             raise RunDirectoryError(
                 f"{directory} holds no complete store",
-                fix="if it has moved, give the run's 'lopt-lite train' command again with --store and where it is now; "
-                "else make it again with 'lopt-lite quantize'",
+                fix="if it has moved, give the run's 'lopt-lite train' command again with where it is now (--store, or "
+                "MODEL where the store was that); else make it again with 'lopt-lite quantize'",
             )
         info, weight_map = read
         self.directory = directory

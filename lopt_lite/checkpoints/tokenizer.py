@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
+import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ from transformers.utils import logging as transformers_logging
 from lopt_lite.checkpoints.locate import TOKENIZER_NAMES, ModelDescription
 from lopt_lite.errors import ModelError
 from lopt_lite.events import Notice, OnEvent, ignore
-from lopt_lite.files import copy_file, explain_os_error, make_directory
+from lopt_lite.files import explain_os_error, make_directory, move_file, temporary_directory
 
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 _FIX = "put the model's tokenizer files beside it, or name their directory with --config DIR"
 
 
@@ -107,17 +109,21 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
         The directory cannot be written.
     """
     make_directory(directory)
-    try:
-        with tempfile.TemporaryDirectory(prefix="lopt-lite-") as name:
-            temporary = Path(name)
+    with temporary_directory(directory) as temporary:
+        try:
             with _quiet_transformers():
                 tokenizer.save_pretrained(temporary)
-            for source in sorted(path for path in temporary.rglob("*") if path.is_file()):
-                target = directory / source.relative_to(temporary)
-                make_directory(target.parent)
-                copy_file(source, target)
-    except OSError as error:
-        raise explain_os_error(error, directory, "write the tokenizer to") from error
+        except Exception as error:
+            # The tokenizers library says in the text of a plain Exception what the system answered.
+            answer = _SYSTEM_ERROR.search(str(error)) if type(error) is Exception else None
+            if answer is None:
+                raise
+            number = int(answer[1])
+            raise explain_os_error(OSError(number, os.strerror(number)), directory, "write to") from error
+        for source in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            target = directory / source.relative_to(temporary)
+            make_directory(target.parent)
+            move_file(source, target)
 
 
 @contextlib.contextmanager

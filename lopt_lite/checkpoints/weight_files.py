@@ -14,6 +14,7 @@ from lopt_lite.checkpoints.nf4_layout import STATE_SUFFIX
 from lopt_lite.checkpoints.tensors import TensorFiles
 from lopt_lite.errors import ModelError
 from lopt_lite.events import Notice, OnEvent
+from lopt_lite.files import unreadable
 
 WEIGHTS_NAME = "model.safetensors"
 WEIGHTS_SUFFIX = ".safetensors"
@@ -143,7 +144,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         content = parse_json_strictly(index.read_bytes())
     except OSError as error:
-        raise ModelError(f"cannot read the index {index}: {error.strerror or error}") from error
+        raise unreadable(error, index, "the index", ModelError) from error
     except ValueError as error:
         raise ModelError(f"the index {index} is not valid JSON: {error}", fix="get the file again") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None

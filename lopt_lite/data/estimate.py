@@ -12,6 +12,7 @@ import numpy as np
 from lopt_lite.data.dataset import held_out_count, split_examples
 from lopt_lite.data.json_lines import MAX_LINE_BYTES, Line, check_is_data_file, parse_line
 from lopt_lite.errors import DataError
+from lopt_lite.files import unreadable
 
 #: Lines that are all tokenised: so many, or those of a file of so many bytes and lines.
 _FEW_LINES, _COUNTED_BYTES, _COUNTED_LINES = 200, 1 << 20, 1000
@@ -138,7 +139,7 @@ def estimate_data(path: str | Path, tokenizer: Any | None, *, max_length: int) -
         chosen = _sample(sizes)
         dataset = load_lines(path, _read(path, [lines[i] for i in chosen]), tokenizer, max_length=max_length)
     except OSError as error:
-        raise DataError(f"cannot read the data file {path}: {error.strerror or error}") from error
+        raise unreadable(error, path, "the data file", DataError) from error
     found = dataset.lengths.numpy()
     answer_share = float(dataset.target_counts.sum()) / float(found.sum())
     if len(chosen) == len(lines) and scale == 1:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lopt_lite.errors import DataError
+from lopt_lite.files import unreadable
 
 #: A longer line is refused without being read into memory.
 MAX_LINE_BYTES = 64 * 2**20
@@ -79,7 +80,7 @@ def read_json_lines(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iter
                     record, problem_or_none = parse_line(raw)
                     yield Line(number, file.tell(), record, problem_or_none)
     except OSError as error:
-        raise DataError(f"cannot read the data file {path}: {error.strerror or error}") from error
+        raise unreadable(error, path, "the data file", DataError) from error
 
 
 def check_is_data_file(path: Path) -> None:
@@ -104,7 +105,7 @@ def _check_is_no_foreign_file(path: Path) -> None:
         with open(path, "rb") as file:
             beginning = file.read(max(len(magic) for magic, _, _ in _FOREIGN_FILES))
     except OSError as error:
-        raise DataError(f"cannot read the data file {path}: {error.strerror or error}") from error
+        raise unreadable(error, path, "the data file", DataError) from error
     for magic, kind, fix in _FOREIGN_FILES:
         if beginning.startswith(magic):
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -12,14 +13,15 @@ from lopt_lite import devices, files
 from lopt_lite.checkpoints.build_store import BUILD_FILES, JOURNAL_NAME, StoreBuilder
 from lopt_lite.checkpoints.locate import ModelFiles, locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
+from lopt_lite.checkpoints.store import Store
 from lopt_lite.checkpoints.store_index import store_info
 from lopt_lite.errors import ModelError, RunDirectoryError, SettingsError
 from lopt_lite.events import OnEvent, ignore
 from lopt_lite.outcomes import ExportOutcome
 from lopt_lite.results.given_paths import GivenPaths
-from lopt_lite.results.open_run import OpenRun, open_run
+from lopt_lite.results.open_run import OpenRun, finished_run, open_run
 from lopt_lite.settings import ExportSettings
-from lopt_lite.training.run_directory import read_settings
+from lopt_lite.training.run_directory import kept_snapshot, read_settings
 
 _NAME_ORIGINAL = "name the original with --model, or merge with --onto quantized"
 
@@ -36,26 +38,19 @@ def export(settings: ExportSettings, on_event: OnEvent = ignore) -> ExportOutcom
     ModelError
         The original model is gone or has changed, or a file to be copied or merged is damaged.
     """
-    device = devices.choose_device(settings.device)
-    out = Path(settings.out)
-    run = open_run(settings.run, device)
-    try:
-        if run.settings.tune == "full":
-            _check_nothing_to_merge(settings)
-            run.tuned_store.check()
-            files.copy_tree(run.paths.model, out, what="the copy of the model")
-        elif settings.format == "adapter":
-            files.copy_tree(run.paths.adapter, out, what="the copy of the adapter")
-        else:
-            _write_merged(run, out, settings, on_event)
-    finally:
-        run.close()
-    return ExportOutcome(
-        out=str(out),
-        format=settings.format,
-        onto=settings.onto if settings.format == "merged" and run.settings.tune == "lora" else None,
-        bytes=files.directory_bytes(out),
-    )
+    out, onto = Path(settings.out), None
+    run = finished_run(settings.run)
+    if run.settings.tune == "full":
+        _check_nothing_to_merge(settings)
+        with contextlib.closing(Store(run.paths.model)) as model:
+            model.check()
+        files.copy_tree(run.paths.model, out, what="the copy of the model")
+    elif settings.format == "adapter":
+        files.copy_tree(run.paths.adapter, out, what="the copy of the adapter")
+    else:
+        with contextlib.closing(open_run(settings.run, devices.choose_device(settings.device))) as opened:
+            onto = _write_merged(opened, out, settings, on_event)
+    return ExportOutcome(out=str(out), format=settings.format, onto=onto, bytes=files.directory_bytes(out))
 
 
 def _check_nothing_to_merge(settings: ExportSettings) -> None:
@@ -75,8 +70,14 @@ def _adapter_fingerprint(run: OpenRun) -> str:
     return hashlib.sha256((run.paths.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def _write_merged(run: OpenRun, out: Path, settings: ExportSettings, on_event: OnEvent) -> None:
-    """Stream the base weights through ``base + adapter`` into a new checkpoint, or go on with one that was begun."""
+def _write_merged(run: OpenRun, out: Path, settings: ExportSettings, on_event: OnEvent) -> str:
+    """Stream the base weights through ``base + adapter`` into a new checkpoint, or go on with one that was begun.
+
+    Returns
+    -------
+    str
+        Onto which weights: a run whose MODEL was in 4 bits has no others, unless they are named.
+    """
     _check_adapter(run)
     finished = store_info(out) if out.is_dir() else None
     if finished is not None and not (out / JOURNAL_NAME).exists():
@@ -99,6 +100,7 @@ def _write_merged(run: OpenRun, out: Path, settings: ExportSettings, on_event: O
     # The journal goes last: with it, a checkpoint is known as one that this export was cut off at the end of.
     for name in reversed(BUILD_FILES):
         files.remove_file(out / name)
+    return "quantized" if "quantization_config" in source.config else settings.onto
 
 
 def _holds_another(out: Path) -> RunDirectoryError:
@@ -113,14 +115,16 @@ def _source(run: OpenRun, settings: ExportSettings, on_event: OnEvent) -> ModelF
     content = read_settings(run.paths)
     given = GivenPaths(content)
     where = settings.model or given.model()
+    snapshot = None if settings.model else kept_snapshot(content)
     try:
         directories = [given.directory(directory) for directory in run.settings.config]
-        source = locate_model(where, config_dirs=directories, on_event=on_event)
+        source = locate_model(where, config_dirs=directories, snapshot=snapshot, on_event=on_event)
     except ModelError as error:
         raise ModelError(
             f"the model this run was trained from cannot be used: {error.found}", fix=_NAME_ORIGINAL
         ) from error
-    if source.fingerprint() != content["model"]["fingerprint"]:
+    # A run from a store may have that which the store was made from.
+    if source.fingerprint() not in (content["model"]["fingerprint"], run.store.info.model_fingerprint):
         raise ModelError(f"the model at {where} is not the one this run was trained from", fix=_NAME_ORIGINAL)
     return source
 

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from lopt_lite.checkpoints.build_store import DTYPES
+from lopt_lite.checkpoints.integrity import DamagedFileError
 from lopt_lite.checkpoints.locate import locate_model
 from lopt_lite.checkpoints.skeleton import Skeleton
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.checkpoints.store_index import standing_store
 from lopt_lite.checkpoints.tokenizer import holds_tokenizer, load_tokenizer, load_tokenizer_from
-from lopt_lite.errors import RunDirectoryError, SettingsError
+from lopt_lite.errors import ModelError, RunDirectoryError, SettingsError
 from lopt_lite.journal import last_fact, read_facts
 from lopt_lite.residency.choices import Residence
 from lopt_lite.residency.shapes import ModelShapes, model_shapes
@@ -29,6 +30,8 @@ from lopt_lite.training.block_plan import Block, plan_blocks
 from lopt_lite.training.run_directory import RESULT_FACTS, RunPaths, current_store, read_settings
 from lopt_lite.training.targets import tuning
 from lopt_lite.training.trained import TrainedParameters
+
+_WRITE_AGAIN = "give the command of the training again: it writes anew what is missing or damaged"
 
 
 def stored_settings(content: dict[str, Any]) -> TrainSettings:
@@ -115,13 +118,28 @@ class OpenRun:
         self.tuned_store.close()
 
 
-def open_run(run: str, device: torch.device) -> OpenRun:
-    """Open a finished run.
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that is done and whose result is there.
+
+    Attributes
+    ----------
+    content:
+        What its settings.json says.
+    """
+
+    paths: RunPaths
+    content: dict[str, Any]
+    settings: TrainSettings
+
+
+def finished_run(run: str) -> FinishedRun:
+    """Look at a run's directory, and at nothing outside it.
 
     Raises
     ------
     RunDirectoryError
-        It is no run, is not finished, or its store or its result is gone.
+        It is no run, is not finished, or its result is gone.
     DamagedFileError
         The adapter is not what the run wrote.
     """
@@ -134,12 +152,27 @@ def open_run(run: str, device: torch.device) -> OpenRun:
             fix=f"see 'lopt-lite status {run}', and continue it with lopt-lite train",
         )
     settings = stored_settings(content)
-    full = settings.tune == "full"
-    if full and standing_store(paths.model) is None:
-        raise RunDirectoryError(f"the model of the run in {run} is gone or damaged", fix="train again with --fresh")
-    if not full:
+    if settings.tune == "full" and standing_store(paths.model) is None:
+        raise RunDirectoryError(f"the model of the run in {run} is gone or damaged", fix=_WRITE_AGAIN)
+    if settings.tune == "lora":
         check_adapter(paths.adapter, last_fact(facts, "adapter") or {})
-    store = Store(current_store(paths, content))
+    return FinishedRun(paths, content, settings)
+
+
+def open_run(run: str, device: torch.device) -> OpenRun:
+    """Open a finished run.
+
+    Raises
+    ------
+    RunDirectoryError
+        As :func:`finished_run`, or its store is gone.
+    ModelError
+        Something in it is damaged.
+    """
+    found = finished_run(run)
+    paths, settings = found.paths, found.settings
+    full = settings.tune == "full"
+    store = Store(current_store(paths, found.content))
     skeleton = _skeleton_of(store, settings, device)
     tuned_store = Store(paths.model) if full else store
     return OpenRun(
@@ -159,14 +192,27 @@ def open_run(run: str, device: torch.device) -> OpenRun:
 def _tokenizer(paths: RunPaths, store: Store, settings: TrainSettings) -> Any:
     """The tokenizer that the run trained with, which lies beside its result; a shared store may have another one."""
     beside = paths.model if settings.tune == "full" else paths.adapter
-    if holds_tokenizer(beside):
-        return load_tokenizer_from(beside)
-    return load_tokenizer(locate_model(str(store.directory)))
+    with _of_the_run():
+        if holds_tokenizer(beside):
+            return load_tokenizer_from(beside)
+        return load_tokenizer(locate_model(str(store.directory)))
+
+
+@contextlib.contextmanager
+def _of_the_run() -> Iterator[None]:
+    """What a broken file of the user's model would need is not what one of a run needs."""
+    try:
+        yield
+    except DamagedFileError:
+        raise
+    except ModelError as error:
+        raise ModelError(error.found, expected=error.expected, fix=_WRITE_AGAIN) from error
 
 
 def _skeleton_of(store: Store, settings: TrainSettings, device: torch.device) -> Skeleton:
     """The skeleton of a store, reading its embeddings from it."""
-    skeleton = Skeleton(locate_model(str(store.directory)), dtype=DTYPES[settings.dtype])
+    with _of_the_run():
+        skeleton = Skeleton(locate_model(str(store.directory)), dtype=DTYPES[settings.dtype])
     skeleton.set_embedding_reader(lambda ids: store.embedding_rows(skeleton, ids))
     skeleton.place_root_tensors(store.root(skeleton), device)
     return skeleton

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -120,9 +119,9 @@ def _write_config(path: Path, skeleton: Skeleton, settings: TrainSettings, train
     config.fan_in_fan_out = any(
         not isinstance(template.get_submodule(n), nn.Linear) for n in target_names(skeleton, 0, settings)
     )
-    with tempfile.TemporaryDirectory() as scratch:
+    with files.temporary_directory(path.parent) as scratch:
         config.save_pretrained(scratch)
-        content = files.read_json(Path(scratch) / CONFIG_NAME, what="PEFT's config", error=RunDirectoryError)
+        content = files.read_json(scratch / CONFIG_NAME, what="PEFT's config", error=RunDirectoryError)
     content["target_modules"] = sorted(content["target_modules"])
     files.write_json(path, content)
 

@@ -16,7 +16,7 @@ from lopt_lite.checkpoints.tokenizer import check_vocabulary, load_tokenizer
 from lopt_lite.data.dataset import TokenizedDataset
 from lopt_lite.data.load import load_dataset
 from lopt_lite.data.seeding import permutation
-from lopt_lite.errors import SettingsError
+from lopt_lite.errors import RunDirectoryError, SettingsError
 from lopt_lite.events import OnEvent
 from lopt_lite.seeds import derive_seed
 from lopt_lite.settings import TrainSettings
@@ -26,7 +26,7 @@ from lopt_lite.training.job import answered_count, nothing_to_answer, other_rows
 from lopt_lite.training.memory_choice import check_unquantised
 from lopt_lite.training.model_facts import ModelFacts, facts_of
 from lopt_lite.training.own_prompts import answered_prompts
-from lopt_lite.training.run_directory import RunIdentity
+from lopt_lite.training.run_directory import RunIdentity, RunPaths, kept_snapshot, read_settings, run_directory
 from lopt_lite.training.stopping import Stopper
 from lopt_lite.training.targets import target_names
 
@@ -92,6 +92,7 @@ class Given:
             retain_fingerprint=None if data.other is None else data.other.fingerprint(),
             store=str(store.absolute()),
             device=device.type,
+            model_snapshot=None if files.snapshot is None else str(files.snapshot),
         )
 
 
@@ -115,7 +116,8 @@ def read_given(settings: TrainSettings, stop: Stopper, on_event: OnEvent) -> Giv
 
 
 def _read_model(settings: TrainSettings, on_event: OnEvent) -> GivenModel:
-    model = locate_model(settings.model, config_dirs=settings.config, on_event=on_event)
+    snapshot = _snapshot_of_run(settings)
+    model = locate_model(settings.model, config_dirs=settings.config, snapshot=snapshot, on_event=on_event)
     skeleton = Skeleton(model, dtype=DTYPES[settings.dtype])
     last_layers = settings.last_block_layers(skeleton.layer_count)
     blocks = plan_blocks(skeleton.layer_count, settings.objectives(), last_layers)
@@ -131,6 +133,18 @@ def _read_model(settings: TrainSettings, on_event: OnEvent) -> GivenModel:
     tokenizer = load_tokenizer(model)
     check_vocabulary(tokenizer, skeleton.vocabulary_rows, on_event=on_event)
     return GivenModel(model, skeleton, facts, blocks, tokenizer)
+
+
+def _snapshot_of_run(settings: TrainSettings) -> Path | None:
+    """What the run that these settings may continue read its model of the hub from."""
+    paths = RunPaths(run_directory(settings, settings.model.rpartition("/")[2]))
+    if settings.fresh or not paths.settings.is_file():
+        return None
+    try:
+        content = read_settings(paths)
+    except RunDirectoryError:
+        return None  # which is told where the run directory is looked at
+    return kept_snapshot(content) if content["model"]["given"] == settings.model else None
 
 
 def _read_data(settings: TrainSettings, model: GivenModel, stop: Stopper, on_event: OnEvent) -> GivenData:

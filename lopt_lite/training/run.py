@@ -11,10 +11,9 @@ import torch
 
 from lopt_lite import devices, files
 from lopt_lite.checkpoints.build_store import StoreBuilder
-from lopt_lite.checkpoints.integrity import DamagedFileError
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.checkpoints.tokenizer import pad_token_id
-from lopt_lite.errors import LoptError, ModelError, RunDirectoryError, StoppedError
+from lopt_lite.errors import LoptError, StoppedError
 from lopt_lite.events import Notice, OnEvent, RunStarted, Validation, ignore
 from lopt_lite.float32_products import float32_products
 from lopt_lite.journal import Fact, Journal, last_fact, read_facts
@@ -23,7 +22,7 @@ from lopt_lite.outcomes import TrainOutcome
 from lopt_lite.residency.block_major import WAITING, held_out_losses
 from lopt_lite.residency.memory_model import FORWARD_ROWS
 from lopt_lite.settings import TrainSettings
-from lopt_lite.training.adapter_result import check_adapter, write_adapter
+from lopt_lite.training.adapter_result import write_adapter
 from lopt_lite.training.block_results import check_block
 from lopt_lite.training.decision import Decision, decide
 from lopt_lite.training.disk_plan import require_disk
@@ -41,12 +40,15 @@ from lopt_lite.training.run_directory import (
     RunPaths,
     check_not_deleted,
     check_store_place,
+    check_usable,
     claim,
+    has_results,
     note_store,
     run_directory,
     start_fresh,
 )
 from lopt_lite.training.sequential import train_sequentially
+from lopt_lite.training.standing_result import result_stands
 from lopt_lite.training.stopping import Stopper
 from lopt_lite.training.store_choice import is_model, store_directory
 from lopt_lite.training.targets import without_adapter
@@ -72,10 +74,15 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
         settings = settings.settle(has_prompts=given.data.sample is not None, model=given.model.skeleton.kind)
         paths = RunPaths(run_directory(settings, given.model.files.name))
         store_at, builder = _store_builder(settings, given, paths, device, stop, on_event)
+        check_usable(paths)
         files.make_directory(paths.root)
         with locked(paths.root, what="the run directory"):
             # What cannot work is refused before anything of an earlier run is deleted, and before this one is known.
             known = [] if settings.fresh or not paths.settings.is_file() else read_facts(paths.journal)[0]
+            if not known and not settings.fresh and has_results(paths):
+                on_event(
+                    Notice(text=f"{paths.journal} is gone or empty: nothing here counts as done, all is trained anew")
+                )
             decided = _decide(known, given, settings, device, peak)
             memory.keep_below(decided.chosen.predicted_bytes)
             draft = None
@@ -92,7 +99,7 @@ def run(settings: TrainSettings, on_event: OnEvent = ignore) -> TrainOutcome:
             if draft is not None:
                 _show_plan(draft, decided, on_event)
             with _open_bench(settings, given, paths, decided, builder, store_at, device, peak, stop, on_event) as bench:
-                already_done = _result_stands(bench)
+                already_done = result_stands(bench)
                 _announce(bench, given)
                 if not already_done:
                     with _peak_noted(bench):
@@ -142,6 +149,8 @@ def _open_bench(
     with contextlib.ExitStack() as stack:
         journal = Journal(paths.journal)
         stack.callback(journal.close)
+        if journal.lost_last:
+            on_event(Notice(text=f"the last line of {paths.journal} was damaged; what it spoke of is done again"))
         metrics = Metrics(paths.metrics)
         stack.callback(metrics.close)
         skeleton = given.model.skeleton
@@ -329,30 +338,6 @@ def _measure_untouched_model(bench: Workbench) -> None:
     answer_tokens = int(held_out.target_counts.sum())
     bench.journal.add("validation", epoch=0, loss=loss, answer_tokens=answer_tokens)
     bench.on_event(Validation(epoch=0, epochs=bench.step_counts.epochs, loss=loss, answer_tokens=answer_tokens))
-
-
-def _result_stands(bench: Workbench) -> bool:
-    name = "model" if bench.settings.tune == "full" else "adapter"
-    fact = bench.journal.last(name)
-    if fact is None:
-        return False
-    if name == "model":
-        try:
-            store = Store(bench.paths.model, on_event=bench.on_event)
-            store.check()
-            store.close()
-        except (DamagedFileError, ModelError, RunDirectoryError) as error:
-            raise RunDirectoryError(
-                f"the run in {bench.paths.root} is done, but its model is gone or damaged: {error.found}",
-                fix="restore RUN/model from a backup, or train again with --fresh",
-            ) from error
-        return True
-    try:
-        check_adapter(bench.paths.adapter, fact)
-    except DamagedFileError as error:
-        bench.on_event(Notice(text=f"{error.found}; it is written again from the run's blocks"))
-        return False
-    return True
 
 
 def _outcome(bench: Workbench, *, already_done: bool, seconds: float, predicted_bytes: int) -> TrainOutcome:

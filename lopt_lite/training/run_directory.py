@@ -158,6 +158,7 @@ class RunIdentity:
     store: str
     device: str
     retain_fingerprint: str | None = None
+    model_snapshot: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of settings.json."""
@@ -167,6 +168,7 @@ class RunIdentity:
                 "given": self.settings.model,
                 "origin": self.model_origin,
                 "fingerprint": self.model_fingerprint,
+                **({} if self.model_snapshot is None else {"snapshot": self.model_snapshot}),
                 **dataclasses.asdict(self.model_kind),
             },
             "data": {"given": self.settings.data, "fingerprint": self.data_fingerprint},
@@ -177,6 +179,18 @@ class RunIdentity:
             "device": self.device,
             "versions": versions(),
         }
+
+
+def kept_snapshot(content: dict[str, Any]) -> Path | None:
+    """Where a model of the hub was read from when the run began, if it still is there: the hub may have another by now.
+
+    Parameters
+    ----------
+    content:
+        That of settings.json. Earlier versions noted none.
+    """
+    noted = content["model"].get("snapshot")
+    return Path(noted) if isinstance(noted, str) and Path(noted).is_dir() else None
 
 
 def read_settings(paths: RunPaths) -> dict[str, Any]:
@@ -332,6 +346,11 @@ def claim(paths: RunPaths, identity: RunIdentity) -> list[str]:
     if changed:
         remarks.append(f"versions changed since the run was started ({', '.join(changed)}): bytes may differ")
     return remarks
+
+
+def has_results(paths: RunPaths) -> bool:
+    """Whether a run has left anything that it trained."""
+    return any(path.is_dir() for path in (paths.root / "blocks", paths.adapter, paths.model))
 
 
 def check_usable(paths: RunPaths) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
+import shutil
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -18,10 +21,14 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import save_file
 
+import lopt_lite
+from lopt_lite import ExportSettings, TrainSettings
 from lopt_lite.checkpoints import hub
 from lopt_lite.checkpoints.locate import locate_model
-from lopt_lite.errors import ModelError
-from lopt_lite.events import ignore
+from lopt_lite.errors import ModelError, RunDirectoryError, StoppedError
+from lopt_lite.events import Event, Step, ignore
+from lopt_lite.training.run_directory import RunPaths, read_settings
+from tests.tiny_models import make_data, make_model
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +133,37 @@ def test_code_and_pickles_are_not_fetched(name: str, fetched: bool) -> None:
 )
 def test_what_looks_like_a_hub_id(text: str, expected: bool) -> None:
     assert hub.looks_like_hub_id(text) == expected
+
+
+def test_a_run_goes_on_with_the_revision_that_it_began_with(cache: Path, tmp_path: Path) -> None:
+    """The hub may have another one by the morning."""
+    repository = cache / "models--org--tiny"
+    old, new = (make_model(repository / "snapshots" / (letter * 40)) for letter in "ab")
+    config = json.loads((new / "config.json").read_text())
+    (new / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    data = str(make_data(tmp_path / "data.jsonl", 8))
+
+    def settings(**changes: Any) -> TrainSettings:
+        return TrainSettings(model="org/tiny", data=data, output="run", dtype="float32", batch_size=4, **changes)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Step):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(StoppedError):
+        lopt_lite.train(settings(), on_event=stop)
+    (repository / "refs" / "main").write_text("b" * 40)
+    lopt_lite.train(settings())
+    adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "org/tiny"
+    lopt_lite.export(ExportSettings(run="run", out="merged", format="merged"))
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["rms_norm_eps"] == config["rms_norm_eps"]
+    # Without the old revision it is another model.
+    shutil.rmtree(old)
+    with pytest.raises(RunDirectoryError, match="with other content than it has now"):
+        lopt_lite.train(settings())
+    # Begun anew, it takes the newest one.
+    lopt_lite.train(settings(fresh=True))
+    assert read_settings(RunPaths(tmp_path / "run"))["model"]["snapshot"] == str(new)

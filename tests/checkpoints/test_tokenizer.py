@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lopt_lite.checkpoints.locate import locate_model
-from lopt_lite.checkpoints.tokenizer import check_vocabulary, load_tokenizer, pad_token_id, save_tokenizer
-from lopt_lite.errors import ModelError, RunDirectoryError
+from lopt_lite.checkpoints.tokenizer import (
+    check_vocabulary,
+    load_tokenizer,
+    load_tokenizer_from,
+    pad_token_id,
+    save_tokenizer,
+)
+from lopt_lite.errors import DoesNotFitError, ModelError, RunDirectoryError
 from lopt_lite.events import Event, Notice
+from lopt_lite.files import remove_stray_temporaries
 
 WORDS = ["<unk>", "<s>", "</s>", "hello", "world"]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -49,6 +57,47 @@ def test_a_tokenizer_is_loaded_and_survives_saving(tmp_path: Path) -> None:
     assert again.chat_template == TEMPLATE
     messages = [{"role": "user", "content": "hello"}]
     assert again.apply_chat_template(messages, tokenize=False) == "user: hello\n"
+
+
+def test_it_is_written_where_it_goes_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "there is no such directory"))
+    save_tokenizer(make_tokenizer(), tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    assert load_tokenizer_from(tmp_path / "out").get_vocab() == make_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        # What the tokenizers library raises on a full disk: its class is Exception itself.
+        (Exception("No space left on device (os error 28)"), DoesNotFitError),
+        (Exception("Read-only file system (os error 30)"), RunDirectoryError),
+        (OSError(28, "No space left on device"), DoesNotFitError),
+        (Exception("something else"), Exception),
+    ],
+)
+def test_a_disk_that_is_full_is_said_to_be_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: type[Exception]
+) -> None:
+    def fail(*arguments: object, **named: object) -> None:
+        raise error
+
+    tokenizer = make_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)
+    with pytest.raises(Exception) as caught:
+        save_tokenizer(tokenizer, tmp_path / "out")
+    assert type(caught.value) is expected
+    assert not list((tmp_path / "out").iterdir())
+    assert expected is Exception or str(tmp_path / "out") in str(caught.value)
+
+
+def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path: Path) -> None:
+    stray = tmp_path / "out" / ".lopt-lite-x7.tmp"
+    stray.mkdir(parents=True)
+    (stray / "tokenizer.json").write_text("{")
+    (tmp_path / "out" / ".mine.tmp").mkdir()
+    assert remove_stray_temporaries(tmp_path) == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".mine.tmp"]
 
 
 def test_saving_twice_gives_the_same_bytes_and_no_strays(tmp_path: Path) -> None:

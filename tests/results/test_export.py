@@ -12,9 +12,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import lopt_lite
-from lopt_lite import ExportSettings, TrainSettings, files
+from lopt_lite import EvaluateSettings, ExportSettings, QuantizeSettings, TrainSettings, files
 from lopt_lite.checkpoints import build_store
-from lopt_lite.errors import DoesNotFitError, RunDirectoryError
+from lopt_lite.errors import DoesNotFitError, ModelError, RunDirectoryError
 from tests.data.tiny_tokenizers import CHATML, make_tokenizer
 from tests.tiny_models import make_data, make_model
 
@@ -23,10 +23,10 @@ TEMPLATES = {"default": CHATML, "tool_use": CHATML + "{# with tools #}"}
 
 def _train(home: Path, name: str, **changes: Any) -> Path:
     """A run that was started in ``home``, with paths from there."""
-    values: dict[str, Any] = {"dtype": "float32", "batch_size": 8, "blocks": 1, **changes}
+    values: dict[str, Any] = {"model": "multi", "dtype": "float32", "batch_size": 8, "blocks": 1, **changes}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        lopt_lite.train(TrainSettings(model="multi", data="data.jsonl", output=name, **values))
+        lopt_lite.train(TrainSettings(data="data.jsonl", output=name, **values))
     return home / name
 
 
@@ -152,3 +152,61 @@ def test_the_store_of_another_model_is_not_taken_for_a_merge_that_was_cut_off(lo
     with pytest.raises(RunDirectoryError, match="holds a finished checkpoint already"):
         _export(lora, store, format="merged")
     assert _content(store) == before
+
+
+def test_what_only_copies_needs_no_store(lora, full, tmp_path):
+    for run, changes in ((lora, {"format": "adapter"}), (full, {"format": "merged"})):
+        alone = tmp_path / run.name
+        shutil.copytree(run, alone, ignore=shutil.ignore_patterns("store"))
+        # Where the run says that its store is, there is none any more either.
+        (run / "store").rename(tmp_path / "elsewhere")
+        try:
+            _export(alone, tmp_path / f"of-{run.name}", **changes)
+        finally:
+            (tmp_path / "elsewhere").rename(run / "store")
+        part = "adapter" if run is lora else "model"
+        assert _content(tmp_path / f"of-{run.name}") == _content(run / part)
+
+
+def test_a_run_from_a_store_merges_onto_what_the_store_was_made_from(home, tmp_path):
+    store = tmp_path / "store"
+    lopt_lite.quantize(QuantizeSettings(model=str(home / "multi"), store=str(store)))
+    run = _train(home, str(tmp_path / "run"), model=str(store))
+    direct = _train(home, str(tmp_path / "direct"))
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        direct / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+    _export(run, tmp_path / "of-run", format="merged", model=str(home / "multi"))
+    _export(direct, tmp_path / "of-direct", format="merged")
+    weights = [_content(tmp_path / name)["layer-00001.safetensors"] for name in ("of-run", "of-direct")]
+    assert weights[0] == weights[1]
+    # By itself it has the 4-bit weights alone, and says so.
+    for out, onto in (("by-itself", "original"), ("quantized", "quantized")):
+        settings = ExportSettings(run=str(run), out=str(tmp_path / out), format="merged", onto=onto)
+        assert lopt_lite.export(settings).onto == "quantized"
+    weights = [_content(tmp_path / name)["layer-00001.safetensors"] for name in ("by-itself", "quantized", "of-run")]
+    assert weights[0] == weights[1] != weights[2]
+    other = make_model(tmp_path / "other", seed=7)
+    with pytest.raises(ModelError, match="is not the one this run was trained from"):
+        _export(run, tmp_path / "of-other", format="merged", model=str(other))
+
+
+def test_small_files_that_are_lost_or_broken_are_told_of_and_written_again_by_training(home, tmp_path):
+    run = _train(home, str(tmp_path / "run"))
+    for path, damage in (
+        (run / "store" / "config.json", lambda path: path.write_text("")),
+        (run / "store" / "config.json", Path.unlink),
+        (run / "adapter" / "tokenizer.json", lambda path: path.write_text("x")),
+        (run / "adapter" / "tokenizer.json", Path.unlink),
+    ):
+        sound = path.read_bytes()
+        damage(path)
+        # A tokenizer that is gone is found in the store.
+        if path.parent.name == "store" or path.exists():
+            with pytest.raises(ModelError) as caught:
+                lopt_lite.evaluate(EvaluateSettings(run=str(run), data=str(home / "data.jsonl")))
+            assert "the command of the training again" in caught.value.fix
+            assert "--config" not in caught.value.fix
+        _train(home, str(run))
+        assert path.read_bytes() == sound
+    lopt_lite.evaluate(EvaluateSettings(run=str(run), data=str(home / "data.jsonl")))

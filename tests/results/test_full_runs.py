@@ -16,6 +16,7 @@ from lopt_lite import EvaluateSettings, ExportSettings, GenerateSettings, TrainS
 from lopt_lite.checkpoints.store import Store
 from lopt_lite.checkpoints.store_index import layer_shard
 from lopt_lite.errors import RunDirectoryError, SettingsError
+from lopt_lite.events import Event, Notice, Step
 from lopt_lite.journal import read_facts
 from lopt_lite.residency.head import place_head
 from lopt_lite.residency.pool import MicroBatch, ResidentLayers
@@ -171,7 +172,7 @@ def test_the_result_is_a_model_to_train_and_no_store_of_the_original(tmp_path):
         _train(tmp_path / "third", model, store=str(run / "model"))
 
 
-def test_a_finished_run_says_so_and_a_lost_model_is_noticed(tmp_path):
+def test_a_finished_run_says_so_and_a_damaged_model_is_written_again(tmp_path):
     run = _train(tmp_path, make_model(tmp_path / "model"), epochs=1)
     assert lopt_lite.status(run).state == "done"
     settings = TrainSettings(
@@ -188,21 +189,25 @@ def test_a_finished_run_says_so_and_a_lost_model_is_noticed(tmp_path):
     before = _weights(run)
     assert lopt_lite.train(settings).already_done
     assert _weights(run) == before
+    everything = {path.name: path.read_bytes() for path in (run / "model").iterdir()}
     shard = run / "model" / layer_shard(1)
-    sound = shard.read_bytes()
-    flip_a_byte(shard)
-    with pytest.raises(RunDirectoryError, match=r"its model is gone or damaged: .*layer-00001"):
-        lopt_lite.train(settings)
-    shard.unlink()
-    with pytest.raises(RunDirectoryError, match=r"its model is gone or damaged: .*layer-00001"):
-        lopt_lite.train(settings)
-    shard.write_bytes(sound)
-    assert lopt_lite.train(settings).already_done
+    for damage in (
+        lambda: flip_a_byte(shard),
+        shard.unlink,
+        lambda: (run / "model" / "config.json").write_text(""),
+        lambda: (run / "model" / "tokenizer.json").write_text("{"),
+        lambda: shutil.rmtree(run / "model"),
+    ):
+        damage()
+        told: list[Event] = []
+        assert not lopt_lite.train(settings, on_event=told.append).already_done
+        assert "written again from the run's blocks" in "".join(e.text for e in told if isinstance(e, Notice))
+        assert not [event for event in told if isinstance(event, Step)]
+        assert {path.name: path.read_bytes() for path in (run / "model").iterdir()} == everything
     shutil.rmtree(run / "model")
-    with pytest.raises(RunDirectoryError, match="its model is gone"):
-        lopt_lite.train(settings)
-    with pytest.raises(RunDirectoryError, match="the model of the run"):
+    with pytest.raises(RunDirectoryError, match="the model of the run") as caught:
         open_run(str(run), CPU)
+    assert "the command of the training again" in caught.value.fix
     journal = run / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(line for line in lines if json.loads(line)["fact"] != "model"))

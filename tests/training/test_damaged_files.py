@@ -19,7 +19,7 @@ from lopt_lite import EvaluateSettings, ExportSettings, TrainSettings
 from lopt_lite.checkpoints import integrity
 from lopt_lite.checkpoints.integrity import DamagedFileError
 from lopt_lite.checkpoints.store_index import EMBEDDING_SHARD, HEAD_SHARD, layer_shard
-from lopt_lite.errors import StoppedError
+from lopt_lite.errors import RunDirectoryError, StoppedError
 from lopt_lite.events import BlockStarted, Event, Notice, Step
 from lopt_lite.journal import read_facts
 from lopt_lite.training import activation_cache, memory_choice, sequential
@@ -292,6 +292,38 @@ def test_a_damaged_shard_of_the_anchor_is_computed_again(inputs, tmp_path):
     (text,) = _said_of(_train(settings("run")), path)
     assert "what the untouched model says is computed again" in text
     assert _results(tmp_path / "run") == _results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", ["in the middle", "at the end"])
+def test_after_a_damaged_last_line_of_the_journal_the_run_goes_on(inputs, tmp_path, reference, at):
+    settings = _settings(inputs, tmp_path / "run")
+    if at == "at the end":
+        _train(settings)
+    else:
+        _train_until(settings, block=1, step=2)
+    journal = tmp_path / "run" / "journal.jsonl"
+    content = bytearray(journal.read_bytes())
+    content[-4] ^= 1  # in its checksum
+    journal.write_bytes(content)
+    assert "what it spoke of is done again" in _said_of(_train(settings), journal)[0]
+    assert _results(tmp_path / "run") == reference
+
+
+def test_a_directory_that_is_not_ours_is_left_as_it_was(inputs, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    for changes in ({}, {"fresh": True}):
+        with pytest.raises(RunDirectoryError, match="is no run directory"):
+            _train(_settings(inputs, tmp_path, **changes))
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_without_its_journal_a_run_begins_anew_and_says_so(inputs, tmp_path, reference, damage):
+    settings = _settings(inputs, tmp_path / "run")
+    _train_until(settings, block=1, step=2)
+    damage(tmp_path / "run" / "journal.jsonl")
+    assert "trained anew" in _said_of(_train(settings), tmp_path / "run" / "journal.jsonl")[0]
+    assert _results(tmp_path / "run") == reference
 
 
 # -- the result, and the cost -----------------------------------------------------------------------------------------

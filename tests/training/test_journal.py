@@ -81,6 +81,33 @@ def test_a_damaged_line_that_is_whole_is_an_error_that_names_it(path, damaged):
     assert path.read_bytes() == content, "the evidence must stay"
 
 
+@pytest.mark.parametrize("tail", [b"", b'{"fact": "fo', b"\0\0"])
+@pytest.mark.parametrize("damaged", [b"{not json", b"", b"\xff\xfe", b"\0\0\0\0", b"[" * 100_000, "altered"])
+def test_a_last_line_that_is_whole_and_damaged_is_dropped(path, damaged, tail):
+    journal = Journal(path)
+    journal.add("one", value=1)
+    assert not journal.lost_last
+    journal.add("two", value=2)
+    journal.close()
+    first, second = path.read_bytes().splitlines()
+    line = second.replace(b'"value": 2', b'"value": 3') if damaged == "altered" else damaged
+    content = first + b"\n" + line + b"\n" + tail
+    path.write_bytes(content)
+    assert read_facts(path) == ([{"fact": "one", "value": 1}], len(first) + 1)
+    assert path.read_bytes() == content, "status reads while training runs"
+    journal = Journal(path)
+    assert journal.lost_last
+    journal.add("two", value=2)
+    journal.close()
+    assert path.read_bytes().splitlines() == [first, second]
+
+
+def test_a_damaged_line_that_is_all_there_is_is_an_error(path):
+    path.write_bytes(b"{not json\n")
+    with pytest.raises(RunDirectoryError, match="damaged at line 1"):
+        read_facts(path)
+
+
 @pytest.mark.parametrize(
     ("fact", "said"),
     [
