@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +22,7 @@ from typing import Any, BinaryIO
 from lopt_lite.errors import DoesNotFitError, LoptError, RunDirectoryError, SettingsError
 
 TEMPORARY_SUFFIX = ".tmp"
-_DIRECTORY_PREFIX = ".lopt-lite-"
+_DIRECTORY = f".by-libraries{TEMPORARY_SUFFIX}"
 
 #: Room for the small files (journal, metrics, index, configs) that are written beside large ones.
 BESIDE_BYTES = 16 << 20
@@ -233,13 +232,21 @@ def truncate(path: Path, size_bytes: int) -> None:
 def temporary_directory(within: Path) -> Iterator[Path]:
     """A directory in ``within`` for what a library writes, until the context is left.
 
-    It is there and not where the system keeps temporary files, which may be a disk of its own, and a full one.
+    It is there and not where the system keeps temporary files, which may be a disk of its own, and a full one. Only one
+    at a time can be in a directory; what an attempt that was cut off has left is deleted first.
     """
+    directory = within / _DIRECTORY
+    remove_tree(directory)
     try:
-        with tempfile.TemporaryDirectory(dir=within, prefix=_DIRECTORY_PREFIX, suffix=TEMPORARY_SUFFIX) as name:
-            yield Path(name)
-    except OSError as error:
-        raise explain_os_error(error, within, "write to") from error
+        directory.mkdir()
+        yield directory
+    except BaseException as error:
+        with contextlib.suppress(LoptError):  # the next start deletes it too, and another error is told of
+            remove_tree(directory)
+        if isinstance(error, OSError):
+            raise explain_os_error(error, within, "write to") from error
+        raise
+    remove_tree(directory)
 
 
 def move_file(source: Path, target: Path) -> None:
@@ -370,7 +377,7 @@ def remove_stray_temporaries(directory: Path) -> int:
         if stray.is_file():
             remove_file(stray)
             count += 1
-        elif stray.is_dir() and stray.name.startswith(_DIRECTORY_PREFIX):
+        elif stray.is_dir() and stray.name == _DIRECTORY:
             remove_tree(stray)
             count += 1
     return count

@@ -106,7 +106,7 @@ def locate_model(
         generation = _first_with(directories, (GENERATION_CONFIG_NAME,))
         vocabulary = _first_with(directories, TOKENIZER_NAMES)
     except OSError as error:
-        raise unreadable(error, Path(error.filename or model), "the model's", ModelError) from error
+        raise unreadable(error, Path(error.filename or model), "the file", ModelError) from error
     if config_path is None:
         raise ModelError(
             f"there is no {CONFIG_NAME} beside {weights_path}",
@@ -155,7 +155,7 @@ def describe_model(model: str, *, config_dirs: Sequence[str] = (), on_event: OnE
         config_path = _first_with(directories, (CONFIG_NAME,))
         vocabulary = _first_with(directories, TOKENIZER_NAMES)
     except OSError as error:
-        raise unreadable(error, Path(error.filename or model), "the model's", ModelError) from error
+        raise unreadable(error, Path(error.filename or model), "the file", ModelError) from error
     if config_path is None:
         raise ModelError(f"there is no {CONFIG_NAME} in {path}", fix="name the directory that has it with --config DIR")
     return ModelDescription(

@@ -201,13 +201,6 @@ def altered_settings_of_a_finished_run(place):
     return ["generate", str(place.run), "--prompt", "What?"]
 
 
-@bad(INPUT, "adapter.safetensors is missing", "--fresh", found_at_work=True)
-def adapter_deleted_from_a_finished_run_with_its_blocks(place):
-    shutil.rmtree(place.finished_run() / "adapter")
-    shutil.rmtree(place.run / "blocks")
-    return place.train()
-
-
 @bad(INPUT, "adapter_model.safetensors is missing", "the training again", "writes the adapter anew")
 def adapter_deleted_from_a_finished_run(place):
     (place.finished_run() / "adapter" / "adapter_model.safetensors").unlink()

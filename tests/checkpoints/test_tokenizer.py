@@ -92,12 +92,18 @@ def test_a_disk_that_is_full_is_said_to_be_full(
 
 
 def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path: Path) -> None:
-    stray = tmp_path / "out" / ".lopt-lite-x7.tmp"
+    stray = tmp_path / "out" / ".by-libraries.tmp"
     stray.mkdir(parents=True)
     (stray / "tokenizer.json").write_text("{")
     (tmp_path / "out" / ".mine.tmp").mkdir()
     assert remove_stray_temporaries(tmp_path) == 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".mine.tmp"]
+    # And where no start comes before, by itself.
+    stray.mkdir()
+    (stray / "strange.json").write_text("{")
+    save_tokenizer(make_tokenizer(), tmp_path / "out")
+    assert not stray.exists()
+    assert not (tmp_path / "out" / "strange.json").exists()
 
 
 def test_saving_twice_gives_the_same_bytes_and_no_strays(tmp_path: Path) -> None:

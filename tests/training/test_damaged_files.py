@@ -309,6 +309,16 @@ def test_after_a_damaged_last_line_of_the_journal_the_run_goes_on(inputs, tmp_pa
     assert _results(tmp_path / "run") == reference
 
 
+def test_a_finished_run_without_its_adapter_and_its_blocks_is_trained_again(inputs, tmp_path, reference):
+    settings = _settings(inputs, tmp_path / "run")
+    _train(settings)
+    for part in ("adapter", "blocks"):
+        shutil.rmtree(tmp_path / "run" / part)
+    texts = _train(settings)
+    assert [sum(f"block {block} is trained again" in text for text in texts) for block in (1, 2, 3)] == [1, 1, 1]
+    assert _results(tmp_path / "run") == reference
+
+
 def test_a_directory_that_is_not_ours_is_left_as_it_was(inputs, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     for changes in ({}, {"fresh": True}):
