@@ -29,6 +29,8 @@ ROWS = 8
 #: Share of the peak that is wanted.
 WANTED = 0.6
 _PEAK_SIZE = 2048
+#: Steps in which the process comes by the memory that later ones use again.
+_WARM_UP = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +77,8 @@ def _measure(bench: Bench, options: Any, name: str, layers: int, length: int) ->
             adapters = sum(p.numel() for layer in pool.layers for p in adapter_parameters(layer).values())
             pairs = ROWS * length * length / 2
             attention = 3 * 2 * 2 * pairs * model.skeleton.hidden_size * layers
-            step(pool, batches)
+            for _ in range(_WARM_UP):
+                step(pool, batches)
             step_s, peak_flops = [], []
             for _ in range(options.repeats):
                 peak_flops.append(_peak_flops(device, 64 if bench.quick else _PEAK_SIZE))

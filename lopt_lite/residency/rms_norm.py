@@ -20,8 +20,8 @@ from torch import nn
 
 from lopt_lite.residency import fused
 
-#: Values of a piece on the CPU: 256 KiB in each of a few float32 buffers.
-_PIECE = 2**16
+#: Values of a piece on the CPU, for each thread: 512 KiB in each of a few float32 buffers.
+_PIECE = 2**17
 
 
 def fuse_norms(layer: nn.Module) -> None:

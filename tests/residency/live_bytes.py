@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,18 +12,18 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Most bytes alive at once of tensors with ``elements`` elements."""
+    """Most bytes alive at once of tensors with ``elements`` elements, or of those for which that is true."""
 
-    def __init__(self, elements: int) -> None:
+    def __init__(self, elements: int | Callable[[torch.Tensor], bool]) -> None:
         super().__init__()
         self.peak = 0
-        self._elements = elements
+        self._counts = elements if callable(elements) else lambda tensor: tensor.numel() == elements
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.numel() == self._elements:
+            if isinstance(tensor, torch.Tensor) and self._counts(tensor):
                 storage = tensor.untyped_storage()
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
