@@ -113,6 +113,8 @@ CASES = [
     Case("wordy", _SMALLEST, 1, 64, steps=32),
     Case("wordy", 1.5, 1, 64, steps=32),
     Case("wordy", 1.2, 2, 64, blocks=1, steps=16),
+    Case("narrow", 1.3, 2, 1024, steps=4),
+    Case("middle", 4.0, 4, 1024),
     Case("narrow", 4.0, 8, 512, steps=4, uneven=True),
     Case("narrow", 1.5, 4, 512, steps=12, uneven=True),
     Case("middle", 1.15, 8, 256, steps=4, uneven=True),
