@@ -32,6 +32,10 @@ class DamagedFileError(ModelError):
     """A file does not hold what was written into it, or is gone."""
 
 
+class UnreadableFileError(DamagedFileError):
+    """A file is there, and the system does not let us read it: what it holds is not known."""
+
+
 def sha256_of(path: Path, *, on_bytes: Callable[[int, int], None] = lambda done, total: None) -> str:
     """The sha256 of a file; hashed once per process, as long as nobody writes it.
 
@@ -43,7 +47,7 @@ def sha256_of(path: Path, *, on_bytes: Callable[[int, int], None] = lambda done,
     Raises
     ------
     DamagedFileError
-        The file is missing or cannot be read.
+        The file is missing, or cannot be read (:class:`UnreadableFileError`).
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -60,7 +64,7 @@ def sha256_of(path: Path, *, on_bytes: Callable[[int, int], None] = lambda done,
     except FileNotFoundError as error:
         raise DamagedFileError(f"{path} is missing") from error
     except OSError as error:
-        raise DamagedFileError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UnreadableFileError(f"cannot read {path}: {error.strerror or error}") from error
     _hashed[path] = (state, digest.hexdigest())
     return digest.hexdigest()
 
@@ -91,7 +95,7 @@ def check_file(path: Path, sha256: str, *, fix: str, on_event: OnEvent = ignore)
     try:
         found = sha256_of(path, on_bytes=tell)
     except DamagedFileError as error:
-        raise DamagedFileError(error.found, expected=f"a file with sha256 {sha256}", fix=fix) from error
+        raise type(error)(error.found, expected=f"a file with sha256 {sha256}", fix=fix) from error
     if found != sha256:
         raise DamagedFileError(
             f"{path} is damaged: its sha256 is {found}", expected=f"{sha256}, as when it was written", fix=fix

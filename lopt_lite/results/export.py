@@ -38,6 +38,7 @@ def export(settings: ExportSettings, on_event: OnEvent = ignore) -> ExportOutcom
     ModelError
         The original model is gone or has changed, or a file to be copied or merged is damaged.
     """
+    device = devices.choose_device(settings.device)
     out, onto = Path(settings.out), None
     run = finished_run(settings.run)
     if run.settings.tune == "full":
@@ -48,7 +49,7 @@ def export(settings: ExportSettings, on_event: OnEvent = ignore) -> ExportOutcom
     elif settings.format == "adapter":
         files.copy_tree(run.paths.adapter, out, what="the copy of the adapter")
     else:
-        with contextlib.closing(open_run(settings.run, devices.choose_device(settings.device))) as opened:
+        with contextlib.closing(open_run(settings.run, device)) as opened:
             onto = _write_merged(opened, out, settings, on_event)
     return ExportOutcome(out=str(out), format=settings.format, onto=onto, bytes=files.directory_bytes(out))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from lopt_lite.checkpoints.integrity import DamagedFileError, check_file, sha256_of
+from lopt_lite.checkpoints.integrity import DamagedFileError, UnreadableFileError, check_file, sha256_of
 from lopt_lite.events import Notice, Progress
 from lopt_lite.training.block_plan import Block, Stage
 from lopt_lite.training.workbench import Workbench
@@ -17,12 +17,19 @@ def is_trained(bench: Workbench, stage: Stage) -> bool:
     """Whether the blocks of a stage are trained, and what they left is what was written.
 
     The user is told of what is damaged, and that it will be made again.
+
+    Raises
+    ------
+    UnreadableFileError
+        A file cannot be read: a disk that fails or missing rights are no reason to train for hours again.
     """
     if any(bench.journal.last("block", block=block.index) is None for block in stage.blocks):
         return False
     try:
         for block in stage.blocks:
             check_block(bench, block)
+    except UnreadableFileError:
+        raise
     except DamagedFileError as error:
         bench.on_event(Notice(text=f"{error.found}; {stage.name} is trained again"))
         return False
@@ -55,7 +62,7 @@ def check_block(bench: Workbench, block: Block) -> None:
         try:
             digest.update(sha256_of(path).encode())
         except DamagedFileError as error:
-            raise DamagedFileError(error.found, fix=_FIX) from error
+            raise type(error)(error.found, fix=_FIX) from error
         task = f"checking block {block.index + 1}"
         bench.on_event(Progress(task=task, done=number + 1, total=len(layers), unit="layers"))
         bench.stop.check()

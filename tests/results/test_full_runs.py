@@ -195,7 +195,6 @@ def test_a_finished_run_says_so_and_a_damaged_model_is_written_again(tmp_path):
         lambda: flip_a_byte(shard),
         shard.unlink,
         lambda: (run / "model" / "config.json").write_text(""),
-        lambda: (run / "model" / "tokenizer.json").write_text("{"),
         lambda: shutil.rmtree(run / "model"),
     ):
         damage()
@@ -204,6 +203,15 @@ def test_a_finished_run_says_so_and_a_damaged_model_is_written_again(tmp_path):
         assert "written again from the run's blocks" in "".join(e.text for e in told if isinstance(e, Notice))
         assert not [event for event in told if isinstance(event, Step)]
         assert {path.name: path.read_bytes() for path in (run / "model").iterdir()} == everything
+    # Without its blocks, too, what can be mended is, and what is left of the weights is not deleted.
+    shutil.rmtree(run / "blocks")
+    (run / "model" / "tokenizer.json").write_text("{")
+    assert lopt_lite.train(settings).already_done
+    assert {path.name: path.read_bytes() for path in (run / "model").iterdir()} == everything
+    flip_a_byte(shard)
+    with pytest.raises(RunDirectoryError, match=r"its model is damaged \(.*layer-00001.*could be put together from"):
+        lopt_lite.train(settings)
+    assert {path.name for path in (run / "model").iterdir()} == set(everything)
     shutil.rmtree(run / "model")
     with pytest.raises(RunDirectoryError, match="the model of the run") as caught:
         open_run(str(run), CPU)

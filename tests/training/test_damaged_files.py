@@ -17,7 +17,7 @@ import torch
 import lopt_lite
 from lopt_lite import EvaluateSettings, ExportSettings, TrainSettings
 from lopt_lite.checkpoints import integrity
-from lopt_lite.checkpoints.integrity import DamagedFileError
+from lopt_lite.checkpoints.integrity import DamagedFileError, UnreadableFileError
 from lopt_lite.checkpoints.store_index import EMBEDDING_SHARD, HEAD_SHARD, layer_shard
 from lopt_lite.errors import RunDirectoryError, StoppedError
 from lopt_lite.events import BlockStarted, Event, Notice, Step
@@ -224,6 +224,21 @@ def test_a_block_whose_adapter_was_damaged_is_trained_again(inputs, tmp_path, re
     assert [e.step for e in told if isinstance(e, BlockStarted)][-1] == 2
     assert _results(tmp_path / "run") == reference
     assert not list((tmp_path / "run" / "cache").glob("block-*"))
+
+
+def test_a_block_that_cannot_be_read_is_not_trained_again(inputs, tmp_path, reference):
+    settings = _settings(inputs, tmp_path / "run")
+    _train_until(settings, block=2, step=2)
+    path = _adapter_of(tmp_path / "run", 0)
+    # A directory in its place: the system's answer is an error, whoever asks.
+    path.rename(tmp_path / "put aside")
+    path.mkdir()
+    with pytest.raises(UnreadableFileError, match="cannot read"):
+        _train(settings)
+    path.rmdir()
+    (tmp_path / "put aside").rename(path)
+    assert not _said_of(_train(settings), path)
+    assert _results(tmp_path / "run") == reference
 
 
 def test_a_damaged_adapter_is_found_before_it_makes_the_next_inputs(inputs, tmp_path, reference):
